@@ -1,0 +1,1 @@
+"""torchrecycle: layer recycling for PyTorch."""
