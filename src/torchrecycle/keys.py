@@ -25,7 +25,7 @@ What counts, where it is not obvious:
 - ``bytes``, ``bytearray`` and ``memoryview`` of bytes are one type, ``set`` and ``frozenset`` also, and so is
   every mapping (``OrderedDict``, ``BatchEncoding``).
 - A path stands for the content of its file, not for its name. An image stands for its pixels as decoded, with
-  its palette and transparency; format, file name and Exif do not count.
+  the colours of its palette that they use, and transparency; format, file name and Exif do not count.
 - An instance of a class counts by the qualified name of the class, so a class moved to another module gives
   new keys.
 - Subclasses of ``str``, ``int``, ``list``, ``datetime`` and the like may carry more than their base shows
@@ -677,6 +677,12 @@ def _is_image(obj: Any) -> bool:
     return module is not None and isinstance(obj, module.Image)
 
 
+def _used_colours(image: Any, pixels: np.ndarray) -> bytes:
+    # Some formats fill the palette up to 256 colours, and others do not.
+    colours = image.getpalette(image.palette.mode)
+    return bytes(colours[: len(image.palette.mode) * (int(pixels.max()) + 1)])
+
+
 def _image(out: _Stream, image: Any) -> None:
     data = image.tobytes()
     width = 4 if image.mode in ("I", "F") else 1
@@ -684,12 +690,11 @@ def _image(out: _Stream, image: Any) -> None:
     out.text(image.mode)
     out.buffer += _spell_shape(image.size)
     out.sized(_little_endian(np.frombuffer(data, np.uint8), width).data if data else data)
-    palette = image.palette if image.mode in ("P", "PA") else None
-    if palette is None:
-        out.buffer += b"N"
+    if image.mode in ("P", "PA") and data and image.palette is not None:
+        _str(out, image.palette.mode)
+        out.sized(_used_colours(image, np.frombuffer(data, np.uint8)[:: len(image.mode)]))
     else:
-        _str(out, palette.mode)
-        out.sized(bytes(image.getpalette(palette.mode)))
+        out.buffer += b"N"
     out.write_at(".info['transparency']", image.info.get("transparency"))
 
 
