@@ -1,0 +1,501 @@
+"""The tensors that are not there: `Absent` inside a model, `RecycledTensor` in the user's loop.
+
+When the first half of a ResNet is skipped, the glue of its ``forward`` still runs: it hands what ``conv1`` returned to
+``bn1``. Nobody computed that value, so ``conv1`` returns an `Absent` of the right shape, dtype and device. Every
+operation on it gives another `Absent` (about 10 microseconds, the shape rule is remembered), and reading its value
+stops the run with `AbsentRead`, which names the skipped calls that it came from. A marker value such as NaN would be
+unsound: integers have none, and ``where``, ``topk`` or ``masked_fill`` swallow it.
+
+A `RecycledTensor` is what a batch carries across the user's loop in place of 64 photos: a tensor with the shape, dtype
+and device of the photos, which holds the 64 kept rows and no pixels. It survives what trainers do to a batch (moves,
+slices, ``cat``, pinning, pickling through workers); whatever would read its values is an error that says so, unless the
+real value is small and came along (token ids).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from torchrecycle.errors import BatchError
+
+__all__ = ["Absent", "AbsentRead", "RecycledTensor"]
+
+aten = torch.ops.aten
+
+
+class AbsentRead(BaseException):
+    """A run read a value that is not there. Not an `Exception`, since models contain ``except Exception``."""
+
+    def __init__(self, reason: str, sources: frozenset[Any]) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        """What tried to read it, in words."""
+        self.sources = sources
+        """The skipped calls (numbers) and model inputs (names) that the value would have come from."""
+
+
+# -- Absent ------------------------------------------------------------------------------------------------------------
+
+_BY_SHAPE_ALONE = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+"""Operations that read no value: on an absent tensor they give a real one."""
+
+_RESHAPE_IN_PLACE = {"aten::resize_", "aten::set_", "aten::squeeze_", "aten::unsqueeze_", "aten::t_", "aten::transpose_"}
+
+_shape_rules: dict[Any, Any] = {}
+_written_arguments: dict[Any, tuple[int, ...]] = {}
+_REMEMBERED = 4096
+
+
+class Absent(torch.Tensor):
+    """A tensor without storage: shape, strides, dtype and device of a value that nobody computed.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype.
+        device: its device.
+        sources: where the value would have come from: numbers of skipped calls, names of model inputs.
+        stride: its strides in elements; contiguous if left out.
+    """
+
+    sources: frozenset[Any]
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        sources: Iterable[Any] = (),
+        stride: Sequence[int] | None = None,
+    ) -> Absent:
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), strides=stride, dtype=dtype, device=device)
+        made.sources = frozenset(sources)
+        return made
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor, sources: Iterable[Any] = ()) -> Absent:
+        """An absent tensor with the form of `tensor`."""
+        return cls(tensor.shape, tensor.dtype, tensor.device, sources, tensor.stride())
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        absent = [value for value in flat if isinstance(value, Absent)]
+        sources = frozenset().union(*(value.sources for value in absent))
+        if func in _BY_SHAPE_ALONE:
+            return _real_from_shape(func, flat, spec)
+        target = _written_absent(func, args, kwargs, sources)
+        rule = _shape_rule(func, flat, spec, sources)
+        if target is not None:
+            target.sources |= sources
+            return target
+        device = kwargs.get("device") or absent[0].device
+        return _absent_like_rule(rule, torch.device(device), sources)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise AbsentRead(f"{what} reads a value that a skipped layer would have computed", self.sources)
+
+    def tolist(self) -> NoReturn:
+        self._refuse("tolist()")
+
+    def numpy(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("numpy()")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("NumPy")
+
+    def data_ptr(self) -> NoReturn:
+        self._refuse("data_ptr()")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self._refuse("pickling or copying")
+
+    def __repr__(self, **kwargs: Any) -> str:  # pyright: ignore
+        return f"Absent({list(self.shape)}, {self.dtype}, {self.device}, from {sorted(map(str, self.sources))})"
+
+
+def _real_from_shape(func: Any, flat: list[Any], spec: Any) -> Any:
+    """Run an operation that reads only a shape, on a real tensor of that shape that occupies one element."""
+
+    def stand_in(value: Any) -> Any:
+        if isinstance(value, Absent):
+            return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
+        return value
+
+    args, kwargs = pytree.tree_unflatten([stand_in(value) for value in flat], spec)
+    return func(*args, **kwargs)
+
+
+def _written_absent(func: Any, args: Any, kwargs: Any, sources: frozenset[Any]) -> Absent | None:
+    """The absent tensor that an in-place operation writes, if any; a real one is a value that would be wrong."""
+    if func not in _written_arguments:
+        written = (i for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write)
+        _written_arguments[func] = tuple(written)
+    for position in _written_arguments[func]:
+        argument = func._schema.arguments[position]
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if isinstance(value, Absent):
+            if func._schema.name in _RESHAPE_IN_PLACE:
+                raise AbsentRead(f"{func._schema.name} changes a tensor that is not there in place", sources)
+            return value
+        if isinstance(value, torch.Tensor):
+            raise AbsentRead(f"{func._schema.name} writes an absent value into a real tensor", sources)
+    return None
+
+
+def _shape_rule(func: Any, flat: list[Any], spec: Any, sources: frozenset[Any]) -> Any:
+    """What `func` returns, as meta tensors, remembered by operation and shapes."""
+    token = (func, spec, tuple(_form(value) for value in flat))
+    try:
+        if token in _shape_rules:
+            return _shape_rules[token]
+    except TypeError:  # an unhashable argument, such as a generator
+        token = None
+    args, kwargs = pytree.tree_unflatten([_meta(value) for value in flat], spec)
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("meta")
+    try:
+        rule = func(*args, **kwargs)
+    except Exception as error:
+        raise AbsentRead(f"{func} needs a value that is not there ({error})", sources) from error
+    if not isinstance(rule, torch.Tensor) and any(
+        isinstance(leaf, (bool, int, float)) for leaf in pytree.tree_leaves(rule)
+    ):
+        raise AbsentRead(f"{func} reads a value that is not there", sources)
+    if token is not None:
+        if len(_shape_rules) >= _REMEMBERED:
+            _shape_rules.clear()
+        _shape_rules[token] = rule
+    return rule
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype, value.device.type)
+    return (type(value), value)
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value
+
+
+def _absent_like_rule(rule: Any, device: torch.device, sources: frozenset[Any]) -> Any:
+    if isinstance(rule, torch.Tensor):
+        return Absent(rule.shape, rule.dtype, device, sources, rule.stride())
+    if isinstance(rule, (tuple, list)):
+        return type(rule)(_absent_like_rule(part, device, sources) for part in rule)
+    return rule
+
+
+# -- RecycledTensor ----------------------------------------------------------------------------------------------------
+
+
+class RecycledTensor(torch.Tensor):
+    """What a batch carries in place of a model input whose activations are kept.
+
+    It has the shape, dtype and device of the input; memory format is nominal. Slicing and concatenating along the
+    batch, moving, pinning, cloning and pickling keep the rows with their objects.
+
+    Args:
+        shape: of the model input that it stands for: ``[batch, ...]``, or that of one object if `locations` is a scalar.
+        dtype: of the model input.
+        locations: int64 ``[batch]`` on the CPU: where the store has each row.
+        fingerprint: of the recycling that the rows belong to.
+        leaves: the activation's leaves, each ``[batch, ...]``; None as long as they have not been gathered.
+        value: the real input, if it came along.
+        witnesses: other model inputs that the rows were found under, by name; a forward compares them with what it is
+            given, so that rows are never used beside another mask.
+        device: of the model input.
+    """
+
+    locations: torch.Tensor
+    fingerprint: str
+    leaves: tuple[torch.Tensor, ...] | None
+    value: torch.Tensor | None
+    witnesses: dict[str, torch.Tensor]
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        locations: torch.Tensor,
+        fingerprint: str,
+        leaves: Sequence[torch.Tensor] | None = None,
+        value: torch.Tensor | None = None,
+        witnesses: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> RecycledTensor:
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device(device))
+        made.locations = locations
+        made.fingerprint = fingerprint
+        made.leaves = None if leaves is None else tuple(leaves)
+        made.value = value
+        made.witnesses = dict(witnesses or {})
+        return made
+
+    @property
+    def rows(self) -> int:
+        """How many objects it stands for."""
+        return self.locations.numel()
+
+    def _with(
+        self,
+        per_row: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        value: torch.Tensor | None = None,
+        locations: torch.Tensor | None = None,
+    ) -> RecycledTensor:
+        """The same, with `per_row` applied to all that it holds."""
+        own = self.value
+        return RecycledTensor(
+            self.shape if shape is None else shape,
+            dtype or self.dtype,
+            locations=per_row(self.locations) if locations is None else locations,
+            fingerprint=self.fingerprint,
+            leaves=None if self.leaves is None else [per_row(leaf) for leaf in self.leaves],
+            value=value if value is not None else None if own is None else per_row(own),
+            witnesses={name: per_row(witness) for name, witness in self.witnesses.items()},
+            device=device or self.device,
+        )
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _ROW_WISE.get(func)
+        if handler is not None:
+            result = handler(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return _on_values(func, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (tuple(self.shape), self.dtype, str(self.device), self._parts())
+
+    def __deepcopy__(self, memo: Any) -> RecycledTensor:
+        return _rebuild(tuple(self.shape), self.dtype, str(self.device), copy.deepcopy(self._parts(), memo))
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "locations": self.locations,
+            "fingerprint": self.fingerprint,
+            "leaves": self.leaves,
+            "value": self.value,
+            "witnesses": self.witnesses,
+        }
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise BatchError(_unreadable(what, self))
+
+    def tolist(self) -> Any:
+        return self.value.tolist() if self.value is not None else self._refuse("tolist()")
+
+    def numpy(self, **kwargs: Any) -> Any:
+        return self.value.numpy(**kwargs) if self.value is not None else self._refuse("numpy()")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value.__array__(*args, **kwargs) if self.value is not None else self._refuse("NumPy")
+
+    def data_ptr(self) -> int:
+        return self.value.data_ptr() if self.value is not None else self._refuse("data_ptr()")
+
+    def __repr__(self, **kwargs: Any) -> str:  # pyright: ignore
+        return (
+            f"RecycledTensor({list(self.shape)}, {self.dtype}, {self.device}: {self.rows} kept rows of "
+            f"{self.fingerprint[:12]}{'' if self.value is None else ', with its value'})"
+        )
+
+
+def _rebuild(shape: tuple[int, ...], dtype: torch.dtype, device: str, parts: dict[str, Any]) -> RecycledTensor:
+    return RecycledTensor(shape, dtype, device=device, **parts)
+
+
+def _unreadable(what: Any, tensor: RecycledTensor) -> str:
+    return (
+        f"{what} reads the values of a batch input that was not loaded: this RecycledTensor of shape "
+        f"{list(tensor.shape)} holds the kept rows of {tensor.rows} objects in its place. Between loader and model only "
+        "moves, slices and concatenations along the batch are possible. To work on the values, do it in the data set "
+        "(before the rows are made), or use `with recycling.paused():` around the loop."
+    )
+
+
+def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
+    """Any other operation reads values: possible where the real input came along, and the result is plain."""
+    if any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments):
+        raise BatchError(f"{func} changes a recycled batch in place: its kept rows would no longer belong to it")
+
+    def value_of(leaf: Any) -> Any:
+        if not isinstance(leaf, RecycledTensor):
+            return leaf
+        if leaf.value is None:
+            raise BatchError(_unreadable(func, leaf))
+        return leaf.value
+
+    args, kwargs = pytree.tree_map(value_of, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _same_rows(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0]._with(lambda part: func(part, *args[1:], **kwargs))
+
+
+def _detach(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0]._with(lambda part: part)
+
+
+def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor = args[0]
+    device = torch.device(kwargs.get("device") or tensor.device)
+    non_blocking = kwargs.get("non_blocking", False)
+    value = None if tensor.value is None else func(tensor.value, *args[1:], **kwargs)
+    return tensor._with(
+        lambda part: part.to(device, non_blocking=non_blocking),
+        dtype=kwargs.get("dtype"),
+        device=device,
+        value=value,
+        locations=tensor.locations,
+    )
+
+
+def _along_batch(func: Any, args: Any, kwargs: Any) -> Any:
+    """Slices, selections and splits along the batch."""
+    tensor, *rest = args
+    dim = kwargs.get("dim", rest[0] if rest and func in _DIM_FIRST else 0)
+    if func in (aten.split.Tensor, aten.split_with_sizes.default):
+        dim = kwargs.get("dim", rest[1] if len(rest) > 1 else 0)
+    if dim != 0 or tensor.locations.dim() == 0:
+        return NotImplemented
+    nominal = func(_nominal(tensor), *rest, **kwargs)
+    if isinstance(nominal, torch.Tensor):
+        return tensor._with(
+            lambda part: func(part, *_moved(rest, part), **kwargs),
+            shape=nominal.shape,
+            locations=func(tensor.locations, *_moved(rest, tensor.locations), **kwargs),
+        )
+    pieces = len(nominal)
+    return [
+        tensor._with(lambda part, i=i: func(part, *rest, **kwargs)[i], shape=nominal[i].shape) for i in range(pieces)
+    ]
+
+
+_DIM_FIRST = {aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.unbind.int}
+
+
+def _moved(rest: list[Any], part: torch.Tensor) -> list[Any]:
+    return [r.to(part.device) if isinstance(r, torch.Tensor) else r for r in rest]
+
+
+def _nominal(tensor: torch.Tensor) -> torch.Tensor:
+    """A real tensor of that shape that occupies one element, to ask what an operation makes of the shape."""
+    return torch.zeros(()).expand(tensor.shape)
+
+
+def _index(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor, indices = args
+    if isinstance(indices, RecycledTensor) or not isinstance(tensor, RecycledTensor):
+        return NotImplemented
+    if len(indices) != 1 or indices[0] is None or indices[0].dim() != 1 or tensor.locations.dim() == 0:
+        return NotImplemented
+    index = indices[0].cpu()
+    index = index.nonzero()[:, 0] if index.dtype in (torch.bool, torch.uint8) else index
+    index = torch.where(index < 0, index + len(tensor), index)
+    return tensor._with(
+        lambda part: part.index_select(0, index.to(part.device)),
+        shape=(len(index), *tensor.shape[1:]),
+    )
+
+
+def _joined(func: Any, args: Any, kwargs: Any) -> Any:
+    """`cat` of batches and `stack` of single objects."""
+    tensors = list(args[0])
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    depth = 0 if func is aten.stack.default else 1
+    if dim != 0 or not all(isinstance(t, RecycledTensor) and t.locations.dim() == depth for t in tensors):
+        return NotImplemented
+    first = tensors[0]
+    if any(t.fingerprint != first.fingerprint for t in tensors):
+        raise BatchError("cannot join rows of different recyclings: their fingerprints differ")
+    if any((t.leaves is None) != (first.leaves is None) or t.witnesses.keys() != first.witnesses.keys() for t in tensors):
+        raise BatchError("cannot join recycled batches of which only some have their rows at hand")
+    for a, b in zip(tensors, tensors[1:]):
+        ours, theirs = ([leaf.shape[depth:] for leaf in t.leaves or ()] for t in (a, b))
+        if ours != theirs:
+            raise BatchError(f"cannot join rows padded to different lengths: {ours} and {theirs}")
+    shape = func([_nominal(t) for t in tensors], 0).shape
+
+    def join(parts: list[torch.Tensor]) -> torch.Tensor:
+        return func(parts, 0)
+
+    values = [t.value for t in tensors]
+    return RecycledTensor(
+        shape,
+        first.dtype,
+        locations=join([t.locations for t in tensors]),
+        fingerprint=first.fingerprint,
+        leaves=None if first.leaves is None else [join(list(parts)) for parts in zip(*(t.leaves for t in tensors))],  # pyright: ignore
+        value=None if any(v is None for v in values) else join(values),  # pyright: ignore
+        witnesses={name: join([t.witnesses[name] for t in tensors]) for name in first.witnesses},
+        device=first.device,
+    )
+
+
+def _is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
+    parts = [part for part in (args[0].leaves or ())]
+    return bool(parts) and all(part.is_pinned() for part in parts)
+
+
+_ROW_WISE: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _detach,
+    aten.alias.default: _detach,
+    aten.lift_fresh.default: _detach,
+    aten.clone.default: lambda func, args, kwargs: args[0]._with(torch.clone),
+    aten._pin_memory.default: _same_rows,
+    aten.is_pinned.default: _is_pinned,
+    aten._to_copy.default: _to_copy,
+    aten.slice.Tensor: _along_batch,
+    aten.select.int: _along_batch,
+    aten.index_select.default: _along_batch,
+    aten.split.Tensor: _along_batch,
+    aten.split_with_sizes.default: _along_batch,
+    aten.unbind.int: _along_batch,
+    aten.index.Tensor: _index,
+    aten.cat.default: _joined,
+    aten.stack.default: _joined,
+}
+
+
+def _collate(batch: list[RecycledTensor], *, collate_fn_map: Any = None) -> torch.Tensor:
+    return torch.stack(batch)
+
+
+# `default_collate` stacks tensors into shared memory inside a worker, which a tensor without storage does not have.
+default_collate_fn_map[RecycledTensor] = _collate

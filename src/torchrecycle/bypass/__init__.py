@@ -1,0 +1,38 @@
+"""The bypass: run an unmodified model up to its cut, or from it on, and prove that nothing else changed.
+
+`Probes` runs a model at several sizes; `make_plan` finds out which calls can be skipped; `Bypass` runs the halves through
+the slots of the `Interceptor`; `prove` compares them with the whole.
+"""
+
+from torchrecycle.bypass.bypass import Bypass
+from torchrecycle.bypass.inputs import Inputs, parameter_names
+from torchrecycle.bypass.interceptor import Interceptor, evaluating
+from torchrecycle.bypass.plan import Plan, Probes, make_plan, take_rows
+from torchrecycle.bypass.proof import (
+    Padding,
+    first_difference,
+    noise,
+    positions,
+    prove,
+    prove_rows,
+    relative_difference,
+)
+
+__all__ = [
+    "Bypass",
+    "Inputs",
+    "Interceptor",
+    "Padding",
+    "Plan",
+    "Probes",
+    "evaluating",
+    "first_difference",
+    "make_plan",
+    "noise",
+    "parameter_names",
+    "positions",
+    "prove",
+    "prove_rows",
+    "relative_difference",
+    "take_rows",
+]

@@ -1,0 +1,305 @@
+"""A cut model at work: run it up to its cut, from it on, or in full with the prefix frozen.
+
+`Bypass` joins a model, the plan of one cut and the interceptor. Attached, it freezes the prefix's parameters, and its
+three runs compute the same function to the bit: `full`, and `prefix` followed by `suffix`. That is proven for the
+example at attach, and again for each new signature (other ranks, arguments or flags) before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchrecycle.absent import Absent, AbsentRead
+from torchrecycle.bypass.inputs import Inputs
+from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_sources, evaluating
+from torchrecycle.bypass.plan import Plan
+from torchrecycle.errors import BatchError, CutError
+from torchrecycle.trace import Call, random_state, set_random_state, undisturbed
+
+__all__ = ["Bypass"]
+
+SCALARS = (bool, int, float, str, type(None))
+
+
+class Bypass:
+    """One cut of one model. `attach` and `detach` are inverses.
+
+    Args:
+        model: the root.
+        plan: what `make_plan` found.
+        around: the calls around the cut (the model's own among them): what they do between their layers is not
+            skipped, so their flags are part of a signature.
+        autocast: the dtype under which the prefix runs, or None.
+        share: ``"freeze"``: parameters that both halves read are frozen; ``"refuse"``: such a cut is refused.
+
+    Raises:
+        CutError: both halves read a parameter, and `share` is not ``"freeze"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        around: Sequence[Call],
+        *,
+        autocast: torch.dtype | None = None,
+        share: str = "refuse",
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.autocast = autocast
+        self.clones = False
+        """Whether the suffix writes into what is kept, so that copies must be handed out."""
+        self.proven: set[Any] = set()
+        self.volatile: set[tuple[int, str]] = set()
+        """Attributes that each forward changes: no flags."""
+        self.interceptor = Interceptor.of(model) or Interceptor(model)
+        self.attached = False
+        self._open = [call.module for call in around]
+        self._absent_cache: dict[Any, dict[int, Any]] = {}
+        with self.slotted(), undisturbed(model):
+            reads = _read_parameters(self)
+        self.constants = reads.constants
+        self.prefix_parameters, self.untouched = self._divide(reads, share)
+
+    @property
+    def mixed_modules(self) -> set[nn.Module]:
+        """Modules that are called on both sides of the cut."""
+        return {module for module, name in self.plan.modules.items() if name in self.plan.mixed}
+
+    def _divide(self, reads: _Reads, share: str) -> tuple[dict[str, nn.Parameter], list[str]]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        owned = {p for module in self.plan.prefix_modules for p in module.parameters()}
+        before = owned | {p for p in reads.before if p in names}
+        shared = [names[p] for p in names if p in before and p in reads.after]
+        if shared and share != "freeze":
+            raise CutError(
+                f"cannot cut at '{self.plan.cut}': the layers before and after it share {_listed(shared)}, which would be "
+                "frozen in one half and trained in the other. With recycle(..., share='freeze') it is frozen in both."
+            )
+        untouched = [name for p, name in names.items() if p not in before and p not in reads.after]
+        return {names[p]: p for p in names if p in before}, untouched
+
+    # -- attaching -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def slotted(self) -> Any:
+        """The slots of the prefix modules, for the time of a probe."""
+        modules = list(self.plan.modules)
+        self.interceptor.slots(modules)
+        try:
+            yield
+        finally:
+            self.interceptor.free(modules)
+
+    def attach(self, entry: Any) -> None:
+        """Freeze the prefix and let the model's calls go to `entry`."""
+        self.interceptor.slots(list(self.plan.modules))
+        self.interceptor.attach(entry)
+        self.interceptor.freeze(self.prefix_parameters.values())
+        self.attached = True
+
+    def detach(self, entry: Any) -> None:
+        """Undo `attach`."""
+        self.attached = False
+        self.interceptor.thaw(self.prefix_parameters.values())
+        self.interceptor.detach(entry)
+        self.interceptor.free(list(self.plan.modules))
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def full(self, inputs: Inputs) -> Any:
+        """The ordinary forward, with the prefix in eval mode and without gradient."""
+        run = self.plan.run("full")
+        with self.interceptor.running(run):
+            output = self.model._call_impl(*inputs.args, **inputs.kwargs)
+        self._must_be_complete(run)
+        return output
+
+    def prefix(self, inputs: Inputs) -> list[torch.Tensor]:
+        """The activation's leaves as the model gives them; generators as before."""
+        run = self.plan.run("prefix")
+        device = _device(inputs)
+        # Rows are made under the declared autocast, whatever is ambient.
+        cast = torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        state = random_state()
+        try:
+            with self.interceptor.running(run), evaluating(self.model), cast:
+                self.model._call_impl(*inputs.args, **inputs.kwargs)
+        except Stopped:
+            # A view made without gradient could not be written by the suffix.
+            return [leaf.clone() if leaf._is_view() else leaf for leaf in self.plan.taken(run.captured)]
+        finally:
+            set_random_state(state)
+        raise CutError(f"the forward ended before it reached '{self.plan.cut}'")
+
+    def suffix(self, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> Any:
+        """The forward with the prefix skipped and `leaves` in place of what it gives."""
+        size = self.plan.size(inputs)
+        device = leaves[0].device
+        if self.clones:
+            leaves = [leaf.clone() for leaf in leaves]
+        run = self.plan.run(
+            "bypass", self.autocast, absent=self._absent(inputs, size, device), kept=self.plan.filled(leaves, size)
+        )
+        try:
+            with self.interceptor.running(run):
+                output = self.model._call_impl(*inputs.args, **inputs.kwargs)
+        except AbsentRead as stop:
+            raise CutError(
+                f"after the cut at '{self.plan.cut}' the model needs what was skipped: {stop.reason}. This did not "
+                "happen for the example; make the recycling with an example like this batch."
+            ) from stop
+        self._must_be_complete(run)
+        if absent_sources(output):
+            raise CutError(f"what is skipped before '{self.plan.cut}' reaches the output of the model for this batch")
+        return output
+
+    def _must_be_complete(self, run: Run) -> None:
+        if run.position != len(run.steps):
+            raise CutError(
+                f"the model left out '{run.steps[run.position].name}' before the cut: it does not run its layers in the "
+                "same order each time (LayerDrop, or a branch on a value). Switch that off, or cut before it."
+            )
+
+    def _absent(self, inputs: Inputs, size: tuple[int, int], device: torch.device) -> dict[int, Any]:
+        """What each skipped call returns for a batch of this size; made once per size."""
+        token = (size, device, tuple(tensor.shape[1:] for tensor in inputs.tensors().values()))
+        if token not in self._absent_cache:
+            if len(self._absent_cache) >= 256:
+                self._absent_cache.clear()
+            skipped = [step.number for step in self.plan.steps if step.action == "skip"]
+            self._absent_cache[token] = {n: self.plan.forms[n].absent(size, device, n) for n in skipped}
+        return self._absent_cache[token]
+
+    # -- signatures ----------------------------------------------------------------------------------------------------
+
+    def signature(self, inputs: Inputs) -> Any:
+        """All that the path through the model may depend on besides values.
+
+        Raises:
+            BatchError: an argument is neither a tensor nor a plain value.
+        """
+        arguments = []
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                arguments.append((name, value.dtype, value.dim()))
+            elif isinstance(value, (*SCALARS, torch.dtype, torch.device)):
+                arguments.append((name, type(value), value))
+            elif isinstance(value, (tuple, list)) and all(isinstance(part, SCALARS) for part in value):
+                arguments.append((name, type(value), tuple(value)))
+            else:
+                raise BatchError(
+                    f"the model's argument '{name}' is a {type(value).__name__}; with recycling, arguments are tensors, "
+                    "nests of tensors and plain values"
+                )
+        return tuple(arguments), torch.is_grad_enabled(), self.flags()
+
+    def flags(self) -> tuple[Any, ...]:
+        """The plain attributes of the modules around the cut and of their configs."""
+        found: list[Any] = []
+        for position, module in enumerate(self._open):
+            found.extend(self._scalars(position, module.__dict__))
+            config = module.__dict__.get("config")
+            if config is not None and hasattr(config, "__dict__"):
+                found.extend(self._scalars(position, config.__dict__))
+        return tuple(found)
+
+    def _scalars(self, position: int, attributes: dict[str, Any]) -> Iterable[tuple[int, str, Any]]:
+        volatile = self.volatile
+        return [
+            (position, name, value)
+            for name, value in attributes.items()
+            if isinstance(value, SCALARS) and (position, name) not in volatile
+        ]
+
+
+def _device(inputs: Inputs) -> torch.device:
+    return next(iter(inputs.tensors().values())).device
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+# -- who reads which parameter -----------------------------------------------------------------------------------------
+
+
+class _Reads(TorchDispatchMode):
+    """Sees each tensor that an operation is given, and on which side of the cut.
+
+    The glue before the cut runs in a bypass run too; a parameter that it reads is the suffix's only if something that
+    was made from it is used after the cut.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.before: set[torch.Tensor] = set()
+        self.after: set[torch.Tensor] = set()
+        self.constants: list[torch.Tensor] = []
+        self.run: Run | None = None
+        """The bypass run under way; None in the prefix run."""
+        self._known = {id(t) for t in (*model.parameters(), *model.buffers(), *inputs.tensors().values())}
+        self._from: dict[int, frozenset[torch.Tensor]] = {id(p): frozenset([p]) for p in model.parameters()}
+        self._made: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        parameters = frozenset().union(*(self._from.get(id(t), frozenset()) for t in given))
+        if self.run is None:
+            self.before |= parameters
+            self._note_constants(given)
+        elif self.run._in_run:
+            self.before |= parameters
+        elif self.run.position == len(self.run.steps):
+            self.after |= parameters
+        output = func(*args, **kwargs)
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self._made[id(leaf)] = leaf  # held, so that its id is not given again
+                if self.run is not None and parameters and not isinstance(leaf, Absent):
+                    self._from[id(leaf)] = parameters
+        return output
+
+    def _note_constants(self, given: Sequence[torch.Tensor]) -> None:
+        for tensor in given:
+            if id(tensor) not in self._known and id(tensor) not in self._made:
+                self._made[id(tensor)] = tensor
+                self.constants.append(tensor)
+
+
+def _read_parameters(bypass: Bypass) -> _Reads:
+    """Run both halves on the example and write down which parameters each reads."""
+    plan, inputs = bypass.plan, bypass.plan.example
+    reads = _Reads(bypass.model, inputs)
+    size = plan.size(inputs)
+    cast = _cast(bypass.autocast, _device(inputs))
+    with reads, cast, evaluating(bypass.model):
+        run = plan.run("prefix")
+        state = random_state()
+        try:
+            with bypass.interceptor.running(run):
+                bypass.model._call_impl(*inputs.args, **inputs.kwargs)
+        except Stopped:
+            pass
+        set_random_state(state)
+    leaves = plan.taken(run.captured)
+    run = plan.run("bypass", bypass.autocast, kept=plan.filled(leaves, size))
+    run.absent = bypass._absent(inputs, size, leaves[0].device)
+    reads.run = run
+    with reads, cast, evaluating(bypass.model), bypass.interceptor.running(run):
+        bypass.model._call_impl(*inputs.args, **inputs.kwargs)
+    return reads
+
+
+def _cast(dtype: torch.dtype | None, device: torch.device) -> Any:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

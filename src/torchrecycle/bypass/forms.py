@@ -1,0 +1,161 @@
+"""What a skipped call would have returned, as far as it can be known without computing it: its form.
+
+A BERT layer that gave ``[2, 9, 384]`` for two texts of 9 tokens gives ``[64, 32, 384]`` for 64 texts of 32. The rule is
+found by running the model at a few sizes and solving each dimension for one of four laws: fixed, ``k * batch``,
+``tokens + c``, ``batch * (tokens + c)``. Where none holds (strided convolutions over time), the form is not predicted
+but looked up by a run at that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torchrecycle.absent import Absent
+from torchrecycle.codec import dense_stride, stride_order
+
+__all__ = ["Dim", "Size", "TensorForm", "TreeForm", "solve_tree"]
+
+Size = tuple[int, int]
+"""Objects in a batch, and tokens per object (0 where there is no mask)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """One dimension as a law of the batch's size."""
+
+    law: Literal["fixed", "batch", "tokens", "both"]
+    number: int
+    """The value if fixed; the factor for ``batch``; the summand for ``tokens`` and ``both``."""
+
+    def at(self, size: Size) -> int:
+        batch, tokens = size
+        if self.law == "fixed":
+            return self.number
+        if self.law == "batch":
+            return self.number * batch
+        return (tokens + self.number) * (batch if self.law == "both" else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorForm:
+    """Shape, dtype and order in memory of a tensor of any batch."""
+
+    dims: tuple[Dim, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+
+    def shape(self, size: Size) -> tuple[int, ...]:
+        return tuple(dim.at(size) for dim in self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeForm:
+    """The form of what a call returns: a nest of tensor forms, numbers that follow the size, and constants."""
+
+    spec: Any
+    leaves: tuple[Any, ...]
+    """`TensorForm`, `Dim` (a number that follows the size) or a constant."""
+    same_as: tuple[int, ...]
+    """For each leaf the first leaf that is the same object."""
+
+    @property
+    def tensors(self) -> list[int]:
+        """Positions of the leaves that are tensors, each object once."""
+        return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, TensorForm) and self.same_as[i] == i]
+
+    def absent(self, size: Size, device: torch.device, source: int) -> Any:
+        """The nest with absent tensors."""
+        made: list[Any] = []
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, TensorForm):
+                shape = leaf.shape(size)
+                made.append(
+                    Absent(shape, leaf.dtype, device, [source], dense_stride(shape, leaf.order))
+                    if self.same_as[i] == i
+                    else made[self.same_as[i]]
+                )
+            else:
+                made.append(leaf.at(size) if isinstance(leaf, Dim) else leaf)
+        return pytree.tree_unflatten(made, self.spec)
+
+    def filled(self, tensors: Sequence[torch.Tensor], size: Size) -> Any:
+        """The nest with these tensors, in the order of `tensors`."""
+        found = dict(zip(self.tensors, tensors))
+        made = [
+            found[self.same_as[i]]
+            if isinstance(leaf, TensorForm)
+            else leaf.at(size)
+            if isinstance(leaf, Dim)
+            else leaf
+            for i, leaf in enumerate(self.leaves)
+        ]
+        return pytree.tree_unflatten(made, self.spec)
+
+    def taken(self, output: Any) -> list[torch.Tensor]:
+        """The inverse of `filled`: the tensors of an output."""
+        leaves = pytree.tree_leaves(output)
+        return [leaves[i] for i in self.tensors]
+
+
+_CONSTANTS = (bool, str, bytes, float, type(None), torch.dtype, torch.device)
+
+
+def solve_tree(outputs: Sequence[Any], sizes: Sequence[Size]) -> TreeForm | str:
+    """The form behind what one call returned at several sizes, or in words why there is none."""
+    flat = [pytree.tree_flatten(output) for output in outputs]
+    first, spec = flat[0]
+    if any(other != spec for _, other in flat[1:]):
+        return "it returns nests of different structure for batches of different size"
+    leaves: list[Any] = []
+    for position, leaf in enumerate(first):
+        form = _solve_leaf([one[position] for one, _ in flat], sizes)
+        if isinstance(form, str):
+            return form
+        leaves.append(form)
+    ids = [id(leaf) for leaf in first]
+    same_as = [
+        ids.index(one) if isinstance(leaf, torch.Tensor) else i for i, (one, leaf) in enumerate(zip(ids, first))
+    ]
+    return TreeForm(spec, tuple(leaves), tuple(same_as))
+
+
+def _solve_leaf(values: Sequence[Any], sizes: Sequence[Size]) -> Any:
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        if any(not isinstance(v, torch.Tensor) or v.dim() != first.dim() or v.dtype != first.dtype for v in values):
+            return "it returns tensors of different rank or dtype for batches of different size"
+        dims = [_solve_dim([v.shape[i] for v in values], sizes) for i in range(first.dim())]
+        if any(dim is None for dim in dims):
+            return f"the shape of what it returns ({list(first.shape)}) follows the batch by no law that is known"
+        return TensorForm(tuple(d for d in dims if d), first.dtype, _order(values))
+    if isinstance(first, int) and not isinstance(first, bool):
+        dim = _solve_dim(values, sizes) if all(isinstance(v, int) for v in values) else None
+        return dim or "it returns numbers that follow the batch by no law that is known"
+    if isinstance(first, _CONSTANTS):
+        return first if all(v == first for v in values) else "it returns values that differ from batch to batch"
+    return f"it returns an object of type {type(first).__name__}, which is no tensor and no nest of tensors"
+
+
+def _order(values: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """The order in memory, from the sample with the fewest dimensions of size one (whose strides say nothing)."""
+    return stride_order(max(values, key=lambda value: sum(size > 1 for size in value.shape)))
+
+
+def _solve_dim(values: Sequence[int], sizes: Sequence[Size]) -> Dim | None:
+    batch, tokens = sizes[0]
+    laws = [Dim("fixed", values[0])]
+    if values[0] and values[0] % batch == 0:
+        laws.append(Dim("batch", values[0] // batch))
+    if tokens:
+        laws.append(Dim("tokens", values[0] - tokens))
+        if values[0] % batch == 0:
+            laws.append(Dim("both", values[0] // batch - tokens))
+    for law in laws:
+        if all(law.at(size) == value for size, value in zip(sizes, values)):
+            return law
+    return None

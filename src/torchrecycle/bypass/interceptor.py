@@ -1,0 +1,317 @@
+"""The interceptor: one forward of an unmodified model, of which the first calls are skipped.
+
+In a ResNet-34 cut at ``layer2``, six modules carry a slot besides the model itself: ``conv1``, ``bn1``, ``relu``,
+``maxpool``, ``layer1`` and ``layer2``. The model's slot begins a `Run` and ends it in ``finally``; the others ask the
+run what to do: return an `Absent`, return the kept rows, run as usual, or stop. Which run it is lies in a
+`ContextVar`, so that two threads can use one model.
+
+A run follows its steps strictly: a call that comes out of turn (LayerDrop) is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from torchrecycle.absent import Absent, AbsentRead
+from torchrecycle.errors import AutocastError, CutError
+from torchrecycle.trace import clear_slot, set_slot, slot_of
+
+__all__ = ["Interceptor", "Run", "Step", "Stopped", "evaluating", "frozen_call"]
+
+Action = Literal["skip", "run", "keep"]
+Mode = Literal["full", "prefix", "bypass", "glue"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What becomes of one of the outermost calls up to the cut."""
+
+    number: int
+    """The call's number in the trace."""
+    name: str
+    """Its module's name."""
+    action: Action
+    """``skip``: it returns an absent tensor; ``run``: it runs after all; ``keep``: it returns kept rows."""
+
+
+class Stopped(BaseException):
+    """A prefix run has reached its cut. Not an `Exception`, since models contain ``except Exception``."""
+
+
+@contextmanager
+def evaluating(module: nn.Module, *, gradient: bool = False) -> Iterator[None]:
+    """The module and all below it in eval mode and (unless told) without gradient; flags as before afterwards."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.__dict__["training"] = False
+    try:
+        with torch.set_grad_enabled(gradient):
+            yield
+    finally:
+        for part in training:
+            part.__dict__["training"] = True
+
+
+def frozen_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a module of the prefix: eval mode, no gradient.
+
+    Where nothing asks for a gradient, grad mode is left as it is: a view made without it could not be written later.
+    """
+    asks = any(parameter.requires_grad for parameter in module.parameters()) or any(
+        isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves((args, dict(kwargs)))
+    )
+    with evaluating(module, gradient=not asks and torch.is_grad_enabled()):
+        return module._call_impl(*args, **kwargs)
+
+
+class Run:
+    """One forward under way.
+
+    Args:
+        mode: ``full``: all runs, the prefix frozen; ``prefix``: up to the cut, outputs captured; ``bypass``: the prefix
+            skipped; ``glue``: the prefix skipped, up to the cut.
+        steps: the outermost calls up to the cut, in order.
+        modules: the module of each name in `steps`.
+        absent: per step number, the output tree of absent tensors that a skipped call returns.
+        kept: per step number, the output tree that a kept call returns (``bypass``).
+        autocast: what the rows are made under: a dtype, or None for no autocast.
+    """
+
+    __slots__ = ("_in_run", "absent", "autocast", "captured", "kept", "mode", "modules", "mixed", "position", "steps")
+
+    def __init__(
+        self,
+        mode: Mode,
+        steps: Sequence[Step],
+        modules: Mapping[nn.Module, str],
+        *,
+        mixed: frozenset[str] = frozenset(),
+        absent: Mapping[int, Any] | None = None,
+        kept: Mapping[int, Any] | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.mode = mode
+        self.steps = steps
+        self.modules = modules
+        self.mixed = mixed
+        self.absent = absent or {}
+        self.kept = kept or {}
+        self.autocast = autocast
+        self.position = 0
+        self.captured: dict[int, Any] = {}
+        self._in_run = False
+
+    def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a slotted module does within this run."""
+        name = self.modules.get(module)
+        if name is None or self._in_run:  # of another recycling of this model, or within a call that runs
+            return module._call_impl(*args, **kwargs)
+        if self.position == len(self.steps):
+            return self._after_the_cut(name, module, args, kwargs)
+        step = self.steps[self.position]
+        if step.name != name:
+            raise CutError(
+                f"the model called '{name}' where '{step.name}' was expected before the cut: it does not run its layers "
+                "in the same order each time (LayerDrop, or a branch on a value). Switch that off, or cut before it."
+            )
+        self.position += 1
+        last = self.position == len(self.steps)
+        if last and self.mode == "bypass":
+            self._compare_autocast()
+        if last and self.mode == "glue":
+            raise Stopped
+        if self.mode in ("bypass", "glue") and step.action == "keep":
+            return self.kept[step.number]
+        if self.mode in ("bypass", "glue") and step.action == "skip":
+            return self.absent[step.number]
+        output = self._frozen(step, module, args, kwargs)
+        if self.mode == "prefix" and step.action == "keep":
+            self.captured[step.number] = output
+        if self.mode == "prefix" and last:
+            raise Stopped
+        return output
+
+    def _frozen(self, step: Step, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self._in_run = True
+        try:
+            output = frozen_call(module, args, kwargs)
+        except AbsentRead as stop:
+            raise AbsentRead(stop.reason, stop.sources | {("run", step.number)}) from stop
+        finally:
+            self._in_run = False
+        if self.mode == "bypass":
+            sources = absent_sources(output)
+            if sources:
+                reason = f"'{step.name}' cannot run without what was skipped before it"
+                raise AbsentRead(reason, sources | {("run", step.number)})
+        return output
+
+    def _after_the_cut(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if name not in self.mixed:
+            raise CutError(
+                f"the model called '{name}' once more after the cut, which it did not do for the example: '{name}' "
+                "belongs to the frozen prefix. Give an example that shows this use, or cut elsewhere."
+            )
+        return module._call_impl(*args, **kwargs)
+
+    def _compare_autocast(self) -> None:
+        kept = pytree.tree_leaves(self.kept.get(self.steps[-1].number))
+        device = next((leaf.device.type for leaf in kept if isinstance(leaf, torch.Tensor)), "cpu")
+        ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if ambient != self.autocast:
+            raise AutocastError(
+                f"the forward runs under autocast {_words(ambient)}, but the rows were made under {_words(self.autocast)}. "
+                f"Declare it: recycle(..., autocast={ambient})."
+            )
+
+
+def _words(dtype: torch.dtype | None) -> str:
+    return "none" if dtype is None else str(dtype)
+
+
+def absent_sources(tree: Any) -> frozenset[Any]:
+    """Where the absent tensors in a nest would have come from; empty if there are none."""
+    found: set[Any] = set()
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Absent):
+            found |= leaf.sources or {("unknown", 0)}
+    return frozenset(found)
+
+
+class Entry(Protocol):
+    """What the model's own call goes to while it is recycled."""
+
+    @property
+    def mixed_modules(self) -> set[nn.Module]:
+        """Modules that are called on both sides of the cut."""
+        ...
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the model."""
+        ...
+
+
+_RUN: ContextVar[tuple[Any, Run] | None] = ContextVar("torchrecycle_run", default=None)
+
+
+class Interceptor:
+    """The slots of one model, shared by all its recyclings. `attach` and `detach` are inverses.
+
+    Args:
+        model: the root.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._users: dict[nn.Module, int] = {}
+        self.entries: list[Entry] = []
+        """What the model's own call does; the last attached governs."""
+        self._frozen: dict[nn.Parameter, list[Any]] = {}
+
+    @staticmethod
+    def of(model: nn.Module) -> Interceptor | None:
+        """The interceptor that is attached to this model, if any."""
+        return getattr(slot_of(model), "interceptor", None)
+
+    def slots(self, modules: Sequence[nn.Module]) -> None:
+        """Put a slot into each of the modules."""
+        for module in modules:
+            if slot_of(module) is not None and module not in self._users:
+                raise CutError(
+                    f"a module before the cut ({type(module).__name__}) has been compiled in place (module.compile()). "
+                    "Attach first, or compile only what comes after the cut."
+                )
+        for module in modules:
+            self._users[module] = self._users.get(module, 0) + 1
+            if self._users[module] == 1:
+                set_slot(module, self._slot(module))
+
+    def free(self, modules: Sequence[nn.Module]) -> None:
+        """Take the slots out again, where nobody else needs them."""
+        for module in modules:
+            self._users[module] -= 1
+            if not self._users[module]:
+                del self._users[module]
+                clear_slot(module)
+
+    def attach(self, entry: Entry) -> None:
+        """Let the model's own call go to `entry`."""
+        if not self.entries:
+            set_slot(self.model, self._root_slot())
+        self.entries.append(entry)
+
+    def detach(self, entry: Entry) -> None:
+        """Undo `attach`."""
+        self.entries.remove(entry)
+        if not self.entries:
+            clear_slot(self.model)
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """No gradient for these. `thaw` is the inverse.
+
+        Their ``.grad`` is dropped: an optimiser made before would still move them by momentum or weight decay.
+        """
+        for parameter in parameters:
+            self._frozen.setdefault(parameter, [parameter.requires_grad, 0])[1] += 1
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def thaw(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Undo `freeze`, where no other recycling of the model still needs them frozen."""
+        for parameter in parameters:
+            before = self._frozen[parameter]
+            before[1] -= 1
+            if not before[1]:
+                del self._frozen[parameter]
+                parameter.requires_grad_(before[0])
+
+    @contextmanager
+    def running(self, run: Run) -> Iterator[None]:
+        """Within this context the slots ask `run`."""
+        token = _RUN.set((self, run))
+        try:
+            yield
+        finally:
+            _RUN.reset(token)
+
+    def _root_slot(self) -> Callable[..., Any]:
+        # Compiled code does not look at the slots of inner modules, so the model's own call must stay outside of it.
+        @torch._dynamo.disable
+        def root(*args: Any, **kwargs: Any) -> Any:
+            current = _RUN.get()
+            if current is not None and current[0] is self:  # the model calls itself within its own forward
+                return self.model._call_impl(*args, **kwargs)
+            return self.entries[-1].enter(args, kwargs)
+
+        root.interceptor = self  # pyright: ignore
+        root.is_recycling = True  # pyright: ignore
+        return root
+
+    def _slot(self, module: nn.Module) -> Callable[..., Any]:
+        def slot(*args: Any, **kwargs: Any) -> Any:
+            current = _RUN.get()
+            if current is not None and current[0] is self:
+                return current[1].call(module, args, kwargs)
+            return self._outside(module, args, kwargs)
+
+        slot.is_recycling = True  # pyright: ignore
+        return slot
+
+    def _outside(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A module of the prefix called outside of the model's own forward."""
+        if any(isinstance(leaf, Absent) for leaf in pytree.tree_leaves((args, dict(kwargs)))):
+            raise CutError(
+                "a checkpoint region reaches across the cut: it computes the frozen layers again during backward, after "
+                "the forward has returned, and would give wrong gradients. Checkpoint only after the cut."
+            )
+        if any(module in entry.mixed_modules for entry in self.entries):
+            return module._call_impl(*args, **kwargs)
+        return frozen_call(module, args, kwargs)

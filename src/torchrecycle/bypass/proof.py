@@ -1,0 +1,352 @@
+"""The proof that a cut model computes what it computed before: before use, not only at attach.
+
+For one batch, three runs: the full forward with the prefix frozen, the prefix run, and the bypass run. Outputs must be
+the same tree with the same bits, in eval mode and in training mode with the generators put back between the runs; the
+bypass run is repeated on the same rows, since a suffix that writes into them would show only the second time; in
+training mode backward runs too, and finds a checkpoint region that reaches across the cut.
+
+At attach it is also tried whether a row depends on its object alone: the other objects of the batch replaced, more
+padding on either side, other values at padded places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchrecycle.bypass.bypass import Bypass
+from torchrecycle.bypass.inputs import Inputs
+from torchrecycle.bypass.interceptor import Stopped
+from torchrecycle.bypass.plan import pad_inputs, take_rows
+from torchrecycle.errors import CutError
+from torchrecycle.trace import random_state, set_random_state, undisturbed
+
+__all__ = ["Padding", "first_difference", "noise", "positions", "prove", "prove_rows", "relative_difference"]
+
+DRAWS = 256
+"""How many random states are tried on glue that draws random numbers in training mode."""
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def noise(dtype: torch.dtype) -> float:
+    """The relative difference that rounding alone may make after some dozens of layers in this dtype."""
+    return {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2}.get(dtype, 5e-2)
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Root mean square of the difference, divided by that of `a`; 0 where both are empty or the same."""
+    if a.numel() == 0 or torch.equal(a, b):
+        return 0.0
+    a, b = a.double(), b.double()
+    return ((a - b).pow(2).mean().sqrt() / a.pow(2).mean().sqrt().clamp_min(1e-30)).item()
+
+
+def first_difference(
+    want: Any, got: Any, path: str = "", mask: torch.Tensor | None = None, depth: int = 0
+) -> str | None:
+    """Where two outputs differ first, in words; None if they are the same to the bit.
+
+    With a `mask` ``[batch, tokens]``, tensors of shape ``[batch, tokens, ...]`` are compared where it is one.
+    """
+    where = path or "the output"
+    if isinstance(want, torch.Tensor) or isinstance(got, torch.Tensor):
+        return _tensor_difference(want, got, where, mask)
+    if isinstance(want, Mapping) and isinstance(got, Mapping):
+        if list(want) != list(got):
+            return f"{where} has the entries {list(got)} instead of {list(want)}"
+        pairs: Iterator[Any] = ((f"{path}.{name}".lstrip("."), want[name], got[name]) for name in want)
+    elif isinstance(want, (tuple, list)) and isinstance(got, (tuple, list)):
+        if len(want) != len(got):
+            return f"{where} has {len(got)} parts instead of {len(want)}"
+        pairs = ((f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(want, got)))
+    elif type(want) is not type(got):
+        return f"{where} is a {type(got).__name__} instead of a {type(want).__name__}"
+    elif hasattr(want, "__dict__") and not isinstance(want, type) and depth < 4:
+        return first_difference(vars(want), vars(got), path, mask, depth + 1)
+    else:
+        return None if want is got or hasattr(want, "__dict__") or want == got else f"{where} is {got!r} instead of {want!r}"
+    return next((found for name, a, b in pairs if (found := first_difference(a, b, name, mask, depth))), None)
+
+
+def _tensor_difference(want: Any, got: Any, where: str, mask: torch.Tensor | None) -> str | None:
+    if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
+        return f"{where} is a {type(got).__name__} instead of a {type(want).__name__}"
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return f"{where} is {list(got.shape)} {got.dtype} instead of {list(want.shape)} {want.dtype}"
+    want, got = want.detach(), got.detach()
+    if mask is not None and want.dim() >= 2 and want.shape[:2] == mask.shape:
+        want, got = want[mask.bool()], got[mask.bool()]
+    if torch.equal(want, got) or torch.equal(want.isnan(), got.isnan()) and torch.equal(
+        want.nan_to_num(), got.nan_to_num()
+    ):
+        return None
+    return f"{where} differs by {relative_difference(want, got):.2g} of its size"
+
+
+# -- the same function -------------------------------------------------------------------------------------------------
+
+
+def prove(bypass: Bypass, inputs: Inputs) -> None:
+    """Prove one signature, in the model's present mode.
+
+    Raises:
+        CutError: the halves do not compute what the whole does, with the flag or output named.
+    """
+    signature = bypass.signature(inputs)
+    model = bypass.model
+    with undisturbed(model):
+        state = random_state()
+        want = bypass.full(inputs)
+        after = bypass.flags()
+        moved = {(a[0], a[1]) for a, b in zip(bypass.flags(), signature[-1]) if a != b} if after != signature[-1] else set()
+        want_gradients = _gradients(bypass, want)
+    bypass.volatile |= moved
+    with undisturbed(model):
+        leaves = bypass.prefix(inputs)
+    versions = [leaf._version for leaf in leaves]
+    originals = [leaf.clone() for leaf in leaves]
+    with undisturbed(model):
+        set_random_state(state)
+        got = bypass.suffix(inputs, leaves)
+        got_gradients = _gradients(bypass, got)
+    if [leaf._version for leaf in leaves] != versions:
+        bypass.clones = True
+        leaves = originals
+    with undisturbed(model):
+        set_random_state(state)
+        again = bypass.suffix(inputs, leaves)
+    for output in (got, again):
+        difference = first_difference(want, output)
+        if difference:
+            raise CutError(_not_the_same(bypass, difference))
+    _compare_gradients(bypass, want_gradients, got_gradients)
+    if model.training:
+        _try_draws(bypass, inputs)
+    bypass.proven.add(bypass.signature(inputs))
+
+
+def _gradients(bypass: Bypass, output: Any) -> dict[str, torch.Tensor]:
+    """Run backward from everything in the output that has a gradient."""
+    if not torch.is_grad_enabled():
+        return {}
+    total = 0
+    for tensor in _tensors(output):
+        if tensor.requires_grad and tensor.is_floating_point():
+            weights = torch.cos(torch.arange(tensor.numel(), device=tensor.device, dtype=torch.float32))
+            total = total + (tensor.float().reshape(-1) * weights).sum()
+    if isinstance(total, torch.Tensor):
+        total.backward()
+    return {n: p.grad for n, p in bypass.model.named_parameters() if p.grad is not None}
+
+
+def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part, depth)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part, depth)
+    elif hasattr(value, "__dict__") and not isinstance(value, type) and depth < 3:
+        yield from _tensors(vars(value), depth + 1)
+
+
+def _compare_gradients(
+    bypass: Bypass, want: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]
+) -> None:
+    """Gradients may differ by rounding (sums over threads have no fixed order), but not by more."""
+    wrong = [n for n in want if n not in got or relative_difference(want[n], got[n]) > noise(want[n].dtype)]
+    wrong = [n for n in wrong if n not in bypass.prefix_parameters]
+    wrong += [n for n in got if n not in want]
+    if wrong:
+        raise CutError(
+            f"cannot cut at '{bypass.plan.cut}': the gradient of '{wrong[0]}' is not what it is without recycling. A "
+            "custom backward or a hook reaches across the cut."
+        )
+
+
+def _try_draws(bypass: Bypass, inputs: Inputs) -> None:
+    """In training mode, does what happens between the skipped layers depend on chance (LayerDrop)?
+
+    It runs up to the cut under many random states: milliseconds, since all layers there are skipped.
+    """
+    device = next(iter(inputs.tensors().values())).device
+    size = bypass.plan.size(inputs)
+    kept = {n: bypass.plan.forms[n].absent(size, device, n) for n in bypass.plan.kept}
+    with undisturbed(bypass.model), torch.no_grad():
+        for draw in range(DRAWS):
+            torch.manual_seed(draw)
+            before = random_state()
+            run = bypass.plan.run("glue", absent=bypass._absent(inputs, size, device), kept=kept)
+            try:
+                with bypass.interceptor.running(run):
+                    bypass.model._call_impl(*inputs.args, **inputs.kwargs)
+            except Stopped:
+                pass
+            if draw == 0 and _same_state(before, random_state()):
+                return
+
+
+def _same_state(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return bool(torch.equal(a[2], b[2])) and a[0] == b[0] and repr(a[1]) == repr(b[1])
+
+
+_FLAGS = {
+    "output_hidden_states": "hidden_states",
+    "output_attentions": "attentions",
+    "use_cache": "past_key_values",
+    "output_router_logits": "router_logits",
+}
+
+
+def _not_the_same(bypass: Bypass, difference: str) -> str:
+    blame = ""
+    for flag, output in _FLAGS.items():
+        if output in difference or "instead of" in difference and _is_set(bypass, flag):
+            blame = f" It comes from skipped layers; set {flag}=False to do without."
+            break
+    if not blame and bypass.model.training:
+        blame = (
+            " In training mode the model does something between the frozen layers (dropout or LayerDrop in its own "
+            "forward) that it does not do in eval mode; switch that off, or cut before it."
+        )
+    return f"cannot cut at '{bypass.plan.cut}': with the prefix skipped, {difference}.{blame}"
+
+
+def _is_set(bypass: Bypass, flag: str) -> bool:
+    return any(name == flag and value is True for _, name, value in bypass.flags())
+
+
+# -- a row depends on its object alone ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What was found out about padding: whether rows can be kept without it."""
+
+    right: bool = True
+    """Padding after the tokens changes nothing."""
+    left: bool = True
+    """Padding before the tokens changes nothing."""
+    because: str = ""
+    """Why not, in words."""
+
+
+def positions(mask: torch.Tensor, padding: Padding) -> torch.Tensor:
+    """Which places of ``[batch, tokens]`` a row keeps: the tokens, or all where padding matters.
+
+    A mask with holes keeps all places: the distance between its tokens would be lost.
+    """
+    mask = mask.bool()
+    steps = mask[:, 1:].int() - mask[:, :-1].int()
+    right = (steps <= 0).all(dim=1)
+    left = (steps >= 0).all(dim=1)
+    trimmed = (right & padding.right) | (left & ~right & padding.left)
+    return mask | ~trimmed[:, None]
+
+
+def prove_rows(bypass: Bypass) -> Padding:
+    """Prove that a row depends on its object alone, and find out about padding.
+
+    Raises:
+        CutError: a row depends on chance or on the other objects of its batch.
+    """
+    example = bypass.plan.example
+    with undisturbed(bypass.model):
+        rows = _rows(bypass, example)
+        torch.manual_seed(torch.initial_seed() % 2**31 + 1)
+        again = _rows(bypass, example)
+        if any(not torch.equal(a, b) for a, b in zip(rows, again)):
+            raise CutError(
+                f"cannot cut at '{bypass.plan.cut}': the prefix gives other values each time it runs, even in eval mode, "
+                "so one kept row would freeze one draw"
+            )
+        others = _rows(bypass, _others_replaced(bypass, example))
+        if any(not torch.equal(a[:1], b[:1]) for a, b in zip(rows, others)):
+            difference = max(relative_difference(a[:1], b[:1]) for a, b in zip(rows, others))
+            raise CutError(
+                f"cannot cut at '{bypass.plan.cut}': what the prefix gives for an object depends on the other objects of "
+                f"the batch (a difference of {difference:.1%} when they are replaced), so it cannot be kept for the object"
+            )
+        return _prove_padding(bypass) if bypass.plan.mask else Padding()
+
+
+def _rows(bypass: Bypass, inputs: Inputs) -> list[torch.Tensor]:
+    return [layout.to_rows(leaf) for layout, leaf in zip(bypass.plan.layouts, bypass.prefix(inputs))]
+
+
+def _others_replaced(bypass: Bypass, inputs: Inputs) -> Inputs:
+    """The first object as it is; in place of the others, some with other content and the same mask."""
+    first = take_rows(inputs, [0, 0])
+
+    def other(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or name not in bypass.plan.read_before:
+            return value
+        mine = first.tensors()[name].clone()
+        if name == bypass.plan.mask:
+            return value
+        mine[1] = value[1].flip(-1) if value.dim() > 1 else value[1]
+        if value.is_floating_point():
+            mine[1] = mine[1] * 0.5 + 0.1
+        return mine
+
+    return inputs.map(other)
+
+
+def _prove_padding(bypass: Bypass) -> Padding:
+    found: dict[str, str] = {side: _padding_matters(bypass, side) for side in ("right", "left")}
+    because = "; ".join(f"{side}: {why}" for side, why in found.items() if why)
+    return Padding(right=not found["right"], left=not found["left"], because=because)
+
+
+def _padding_matters(bypass: Bypass, side: str) -> str:
+    """Why a row needs its padding on that side; empty if it does not."""
+    plan = bypass.plan
+    name = plan.mask or ""
+    example = _unpadded(plan.example, name)
+    ragged = [i for i, layout in enumerate(plan.layouts) if layout.ragged]
+    short = _rows(bypass, example)
+    mask = example.tensors()[name].bool()
+    padded = pad_inputs(example, name, 3, side, plan.read_before)
+    long_mask = padded.tensors()[name].bool()
+    other = pad_inputs(example, name, 3, side, plan.read_before, other_fill=True)
+    long, filled = _rows(bypass, padded), _rows(bypass, other)
+    for i, (a, b, c) in enumerate(zip(short, long, filled)):
+        if i in ragged:
+            a, b, c = a[mask], b[long_mask], c[long_mask]
+        difference = relative_difference(a, b)
+        if difference > noise(a.dtype):
+            return f"more padding changes a row by {difference:.1%}"
+        if not torch.equal(b, c):
+            return "what stands at padded places changes a row"
+    return _suffix_reads_padding(bypass, padded, long_mask)
+
+
+def _unpadded(inputs: Inputs, mask: str) -> Inputs:
+    """Both objects as long as the batch: the example's own padding may lie on either side."""
+    tensor = inputs.tensors()[mask]
+    return inputs.replace({mask: torch.ones_like(tensor)})
+
+
+def _suffix_reads_padding(bypass: Bypass, inputs: Inputs, mask: torch.Tensor) -> str:
+    """Whether the outputs change when zeros stand in place of what the prefix gave at padded places."""
+    leaves = bypass.prefix(inputs)
+    state = random_state()
+    emptied = []
+    for layout, leaf in zip(bypass.plan.layouts, leaves):
+        rows = layout.to_rows(leaf).to(layout.dtype)
+        if layout.ragged:
+            rows = layout.pad(*layout.trim(rows, mask), mask)
+        emptied.append(layout.to_model(rows.to(layout.dtype)))
+    with torch.no_grad():
+        want = bypass.suffix(inputs, [leaf.clone() for leaf in leaves])
+        set_random_state(state)
+        got = bypass.suffix(inputs, emptied)
+    difference = first_difference(want, got, mask=mask)
+    return f"what the prefix gives at padded places is used: {difference}" if difference else ""

@@ -1,0 +1,194 @@
+"""The fingerprint: everything besides the object itself that a kept row depends on.
+
+In this order it holds: the recipe's version; the cut, the kept leaves and the model inputs that make the key; the
+precision; autocast; then for each module of the prefix its qualified name and class, its ``extra_repr()``, its plain
+attributes (eps, stride: what tells timm's ``efficientnet_lite0`` from ``tf_efficientnet_lite0``, whose class and
+weights' names are the same and whose outputs are not), and name, dtype, shape and bytes of every parameter, buffer and
+constant that it may read. For a ResNet-34 cut at ``layer3`` that is 33 MB, hashed in some 10 ms.
+
+It does not hold: the suffix and its config, the glue in the forward of the modules around the cut, versions of
+libraries. Many heads share one trunk; what else changes the function is found by the probe that lies beside the rows.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import nn
+
+from torchrecycle.codec import Layout
+
+__all__ = ["FINGERPRINT_VERSION", "Fingerprint", "Watch", "take_fingerprint"]
+
+FINGERPRINT_VERSION = 1
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size, enum.Enum)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """128 bits, and the digest of each part, to say what changed."""
+
+    hex: str
+    """32 hexadecimal digits: the name of the folder of rows."""
+    parts: Mapping[str, str] = field(repr=False)
+    """Digest by part: ``settings``, ``layer1.0.conv1`` (class and attributes), ``layer1.0.conv1.weight``."""
+
+    def difference(self, other: Fingerprint) -> list[str]:
+        """The names of the parts in which two fingerprints differ."""
+        names = [*self.parts, *(name for name in other.parts if name not in self.parts)]
+        return [name for name in names if self.parts.get(name) != other.parts.get(name)]
+
+
+def take_fingerprint(
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, torch.Tensor],
+    constants: Sequence[torch.Tensor],
+    settings: Mapping[str, Any],
+) -> Fingerprint:
+    """Hash what the rows of one cut depend on.
+
+    Args:
+        modules: the outermost modules of the prefix, by qualified name; all below them count.
+        parameters: parameters of the prefix that lie outside of these modules, by name.
+        constants: tensors that the prefix reads and that are neither parameter, buffer nor input.
+        settings: cut, precision, autocast, key inputs: plain values.
+    """
+    whole = blake3(f"torchrecycle fingerprint {FINGERPRINT_VERSION}".encode())
+    parts: dict[str, str] = {}
+
+    def add(name: str, digest: str) -> None:
+        parts[name] = digest
+        whole.update(f"{len(name)}:{name}={digest};".encode())
+
+    add("settings", blake3(repr(sorted(settings.items())).encode()).hexdigest())
+    for name, module in _all_modules(modules):
+        add(f"{name} ({type(module).__name__})", blake3(_describe(module).encode()).hexdigest())
+        for tensor_name, tensor in _own_tensors(module):
+            add(f"{name}.{tensor_name}", tensor_digest(tensor))
+    for name, parameter in parameters.items():
+        add(name, tensor_digest(parameter))
+    for number, constant in enumerate(constants):
+        add(f"constant {number}", tensor_digest(constant))
+    return Fingerprint(whole.hexdigest(length=16), parts)
+
+
+def settings_of(
+    cut: str,
+    layouts: Sequence[Layout],
+    *,
+    precision: str | None,
+    autocast: torch.dtype | None,
+    inputs: Sequence[str],
+    padding: str,
+    key: str = "",
+) -> dict[str, Any]:
+    """What of a recycling's settings enters its fingerprint."""
+    leaves = [(lay.dims, lay.batch_dim, lay.ragged_dim, lay.order, lay.shape, str(lay.dtype), str(lay.kept)) for lay in layouts]
+    return {
+        "cut": cut,
+        "leaves": leaves,
+        "precision": precision,
+        "autocast": str(autocast),
+        "inputs": sorted(inputs),
+        "padding": padding,
+        "key": key,
+    }
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Digest of dtype, shape and bytes."""
+    value = tensor.detach()
+    if value.layout is not torch.strided or value.is_quantized:
+        value = value.to_dense() if value.layout is not torch.strided else value.int_repr()
+    flat = value.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    hasher = blake3(max_threads=blake3.AUTO if data.nbytes > 1 << 20 else 1)
+    hasher.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
+    hasher.update(data)
+    return hasher.hexdigest()
+
+
+def _all_modules(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[nn.Module] = set()
+    for outer, module in modules.items():
+        for inner, part in module.named_modules():
+            if part not in seen:
+                seen.add(part)
+                yield f"{outer}.{inner}" if inner else outer, part
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers and plain tensor attributes of one module, without those of its children."""
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+    for name, value in module.__dict__.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+_OF_ANY_MODULE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_is_hf_initialized"}
+
+
+def _describe(module: nn.Module) -> str:
+    """Class, ``extra_repr`` and plain attributes, in words."""
+    kind = type(module)
+    lines = [f"{kind.__module__}.{kind.__qualname__}", module.extra_repr()]
+    for name, value in sorted(module.__dict__.items()):
+        if name not in _OF_ANY_MODULE and (plain := _plain(value)) is not None:
+            lines.append(f"{name}={plain}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str | None:
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, (tuple, list)) and all(isinstance(part, _PLAIN) for part in value):
+        return repr(value)
+    return None
+
+
+# -- while attached ----------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """A cheap look at whether the prefix has moved: identity, version, dtype and place of each of its tensors.
+
+    A write through ``p.data`` or NumPy moves none of these; for that the bytes are hashed at every iteration.
+
+    Args:
+        modules: the outermost modules of the prefix.
+        parameters: parameters of the prefix outside of them.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], parameters: Mapping[str, torch.Tensor]) -> None:
+        parts = [module for _, module in _all_modules(modules)]
+        self._tables = [table for part in parts for table in (part._parameters, part._buffers) if table]
+        self._children = [part._modules for part in parts if part._modules]
+        self._parameters = dict(parameters)
+        self._seen = self._look()
+
+    def _look(self) -> list[tuple[Any, ...]]:
+        look = [
+            (id(t), t._version, t.dtype, t.data_ptr()) for table in self._tables for t in table.values() if t is not None
+        ]
+        look += [tuple(map(id, children.values())) for children in self._children]
+        look += [(id(t), t._version, t.dtype, t.data_ptr()) for t in self._parameters.values()]
+        return look
+
+    def moved(self) -> bool:
+        """Whether any tensor was replaced, written or moved since the last `renew`."""
+        return self._look() != self._seen
+
+    def renew(self) -> None:
+        """Take the present state as the one to compare with."""
+        self._seen = self._look()

@@ -1,0 +1,274 @@
+"""The order in which a model runs: one forward, watched.
+
+`trace` runs a model once and writes down every module call with its beginning and end: in a ResNet-34, 91 calls, of
+which ``layer2`` is number 40 and ends after 48 % of the time. From this list follow the cuts, what comes before each,
+and what each saves.
+
+A call is watched, and later skipped, in the instance slot ``module._compiled_call_impl``: ``Module.__call__`` consults
+it before hooks and ``forward``, and ``__getstate__`` drops it, so that a ``deepcopy`` or a pickle of the model is plain.
+Replacing ``module.forward`` would break both (a copy runs the original's weights), and a changed class breaks
+parametrisation and FSDP2. It is a private slot of PyTorch: a contract test runs on each version that we declare.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from torchrecycle.errors import CutError
+
+__all__ = ["Call", "Trace", "clear_slot", "set_slot", "slot_of", "trace", "undisturbed"]
+
+SLOT = "_compiled_call_impl"
+
+
+def slot_of(module: nn.Module) -> Any:
+    """What lies in the module's slot, or None."""
+    return module.__dict__.get(SLOT)
+
+
+def set_slot(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Let `function` be called in place of the module. `clear_slot` is its inverse."""
+    module.__dict__[SLOT] = function
+
+
+def clear_slot(module: nn.Module) -> None:
+    """Undo `set_slot`: the module's ``__dict__`` is as before."""
+    module.__dict__.pop(SLOT, None)
+
+
+# -- leaving no trace --------------------------------------------------------------------------------------------------
+
+
+def random_state() -> tuple[Any, ...]:
+    """The states of Python's, NumPy's and torch's generators (with those of CUDA, if it was used)."""
+    numpy = sys.modules.get("numpy")
+    return (
+        random.getstate(),
+        None if numpy is None else numpy.random.get_state(),
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    )
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Put back what `random_state` gave."""
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3]:
+        torch.cuda.set_rng_state_all(state[3])
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the model and the generators are as before: attributes, flags, buffers, gradients."""
+    state = random_state()
+    kept = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, attributes, containers in kept:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for container, content in containers:
+                _refill(container, content)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        set_random_state(state)
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The module's dicts, lists and sets (parameters, hooks, caches), each with a copy of its content."""
+    return [(value, copy.copy(value)) for value in module.__dict__.values() if isinstance(value, (dict, list, set))]
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+# -- the trace ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of one module within one forward."""
+
+    number: int
+    """Position in the order of beginning; the model's own call is 0."""
+    name: str
+    """Qualified name of the module: ``layer1.0.conv1``; the model itself is ``""``."""
+    module: nn.Module = field(repr=False)
+    occurrence: int
+    """0 for the module's first call in this forward."""
+    parent: int
+    """Number of the call within which it happened; -1 for the model's own."""
+    begin: int
+    """Time of its beginning, counted in events (begins and ends)."""
+    end: int = -1
+    """Time of its end, in events."""
+    seconds: tuple[float, float] = (0.0, 0.0)
+    """Beginning and end, in seconds since the model's call began."""
+    flops: tuple[int, int] = (0, 0)
+    """Floating point operations done before its beginning and before its end, if counted."""
+    output: Any = field(default=None, repr=False)
+    """What it returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One forward: its calls in order of beginning, and what it returned."""
+
+    calls: Sequence[Call]
+    output: Any = field(repr=False)
+
+    def of(self, name: str) -> list[Call]:
+        """The calls of the module of that name."""
+        return [call for call in self.calls if call.name == name]
+
+    def ancestors(self, call: Call) -> list[Call]:
+        """The calls around `call`, the innermost first."""
+        around = []
+        while call.parent >= 0:
+            call = self.calls[call.parent]
+            around.append(call)
+        return around
+
+    def outermost_until(self, cut: Call) -> list[Call]:
+        """The outermost calls that end no later than `cut`, in order; `cut` is the last."""
+        around = {call.number for call in self.ancestors(cut)}
+        return [call for call in self.calls if call.end <= cut.end and call.parent in around]
+
+
+def trace(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    count_flops: bool = False,
+    keep_outputs: bool = True,
+) -> Trace:
+    """Run the model once as it stands, without gradient, and write down every module call.
+
+    The model and all generators are as before afterwards. Modules compiled with ``module.compile()`` are seen as a
+    whole.
+
+    Args:
+        model: any module; its training flags are left as they are.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        count_flops: count floating point operations too (slows the run, so that its seconds mean nothing).
+        keep_outputs: hold what each call returned.
+
+    Raises:
+        CutError: the model itself has been compiled, or is recycled already inside another trace.
+    """
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        names[module] = name
+    if slot_of(model) is not None and not getattr(slot_of(model), "is_recycling", False):
+        raise CutError(
+            "the model itself has been compiled in place (model.compile()): compiled code ignores what happens to inner "
+            "modules. Attach first, or compile only the modules after the cut."
+        )
+    recorder = _Recorder(names, count_flops, keep_outputs)
+    with undisturbed(model), torch.no_grad():
+        for module in _watchable(model):
+            set_slot(module, recorder.slot(module))
+        with recorder.counting():
+            output = model(*args, **kwargs)
+    return Trace(recorder.calls, output)
+
+
+def _watchable(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules but those inside of a compiled one, whose code would not look at their slots."""
+    stack, seen = [model], set()
+    while stack:
+        module = stack.pop()
+        if module in seen or (slot_of(module) is not None and not getattr(slot_of(module), "is_recycling", False)):
+            continue
+        seen.add(module)
+        yield module
+        stack.extend(module.children())
+
+
+class _Recorder:
+    def __init__(self, names: Mapping[nn.Module, str], count_flops: bool, keep_outputs: bool) -> None:
+        self.calls: list[Call] = []
+        self._names = names
+        self._open: list[int] = []
+        self._events = 0
+        self._times: dict[nn.Module, int] = {}
+        self._flops: Any = None
+        self._count_flops = count_flops
+        self._keep_outputs = keep_outputs
+        self._started = 0.0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        if not self._count_flops:
+            yield
+            return
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self._flops = FlopCounterMode(display=False)
+        with self._flops:
+            yield
+
+    def _now(self) -> tuple[float, int]:
+        return time.perf_counter() - self._started, self._flops.get_total_flops() if self._flops else 0
+
+    def slot(self, module: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self.calls:
+                self._started = time.perf_counter()
+            occurrence = self._times.get(module, 0)
+            self._times[module] = occurrence + 1
+            parent = self._open[-1] if self._open else -1
+            this = Call(len(self.calls), self._names[module], module, occurrence, parent, self._events)
+            self.calls.append(this)
+            self._events += 1
+            self._open.append(this.number)
+            began = self._now()
+            try:
+                output = module._call_impl(*args, **kwargs)
+            finally:
+                self._open.pop()
+                ended = self._now()
+                this.seconds, this.flops = (began[0], ended[0]), (began[1], ended[1])
+                this.end = self._events
+                self._events += 1
+            this.output = output if self._keep_outputs else pytree.tree_map(_form_only, output)
+            return output
+
+        return call
+
+
+def _form_only(leaf: Any) -> Any:
+    """A tensor's form without its value."""
+    if isinstance(leaf, torch.Tensor):
+        return torch.empty(0, dtype=leaf.dtype, device=leaf.device).new_empty(()).expand(leaf.shape)
+    return leaf
