@@ -1,0 +1,74 @@
+"""``about.json``: what a fingerprint covers, in words; the form of its rows; the version of the format.
+
+It is for people first: whoever finds 40 GB under a hash of 32 letters reads here which model and which cut
+they are of. It is written before the first segment and never changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from torchrecycle.errors import StoreError
+from torchrecycle.store.container import DTYPES, Packed, code_of, refuse_newer
+from torchrecycle.store.contract import FORMAT_VERSION, LeafSpec
+from torchrecycle.store.shelf import Shelf
+
+ABOUT = "about.json"
+
+
+def write_about(shelf: Shelf, leaves: Sequence[LeafSpec], about: Mapping[str, Any]) -> None:
+    """Write the file, unless there is one."""
+    if shelf.read(ABOUT) is None:
+        text = {"format": FORMAT_VERSION, "leaves": [_spec_to_json(spec) for spec in leaves], "about": about}
+        data = np.frombuffer((json.dumps(text, indent=2, ensure_ascii=False) + "\n").encode(), dtype=np.uint8)
+        shelf.write(ABOUT, Packed(len(data), [data]), keep=True)
+
+
+def read_about(shelf: Shelf, leaves: Sequence[LeafSpec]) -> dict[str, Any] | None:
+    """What the file says about the fingerprint, or None if there is none.
+
+    Raises:
+        StoreError: It is not readable, of a newer format, or its rows are not of this form.
+    """
+    file = f"{shelf.url}/{ABOUT}"
+    data = shelf.read(ABOUT)
+    if data is None:
+        return None
+    try:
+        found = json.loads(data.numpy().tobytes().decode())
+        version, about = found["format"], found["about"]
+        if type(version) is not int or version < 1 or not isinstance(about, dict):
+            raise ValueError("format or about is of no known form")
+        refuse_newer(version, file)
+        kept = [_spec_from_json(spec) for spec in found["leaves"]]
+    except StoreError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise StoreError(
+            f"{file} is not readable ({error!r}): restore it, or delete that folder, "
+            "whose rows are then computed again"
+        ) from None
+    if kept != list(leaves):
+        raise StoreError(
+            f"{file}: the rows kept there are {_words(kept)}, and {_words(leaves)} are asked for"
+        )
+    return about
+
+
+def _spec_to_json(spec: LeafSpec) -> dict[str, Any]:
+    return {"shape": list(spec.shape), "ragged": spec.ragged, "dtype": code_of(spec.dtype)}
+
+
+def _spec_from_json(found: Any) -> LeafSpec:
+    shape, ragged, dtype = found["shape"], found["ragged"], DTYPES[found["dtype"]]
+    if type(ragged) is not bool or not all(type(size) is int and 0 <= size < 2**62 for size in shape):
+        raise ValueError(f"no form of a leaf: {found}")
+    return LeafSpec(tuple(shape), ragged, dtype)
+
+
+def _words(leaves: Sequence[LeafSpec]) -> str:
+    return ", ".join(f"{code_of(spec.dtype)} {['*'] * spec.ragged + list(spec.shape)}" for spec in leaves)

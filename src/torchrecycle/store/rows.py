@@ -1,0 +1,387 @@
+"""The rows of one fingerprint on a shelf: numbering, looking up, gathering, appending, publishing, verifying.
+
+A pass over 50,000 images with rows of 200 KB appends 10 GB, which is published as 40 segments of 256 MB; the
+next epoch looks 50,000 keys up once and gathers 64 locations at a time. All state that matters is in the
+files: what this object holds (which segment has which number, the index, the rows that wait) is rebuilt from
+them when it is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import blake3
+import numpy as np
+import torch
+
+from torchrecycle.errors import BatchError, DamagedRowError, StoreError
+from torchrecycle.store.about import read_about, write_about
+from torchrecycle.store.container import Entry, code_of, damaged, flat_bytes, pack, unpack
+from torchrecycle.store.contract import Leaf, LeafSpec, Ragged, Rows, VerifyReport
+from torchrecycle.store.index import Index, halves
+from torchrecycle.store.joining import Part, by_segment, join
+from torchrecycle.store.segment import Segment, pack_segment
+from torchrecycle.store.shelf import MANIFESTS, Shelf
+from torchrecycle.store.waiting import Waiting, copied, leaf_bytes, misfit
+
+PROBE = "probe.safetensors"
+SEGMENT_BYTES = 256 * 2**20
+PUBLISH_SECONDS = 30.0
+
+_SEGMENT_NAME = re.compile(r"[A-Za-z0-9]+-[0-9]+\.safetensors")
+_FINGERPRINT = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_IDENTITY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_DOCUMENT_NAME = re.compile(rf"(probe|{MANIFESTS}/[^/]+)\.safetensors")
+_OURS = "torchrecycle."
+_CONTENT_FIELD = "torchrecycle.blake3"
+
+
+def is_fingerprint(name: str) -> bool:
+    """Whether a folder of this name can be one of a store."""
+    return _FINGERPRINT.fullmatch(name) is not None
+
+
+def check_fingerprint(name: str) -> str:
+    """The fingerprint, if it can be the name of a folder."""
+    if not is_fingerprint(name):
+        raise StoreError(f"a fingerprint is 1 to 128 letters, digits, '_' or '-', not {name!r}")
+    return name
+
+
+def _manifest_name(identity: str) -> str:
+    if not _IDENTITY.fullmatch(identity):
+        raise StoreError(
+            f"a manifest's name is 1 to 128 letters, digits, '.', '_' or '-', not {identity!r}: hash it first"
+        )
+    return f"{MANIFESTS}/{identity}.safetensors"
+
+
+def _content(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """What a manifest or a probe says, as a hash."""
+    names = sorted(tensors)
+    shapes = [[name, code_of(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    hasher = blake3.blake3(json.dumps([shapes, sorted(metadata.items())]).encode())
+    for name in names:
+        hasher.update(flat_bytes(tensors[name]).data)
+    return hasher.hexdigest()
+
+
+def _locations(number: int, segment: Segment) -> np.ndarray:
+    return (number << 32) + np.arange(segment.rows, dtype=np.int64)
+
+
+def _as_locations(locations: np.ndarray | torch.Tensor) -> np.ndarray:
+    found = locations.cpu().numpy() if isinstance(locations, torch.Tensor) else np.asarray(locations)
+    if found.ndim != 1 or found.dtype != np.int64:
+        raise StoreError(
+            f"locations are [n] int64, as lookup gives them, not {list(found.shape)} {found.dtype}"
+        )
+    return found
+
+
+def _check_rows(segment: Segment, highest: int) -> None:
+    if highest >= segment.rows:
+        raise StoreError(
+            f"no such location: {segment.file} has {segment.rows} rows, and row {highest} is asked for"
+        )
+
+
+def _empty(spec: LeafSpec) -> Leaf:
+    values = torch.empty((0, *spec.shape), dtype=spec.dtype)
+    return Ragged(values, torch.empty(0, dtype=torch.int64)) if spec.ragged else values
+
+
+def _length(leaf: Leaf) -> int:
+    return len(leaf.lengths if isinstance(leaf, Ragged) else leaf)
+
+
+class ShelfRows(Rows):
+    """Rows whose files lie on a `Shelf`."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        leaves: Sequence[LeafSpec],
+        about: Mapping[str, Any],
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        publish_seconds: float = PUBLISH_SECONDS,
+    ) -> None:
+        for leaf in leaves:
+            code_of(leaf.dtype)
+        if not leaves:
+            raise StoreError("a row has at least one leaf")
+        self.url = shelf.url
+        self.leaves = tuple(leaves)
+        known = read_about(shelf, self.leaves)
+        self.about = json.loads(json.dumps(dict(about))) if known is None else known
+        self._shelf = shelf
+        self._segment_bytes = segment_bytes
+        self._publish_seconds = publish_seconds
+        self._names: list[str] = []
+        """The names of the segments, by number."""
+        self._hidden: set[int] = set()
+        """Numbers of segments that have left the shelf: not looked up any more."""
+        self._aside: set[int] = set()
+        """Those of them that were damaged: not read any more."""
+        self._listed = False
+        self._forget_process()
+
+    def _forget_process(self) -> None:
+        self._segments: dict[int, Segment] = {}
+        self._index: Index | None = None
+        self._waiting = Waiting(len(self.leaves))
+        self.bytes_read = self.bytes_written = self.verified_bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("_segments", "_index", "_waiting", "bytes_read", "bytes_written", "verified_bytes")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._forget_process()
+
+    def __repr__(self) -> str:
+        return f"<rows at {self.url}: {len(self)} rows, {self.nbytes / 1e6:.1f} MB>"
+
+    # Finding
+
+    def __len__(self) -> int:
+        return len(self._looked_up_in())
+
+    @property
+    def nbytes(self) -> int:
+        self._list_once()
+        return sum(self._segment(number).nbytes for number in self._visible())
+
+    def lookup(self, keys: np.ndarray) -> np.ndarray:
+        return self._looked_up_in().find(keys)
+
+    def refresh(self) -> None:
+        names = {name for name in self._shelf.names() if _SEGMENT_NAME.fullmatch(name)}
+        gone = {number for number in self._visible() if self._names[number] not in names}
+        if gone:
+            self._hidden |= gone
+            self._index = None
+        for name in sorted(names.difference(self._names)):
+            self._number(name)
+        self._listed = True
+
+    def _number(self, name: str) -> None:
+        """Give a segment the next number. If it cannot be opened, it gets none."""
+        segment = self._open(name)
+        if segment is None:
+            return
+        number = len(self._names)
+        self._names.append(name)
+        self._segments[number] = segment
+        if self._index is not None:
+            self._index.add(segment.keys.numpy(), _locations(number, segment))
+
+    def _list_once(self) -> None:
+        if not self._listed:
+            self.refresh()
+
+    def _visible(self) -> list[int]:
+        return [number for number in range(len(self._names)) if number not in self._hidden]
+
+    def _looked_up_in(self) -> Index:
+        self._list_once()
+        if self._index is None:
+            index = Index()
+            segments = [(number, self._segment(number)) for number in self._visible()]
+            if segments:
+                index.add(
+                    np.concatenate([segment.keys.numpy() for _, segment in segments]),
+                    np.concatenate([_locations(number, segment) for number, segment in segments]),
+                )
+            self._index = index
+        return self._index
+
+    def _segment(self, number: int) -> Segment:
+        segment = self._segments.get(number)
+        if segment is None:
+            segment = self._segments[number] = self._reopen(number)
+        return segment
+
+    def _reopen(self, number: int) -> Segment:
+        if not 0 <= number < len(self._names):
+            what = (
+                "lookup gives -1 for a key that is not there"
+                if number < 0
+                else f"there is no segment {number}"
+            )
+            raise StoreError(
+                f"no such location in {self.url}: {what}; gather takes what lookup of this object gave"
+            )
+        name = self._names[number]
+        segment = None if number in self._aside else self._open(name)
+        if segment is None:
+            raise StoreError(
+                f"{self.url}/{name} is no longer there: it was set aside. Look the keys up again"
+            )
+        return segment
+
+    def _open(self, name: str) -> Segment | None:
+        data = self._shelf.read(name)
+        return None if data is None else Segment(f"{self.url}/{name}", data, self.leaves)
+
+    # Reading
+
+    def gather(self, locations: np.ndarray | torch.Tensor) -> list[Leaf]:
+        where = _as_locations(locations)
+        if not len(where):
+            return [_empty(spec) for spec in self.leaves]
+        lowest, highest = int(where.min()), int(where.max())
+        number = lowest >> 32
+        if number == highest >> 32:
+            segment = self._segment(number)
+            rows = where - (number << 32)
+            _check_rows(segment, highest - (number << 32))
+            leaves = segment.gather(rows)
+            self._check(segment, rows, leaves, None)
+        else:
+            leaves = self._gather_from_many(where)
+        self.bytes_read += sum(map(leaf_bytes, leaves))
+        return leaves
+
+    def _gather_from_many(self, where: np.ndarray) -> list[Leaf]:
+        parts = []
+        for number, at in by_segment(where):
+            segment, rows = self._segment(number), where[at] & 0xFFFFFFFF
+            _check_rows(segment, int(rows.max()))
+            parts.append(Part(segment, rows, at))
+        leaves = join(self.leaves, parts)
+        for part in parts:
+            self._check(part.segment, part.rows, leaves, part.at)
+        return leaves
+
+    def _check(self, segment: Segment, rows: np.ndarray, leaves: list[Leaf], at: np.ndarray | None) -> None:
+        new = segment.unchecked(rows)
+        if len(new):
+            segment.check(rows[new], leaves, new if at is None else at[new])
+            self.verified_bytes += sum(map(leaf_bytes, leaves)) * len(new) // _length(leaves[0])
+
+    # Writing
+
+    def append(self, keys: np.ndarray, leaves: Sequence[Leaf]) -> None:
+        self._check_form(keys, leaves)
+        waiting = self._own_waiting()
+        new = waiting.new(keys, self.lookup(keys) < 0)
+        if len(new):
+            waiting.add(np.ascontiguousarray(keys[new]), [copied(leaf, new) for leaf in leaves])
+        if waiting.nbytes >= self._segment_bytes or waiting.seconds() > self._publish_seconds:
+            self.publish()
+
+    def _check_form(self, keys: np.ndarray, leaves: Sequence[Leaf]) -> None:
+        halves(keys)
+        if len(leaves) != len(self.leaves):
+            raise BatchError(f"{len(leaves)} leaves came, and rows of {self.url} have {len(self.leaves)}")
+        for number, (leaf, spec) in enumerate(zip(leaves, self.leaves, strict=True)):
+            problem = misfit(leaf, spec, len(keys))
+            if problem:
+                raise BatchError(f"leaf {number} does not fit the rows of {self.url}: {problem}")
+
+    def _own_waiting(self) -> Waiting:
+        # After a fork the rows that wait are the parent's to publish, and so is its name for files.
+        if self._waiting.pid != os.getpid():
+            self._waiting = Waiting(len(self.leaves))
+        return self._waiting
+
+    def publish(self) -> None:
+        waiting = self._own_waiting()
+        if not waiting.nbytes:
+            return
+        self._list_once()
+        write_about(self._shelf, self.leaves, self.about)
+        name = waiting.next_name()
+        packed = pack_segment(self.leaves, waiting.batch())
+        self._shelf.write(name, packed)
+        self.bytes_written += packed.nbytes
+        waiting.clear()
+        self._number(name)
+
+    # Verifying
+
+    def verify(self) -> VerifyReport:
+        sound: dict[str, Segment] = {}
+        wrong: list[str] = []
+        for name in self._shelf.names():
+            try:
+                if _SEGMENT_NAME.fullmatch(name):
+                    segment = self._open(name)
+                    if segment is not None:
+                        segment.check_all()
+                        sound[name] = segment
+                elif _DOCUMENT_NAME.fullmatch(name):
+                    self._read_document(name)
+            except DamagedRowError:
+                self._shelf.set_aside(name)
+                wrong.append(name)
+        self._leave_aside(wrong)
+        self.refresh()
+        for number in self._visible():
+            if self._names[number] in sound:
+                self._segment(number).checked[:] = True
+        nbytes = sum(segment.nbytes for segment in sound.values())
+        self.verified_bytes += nbytes
+        rows = sum(segment.rows for segment in sound.values())
+        return VerifyReport(len(sound), rows, nbytes, tuple(f"{self.url}/{name}" for name in wrong))
+
+    def _leave_aside(self, names: Sequence[str]) -> None:
+        for number, name in enumerate(self._names):
+            if name in names:
+                self._aside.add(number)
+                self._hidden.add(number)
+                self._segments.pop(number, None)
+                self._index = None
+
+    # Manifests and the probe
+
+    def read_manifest(self, identity: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        return self._read_document(_manifest_name(identity))
+
+    def write_manifest(
+        self, identity: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        self._write_document(_manifest_name(identity), tensors, metadata, keep=False)
+
+    def read_probe(self) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        return self._read_document(PROBE)
+
+    def write_probe(
+        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._write_document(PROBE, tensors, metadata or {}, keep=True)
+
+    def _read_document(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        data = self._shelf.read(name)
+        if data is None:
+            return None
+        file = f"{self.url}/{name}"
+        views, metadata = unpack(data, file)
+        tensors = {key: views[key].clone() for key in views}
+        own = {key: metadata[key] for key in metadata if not key.startswith(_OURS)}
+        if metadata.get(_CONTENT_FIELD) != _content(tensors, own):
+            raise damaged(file, "it does not match its checksum")
+        return tensors, own
+
+    def _write_document(
+        self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, keep: bool
+    ) -> None:
+        if any(key.startswith(_OURS) for key in metadata):
+            raise BatchError(
+                f"names of metadata that start with {_OURS!r} are the store's own: {sorted(metadata)}"
+            )
+        ordered = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+        entries = [
+            Entry(key, tensors[key].dtype, tuple(tensors[key].shape), [tensors[key]]) for key in ordered
+        ]
+        packed = pack(entries, {**metadata, _CONTENT_FIELD: _content(tensors, metadata)})
+        write_about(self._shelf, self.leaves, self.about)
+        self._shelf.write(name, packed, keep=keep)
