@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from torchrecycle.errors import DamagedRowError, RecycleError, StoreError
 from torchrecycle.store import FolderStore, LeafSpec, MemoryStore, Ragged, Rows, Store, open_store
+from torchrecycle.store.container import unpack
 from torchrecycle.store.index import Index
 from torchrecycle.testing import StoreContract
 from torchrecycle.testing.store_contract import (
@@ -630,6 +631,39 @@ def test_what_another_process_set_aside_is_a_miss_after_a_refresh(rows: Rows):
 
 
 # Hostile files
+
+
+def entry(dtype: str, shape: list[Any], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+WRONG_HEADERS = {
+    "overlap": {"a": entry("U8", [16], 0, 16), "b": entry("U8", [8], 8, 16)},
+    "gap": {"a": entry("U8", [4], 0, 4), "b": entry("U8", [8], 8, 16)},
+    "too short": {"a": entry("U8", [8], 0, 8)},
+    "too long": {"a": entry("U8", [24], 0, 24)},
+    "not aligned": {
+        "a": entry("U8", [4], 0, 4),
+        "b": entry("I64", [1], 4, 12),
+        "c": entry("U8", [4], 12, 16),
+    },
+    "another size": {"a": entry("F32", [3], 0, 16)},
+    "backwards": {"a": entry("U8", [-16], 16, 0)},
+    "empty and huge": {"a": entry("U8", [16], 0, 16), "b": entry("U8", [0, 2**61, 2**61], 16, 16)},
+    "true": {"a": entry("U8", [True, 16], 0, 16)},
+    "unknown dtype": {"a": entry("F128", [1], 0, 16)},
+    "further field": {"a": entry("U8", [16], 0, 16) | {"path": "/etc/passwd"}},
+    "no object": {"a": [1, 2, 3]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_HEADERS)
+def test_a_header_that_contradicts_itself_or_the_file_is_an_error(name: str):
+    text = json.dumps({"__metadata__": {"torchrecycle.format": "1"}, **WRONG_HEADERS[name]}).encode()
+    text += b" " * (-(len(text) + 8) % 4096)
+    data = bytearray(len(text).to_bytes(8, "little") + text + bytes(range(16)))
+    with pytest.raises(DamagedRowError, match=r"file is damaged: .*store verify"):
+        unpack(torch.frombuffer(data, dtype=torch.uint8), "file")
 
 
 @st.composite

@@ -213,6 +213,7 @@ class StoreContract(ABC):
         rows.append(keys_of([1, 2, 1]), leaves_of([1, 2, 1]))
         rows.append(keys_of([2, 3]), leaves_of([2, 3]))
         rows.publish()
+        assert rows.verify().rows == len(rows) == 3
         nbytes = rows.nbytes
         rows.append(keys_of([3, 1, 2]), leaves_of([9, 9, 9]))
         rows.publish()
