@@ -1,1 +1,49 @@
-"""torchrecycle: layer recycling for PyTorch."""
+"""torchrecycle: layer recycling for PyTorch.
+
+The first layers of a pretrained network are frozen, so what they compute for an object never changes: compute it once,
+keep it, and train and serve only the rest. On any model, at any depth, in whatever loop you already have.
+"""
+
+from torchrecycle.absent import RecycledTensor
+from torchrecycle.cost import Cut, Cuts, cuts
+from torchrecycle.errors import (
+    AutocastError,
+    BatchError,
+    CutError,
+    DamagedRowError,
+    KeyTypeError,
+    RandomInputError,
+    RecycleError,
+    StaleActivationError,
+    StoreError,
+)
+from torchrecycle.fill import FillReport
+from torchrecycle.keys import key
+from torchrecycle.recycling import CheckReport, Recycling, Stats, fill_many, recycle
+
+__all__ = [
+    # where to cut
+    "Cut",
+    "Cuts",
+    "cuts",
+    # recycle
+    "CheckReport",
+    "FillReport",
+    "RecycledTensor",
+    "Recycling",
+    "Stats",
+    "fill_many",
+    "recycle",
+    # keys
+    "key",
+    # errors
+    "AutocastError",
+    "BatchError",
+    "CutError",
+    "DamagedRowError",
+    "KeyTypeError",
+    "RandomInputError",
+    "RecycleError",
+    "StaleActivationError",
+    "StoreError",
+]

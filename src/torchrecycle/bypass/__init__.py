@@ -5,6 +5,7 @@ the slots of the `Interceptor`; `prove` compares them with the whole.
 """
 
 from torchrecycle.bypass.bypass import Bypass
+from torchrecycle.bypass.example import BatchRule, device_of, example_inputs, mask_name, run_or_explain
 from torchrecycle.bypass.inputs import Inputs, parameter_names
 from torchrecycle.bypass.interceptor import Interceptor, evaluating
 from torchrecycle.bypass.plan import Plan, Probes, make_plan, take_rows
@@ -19,20 +20,25 @@ from torchrecycle.bypass.proof import (
 )
 
 __all__ = [
+    "BatchRule",
     "Bypass",
     "Inputs",
     "Interceptor",
     "Padding",
     "Plan",
     "Probes",
+    "device_of",
     "evaluating",
+    "example_inputs",
     "first_difference",
     "make_plan",
+    "mask_name",
     "noise",
     "parameter_names",
     "positions",
     "prove",
     "prove_rows",
     "relative_difference",
+    "run_or_explain",
     "take_rows",
 ]

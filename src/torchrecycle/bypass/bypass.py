@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrecycle.absent import Absent, AbsentRead
+from torchrecycle.bypass.forms import Size, TreeForm
 from torchrecycle.bypass.inputs import Inputs
 from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_sources, evaluating
-from torchrecycle.bypass.plan import Plan
+from torchrecycle.bypass.plan import Plan, Probes
 from torchrecycle.errors import BatchError, CutError
-from torchrecycle.trace import Call, random_state, set_random_state, undisturbed
+from torchrecycle.trace import Trace, random_state, set_random_state, undisturbed
 
 __all__ = ["Bypass"]
 
@@ -34,8 +35,8 @@ class Bypass:
     Args:
         model: the root.
         plan: what `make_plan` found.
-        around: the calls around the cut (the model's own among them): what they do between their layers is not
-            skipped, so their flags are part of a signature.
+        traced: the model's calls. What those around the cut do between their layers is not skipped, so their flags are
+            part of a signature.
         autocast: the dtype under which the prefix runs, or None.
         share: ``"freeze"``: parameters that both halves read are frozen; ``"refuse"``: such a cut is refused.
 
@@ -47,7 +48,7 @@ class Bypass:
         self,
         model: nn.Module,
         plan: Plan,
-        around: Sequence[Call],
+        traced: Trace,
         *,
         autocast: torch.dtype | None = None,
         share: str = "refuse",
@@ -62,8 +63,12 @@ class Bypass:
         """Attributes that each forward changes: no flags."""
         self.interceptor = Interceptor.of(model) or Interceptor(model)
         self.attached = False
-        self._open = [call.module for call in around]
+        self._open = [call.module for call in traced.ancestors(traced.of(plan.cut)[0])]
+        self.ends = {call.name: call.end for call in traced.calls}
+        """When each module's last call ends, in the order of running."""
+        self.occurrences = {step.number: traced.calls[step.number].occurrence for step in plan.steps}
         self._absent_cache: dict[Any, dict[int, Any]] = {}
+        self._forms: dict[Any, dict[int, TreeForm]] = {self.shapes(plan.example): plan.forms}
         with self.slotted(), undisturbed(model):
             reads = _read_parameters(self)
         self.constants = reads.constants
@@ -123,9 +128,20 @@ class Bypass:
         self._must_be_complete(run)
         return output
 
-    def prefix(self, inputs: Inputs) -> list[torch.Tensor]:
-        """The activation's leaves as the model gives them; generators as before."""
-        run = self.plan.run("prefix")
+    def prefix(
+        self,
+        inputs: Inputs,
+        taps: frozenset[tuple[nn.Module, int]] = frozenset(),
+        tapped: dict[tuple[nn.Module, int], Any] | None = None,
+    ) -> list[torch.Tensor]:
+        """The activation's leaves as the model gives them; generators as before.
+
+        Args:
+            inputs: one call.
+            taps: further calls, as (module, occurrence), whose output is written into `tapped`.
+            tapped: takes what the taps saw.
+        """
+        run = self.plan.run("prefix", taps=taps)
         device = _device(inputs)
         # Rows are made under the declared autocast, whatever is ambient.
         cast = torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
@@ -134,6 +150,8 @@ class Bypass:
             with self.interceptor.running(run), evaluating(self.model), cast:
                 self.model._call_impl(*inputs.args, **inputs.kwargs)
         except Stopped:
+            if tapped is not None:
+                tapped.update(run.tapped)
             # A view made without gradient could not be written by the suffix.
             return [leaf.clone() if leaf._is_view() else leaf for leaf in self.plan.taken(run.captured)]
         finally:
@@ -169,15 +187,59 @@ class Bypass:
                 "same order each time (LayerDrop, or a branch on a value). Switch that off, or cut before it."
             )
 
-    def _absent(self, inputs: Inputs, size: tuple[int, int], device: torch.device) -> dict[int, Any]:
+    def _absent(self, inputs: Inputs, size: Size, device: torch.device) -> dict[int, Any]:
         """What each skipped call returns for a batch of this size; made once per size."""
-        token = (size, device, tuple(tensor.shape[1:] for tensor in inputs.tensors().values()))
+        shapes = self.shapes(inputs)
+        token = (size, device, shapes)
         if token not in self._absent_cache:
             if len(self._absent_cache) >= 256:
                 self._absent_cache.clear()
+            forms = self._forms_for(inputs, shapes)
             skipped = [step.number for step in self.plan.steps if step.action == "skip"]
-            self._absent_cache[token] = {n: self.plan.forms[n].absent(size, device, n) for n in skipped}
+            self._absent_cache[token] = {n: forms[n].absent(size, device, n) for n in skipped}
         return self._absent_cache[token]
+
+    def shapes(self, inputs: Inputs) -> tuple[Any, ...]:
+        """The shapes of the tensor inputs, without the number of objects and of tokens."""
+        tensors = inputs.tensors()
+        tokens = tensors[self.plan.mask].shape[1] if self.plan.mask in tensors else -1
+        return tuple(
+            (name, *("tokens" if i == 0 and d == tokens else d for i, d in enumerate(tensor.shape[1:])))
+            for name, tensor in tensors.items()
+            if name in self.plan.read_before
+        )
+
+    def _forms_for(self, inputs: Inputs, shapes: tuple[Any, ...]) -> dict[int, TreeForm]:
+        """The forms of what is skipped, found by a run where the inputs have other shapes than the example."""
+        if shapes not in self._forms:
+            zeros = inputs.map_tensors(
+                lambda t: torch.zeros((2, *t.shape[1:]), dtype=t.dtype, device=t.device) if t.dim() else t
+            )
+            if self.plan.mask in zeros.tensors():
+                zeros = zeros.replace({self.plan.mask: torch.ones_like(zeros.tensors()[self.plan.mask])})
+            probes = Probes.of(self.model, zeros, self.plan.mask)
+            found: dict[int, TreeForm] = {}
+            for step in self.plan.steps:
+                call = probes.traces[0].calls[step.number]
+                form = probes.form(call)
+                if call.name != step.name or isinstance(form, str):
+                    raise BatchError(
+                        f"for inputs of the shapes {shapes} the model runs other layers before '{self.plan.cut}' than for "
+                        "the example; make another recycling with an example of this size"
+                    )
+                found[step.number] = form
+            self._forms[shapes] = found
+        return self._forms[shapes]
+
+    def prefix_reads(self, inputs: Inputs, name: str) -> bool:
+        """Whether what is kept depends on that tensor input."""
+        without = inputs.replace({name: Absent.like(inputs.tensors()[name], [name])})
+        try:
+            with undisturbed(self.model):
+                leaves = self.prefix(without)
+        except (AbsentRead, Exception):
+            return True
+        return bool(absent_sources(leaves))
 
     # -- signatures ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +262,7 @@ class Bypass:
                     f"the model's argument '{name}' is a {type(value).__name__}; with recycling, arguments are tensors, "
                     "nests of tensors and plain values"
                 )
-        return tuple(arguments), torch.is_grad_enabled(), self.flags()
+        return tuple(arguments), self.shapes(inputs), torch.is_grad_enabled(), self.flags()
 
     def flags(self) -> tuple[Any, ...]:
         """The plain attributes of the modules around the cut and of their configs."""

@@ -83,9 +83,24 @@ class Run:
         absent: per step number, the output tree of absent tensors that a skipped call returns.
         kept: per step number, the output tree that a kept call returns (``bypass``).
         autocast: what the rows are made under: a dtype, or None for no autocast.
+        taps: further calls whose output a prefix run writes down, as (module, occurrence), for other cuts.
     """
 
-    __slots__ = ("_in_run", "absent", "autocast", "captured", "kept", "mode", "modules", "mixed", "position", "steps")
+    __slots__ = (
+        "_in_run",
+        "_times",
+        "absent",
+        "autocast",
+        "captured",
+        "kept",
+        "mixed",
+        "mode",
+        "modules",
+        "position",
+        "steps",
+        "tapped",
+        "taps",
+    )
 
     def __init__(
         self,
@@ -97,6 +112,7 @@ class Run:
         absent: Mapping[int, Any] | None = None,
         kept: Mapping[int, Any] | None = None,
         autocast: torch.dtype | None = None,
+        taps: frozenset[tuple[nn.Module, int]] = frozenset(),
     ) -> None:
         self.mode = mode
         self.steps = steps
@@ -107,13 +123,16 @@ class Run:
         self.autocast = autocast
         self.position = 0
         self.captured: dict[int, Any] = {}
+        self.taps = taps
+        self.tapped: dict[tuple[nn.Module, int], Any] = {}
+        self._times: dict[nn.Module, int] = {}
         self._in_run = False
 
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a slotted module does within this run."""
         name = self.modules.get(module)
         if name is None or self._in_run:  # of another recycling of this model, or within a call that runs
-            return module._call_impl(*args, **kwargs)
+            return self._tap(module, module._call_impl(*args, **kwargs))
         if self.position == len(self.steps):
             return self._after_the_cut(name, module, args, kwargs)
         step = self.steps[self.position]
@@ -132,11 +151,19 @@ class Run:
             return self.kept[step.number]
         if self.mode in ("bypass", "glue") and step.action == "skip":
             return self.absent[step.number]
-        output = self._frozen(step, module, args, kwargs)
+        output = self._tap(module, self._frozen(step, module, args, kwargs))
         if self.mode == "prefix" and step.action == "keep":
             self.captured[step.number] = output
         if self.mode == "prefix" and last:
             raise Stopped
+        return output
+
+    def _tap(self, module: nn.Module, output: Any) -> Any:
+        if self.taps:
+            place = (module, self._times.get(module, 0))
+            self._times[module] = place[1] + 1
+            if place in self.taps:
+                self.tapped[place] = output
         return output
 
     def _frozen(self, step: Step, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

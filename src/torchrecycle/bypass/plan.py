@@ -136,6 +136,10 @@ class Plan:
         """The numbers of the kept steps, in order."""
         return [step.number for step in self.steps if step.action == "keep"]
 
+    def kept_names(self) -> list[tuple[int, str]]:
+        """The kept steps as (number, name), in order."""
+        return [(step.number, step.name) for step in self.steps if step.action == "keep"]
+
     @property
     def prefix_modules(self) -> list[nn.Module]:
         """The outermost modules that only the prefix calls."""

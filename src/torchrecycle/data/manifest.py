@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torchrecycle.data.columns import Column, Template
 from torchrecycle.errors import KeyTypeError
 from torchrecycle.keys import key
 
-__all__ = ["Manifest", "identity_of", "state_of"]
+__all__ = ["Manifest", "identity_of", "quick_state_of", "state_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +245,22 @@ def _digest_function(function: types.FunctionType, hasher: Any, seen: dict[int, 
             _digest(function.__globals__[name], hasher, seen, depth + 2)
 
 
-def sequence_of(indices: Any) -> Sequence[int]:
-    """Indices as a list of ints, whatever a sampler gave."""
-    return [int(index) for index in indices]
+def quick_state_of(dataset: Any) -> tuple[Any, ...]:
+    """A look at whether a data set may have changed that costs microseconds: identities and versions, no content."""
+    parts: list[Any] = [id(dataset), len(dataset)]
+    attributes = vars(dataset) if hasattr(dataset, "__dict__") else {"": dataset}
+    for value in attributes.values():
+        parts.append(_quick(value, 0))
+    return tuple(parts)
+
+
+def _quick(value: Any, depth: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version, value.data_ptr(), value.shape
+    if isinstance(value, (list, tuple)) and depth < 2:
+        if any(isinstance(part, (torch.Tensor, list, tuple)) for part in value[:1]) and len(value) < 10_000:
+            return tuple(_quick(part, depth + 1) for part in value)
+        return hash(tuple(map(id, value)))
+    if isinstance(value, np.ndarray):
+        return id(value), value.shape, value.__array_interface__["data"][0]
+    return id(value)

@@ -1,0 +1,153 @@
+"""What of a batch is model input: read off the example, or said by ``inputs=``.
+
+The example ``images`` says that the batch, or its first element, is the input; ``(left, right)`` that the first two
+are, as positional arguments; ``{"input_ids": ..., "attention_mask": ...}`` that these keys are, as keyword arguments.
+Everything else in a batch is a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchrecycle.bypass.inputs import Inputs, parameter_names
+from torchrecycle.errors import BatchError
+
+__all__ = ["BatchRule", "device_of", "example_inputs", "mask_name"]
+
+
+class BatchRule:
+    """Finds the model inputs of a batch. Pickles to workers, if `inputs` does.
+
+    Args:
+        names: the names of the positional parameters of the model's forward.
+        example: the batch of the user's loop, or its inputs.
+        inputs: ``batch -> (args, kwargs)``, in place of what the example says.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        example: Any,
+        inputs: Callable[[Any], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
+    ) -> None:
+        self.names = tuple(names)
+        self._inputs = inputs
+        self._keys = tuple(example) if isinstance(example, Mapping) else ()
+        self._count = len(example) if isinstance(example, (tuple, list)) else 0
+        if inputs is None and not isinstance(example, (torch.Tensor, Mapping, tuple, list)):
+            raise BatchError(
+                f"the example is a {type(example).__name__}; give the model inputs of a batch as your loop has them: a "
+                "tensor, a tuple of positional arguments, a dict of keyword arguments, or pass inputs=lambda batch: "
+                "(args, kwargs)"
+            )
+
+    def __call__(self, batch: Any) -> Inputs:
+        """The model inputs of a batch.
+
+        Raises:
+            BatchError: the batch does not fit the example.
+        """
+        if self._inputs is not None:
+            args, kwargs = self._inputs(batch)
+            return Inputs(self.names, args, kwargs)
+        if self._keys:
+            return self._from_mapping(batch)
+        if self._count:
+            return self._from_sequence(batch)
+        first = batch if isinstance(batch, torch.Tensor) else self._elements(batch, 1)[0]
+        if not isinstance(first, torch.Tensor):
+            raise BatchError(
+                f"a batch begins with a {type(first).__name__} where the example is a tensor. If the model input is "
+                "elsewhere in the batch, pass inputs=lambda batch: (args, kwargs)."
+            )
+        return Inputs(self.names, [first], {})
+
+    def _from_mapping(self, batch: Any) -> Inputs:
+        if not isinstance(batch, Mapping):
+            raise BatchError(
+                f"a batch is a {type(batch).__name__} where the example is a dict with the keys {list(self._keys)}"
+            )
+        missing = [name for name in self._keys if name not in batch]
+        if missing:
+            raise BatchError(
+                f"a batch has no {missing}, which the example has; it has {list(batch)}. Make the recycling with an "
+                "example of the same keys, or pass inputs=lambda batch: (args, kwargs)."
+            )
+        return Inputs(self.names, [], {name: batch[name] for name in self._keys})
+
+    def _from_sequence(self, batch: Any) -> Inputs:
+        return Inputs(self.names, self._elements(batch, self._count), {})
+
+    def _elements(self, batch: Any, count: int) -> Sequence[Any]:
+        if not isinstance(batch, (tuple, list)) or len(batch) < count:
+            held = f"{len(batch)} elements" if isinstance(batch, (tuple, list)) else f"type {type(batch).__name__}"
+            raise BatchError(
+                f"a batch of {held} came where the example asks for {count} or more in a tuple. Pass inputs=lambda batch: "
+                "(args, kwargs) to say where the model inputs are."
+            )
+        return batch[:count]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies; the CPU if it has none."""
+    first = next(iter(model.parameters()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def example_inputs(model: nn.Module, rule: BatchRule, example: Any) -> Inputs:
+    """The example as the model is called with it, on the model's device.
+
+    Raises:
+        BatchError: it holds no tensor, fewer than two objects, or tensors that do not agree on their number.
+    """
+    inputs = rule(example)
+    tensors = inputs.tensors()
+    if not tensors:
+        raise BatchError("the example holds no tensor: give a batch of two objects or more, as your loop has it")
+    sizes = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
+    if min(sizes.values()) < 2 or len(set(sizes.values())) > 1:
+        raise BatchError(
+            f"the example's tensors have the first dimensions {sizes}; each must count the objects of the batch, two or "
+            "more. Only model inputs belong into the example, no targets."
+        )
+    device = device_of(model)
+    return inputs.map_tensors(lambda tensor: tensor.detach().to(device))
+
+
+def mask_name(inputs: Inputs, mask: str | None) -> str | None:
+    """The name of the 0/1 mask that tells padding: `mask`, or ``attention_mask`` where there is one.
+
+    Raises:
+        BatchError: `mask` is no input, or no tensor ``[batch, tokens]`` of zeros and ones.
+    """
+    tensors = inputs.tensors()
+    if mask is not None and mask not in tensors:
+        raise BatchError(f"mask='{mask}' is no tensor input of the example, which has {list(tensors)}")
+    name = mask or ("attention_mask" if "attention_mask" in tensors else None)
+    if name is None:
+        return None
+    value = tensors[name]
+    plain = value.dim() == 2 and not (value.is_floating_point() and mask is None)
+    if plain and bool(((value == 0) | (value == 1)).all()):
+        return name
+    if mask is not None:
+        raise BatchError(f"mask='{mask}' is {list(value.shape)}, {value.dtype}; it must be [batch, tokens] of zeros and ones")
+    return None
+
+
+def run_or_explain(model: nn.Module, run: Callable[[], Any]) -> Any:
+    """Run the model on the example; its own error becomes one that says so."""
+    try:
+        return run()
+    except (TypeError, RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        if type(error).__module__.startswith("torchrecycle"):
+            raise
+        raise BatchError(
+            f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error}. The example is a batch as "
+            "your loop gives it to the model: a tensor is the one input, a tuple positional arguments, a dict keyword "
+            "arguments."
+        ) from error

@@ -1,0 +1,135 @@
+"""The same data set, reading rows instead of objects.
+
+`RecycledDataset` stands for the user's data set in any `DataLoader` or trainer. Asked for a batch of indices
+(``__getitems__``), it hands out a `Fetched`: a sequence of items in which absent inputs are stand-ins, and which our
+collate function turns into a batch at once, without making the items. The user's data set is not read.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch.utils.data import Dataset
+
+from torchrecycle.absent import RecycledTensor
+from torchrecycle.data.manifest import Manifest
+from torchrecycle.data.source import RowSource
+
+__all__ = ["Fetched", "RecycledDataset"]
+
+
+class RecycledDataset(Dataset[Any]):
+    """A map-style data set whose items carry rows in place of model inputs.
+
+    Args:
+        base: the user's data set; read only where rows are missing.
+        owner: the recycling, which fills and renews it; not pickled to workers.
+    """
+
+    def __init__(self, base: Any, owner: Any) -> None:
+        self.base = base
+        self._owner = weakref.ref(owner)
+        self.manifest: Manifest | None = None
+        self.locations = torch.empty(0, dtype=torch.int64)
+        self.source: RowSource | None = None
+        self.name: str | None = None
+        self.fill_arguments: dict[str, Any] = {}
+
+    @property
+    def owner(self) -> Any:
+        """The recycling; None in a worker, or when it is gone."""
+        return self._owner() if self._owner is not None else None
+
+    def renew(self, manifest: Manifest, locations: torch.Tensor, source: RowSource) -> None:
+        """Take these rows from now on."""
+        self.manifest, self.source = manifest, source
+        self.locations = locations.share_memory_() if len(locations) else locations
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_owner"] = None
+        return state
+
+    def __deepcopy__(self, memo: Any) -> RecycledDataset:
+        return copy.copy(self)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
+        """Items for a batch: a `Fetched`, or the raw items where the recycling is off or a row is missing."""
+        owner = self.owner
+        if owner is None or not owner.off:
+            index = torch.as_tensor([int(i) for i in indices], dtype=torch.int64)
+            index = torch.where(index < 0, index + len(self), index)
+            if len(index) and len(self.locations) and int(index.max()) < len(self.locations):
+                locations = self.locations[index]
+                if bool((locations >= 0).all()):
+                    return Fetched(self, index, locations)
+        fetch = getattr(self.base, "__getitems__", None)
+        return fetch(list(indices)) if fetch else [self.base[i] for i in indices]
+
+
+class Fetched(Sequence[Any]):
+    """The items of one batch, made when somebody looks at them."""
+
+    def __init__(self, dataset: RecycledDataset, index: torch.Tensor, locations: torch.Tensor) -> None:
+        self.dataset, self.index, self.locations = dataset, index, locations
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @overload
+    def __getitem__(self, at: int) -> Any: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Any]: ...
+    def __getitem__(self, at: int | slice) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        manifest, source = self.dataset.manifest, self.dataset.source
+        assert manifest is not None
+        assert source is not None
+        item, location = int(self.index[at]), self.locations[at]
+        leaves = []
+        for column in manifest.columns:
+            leaf = column[item]
+            if column.kind == "absent":
+                leaf = RecycledTensor(
+                    leaf, getattr(torch, column.dtype), locations=location, fingerprint=source.fingerprint
+                )
+            leaves.append(leaf)
+        return manifest.template.join(leaves)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def batch(self) -> Any:
+        """What ``default_collate`` makes of the items, with stand-ins; None where it must see the items.
+
+        Vectorised: no item is made.
+        """
+        manifest, source = self.dataset.manifest, self.dataset.source
+        assert manifest is not None
+        assert source is not None
+        leaves = []
+        for column in manifest.columns:
+            leaf = self._stand_ins(column, source) if column.kind == "absent" else column.batch(self.index)
+            if leaf is None:
+                return None
+            leaves.append(leaf)
+        return manifest.template.join(leaves, collated=True)
+
+    def _stand_ins(self, column: Any, source: RowSource) -> RecycledTensor | None:
+        shapes = column.values.index_select(0, self.index)
+        if bool((shapes != shapes[:1]).any()):
+            return None
+        shape = (len(self), *shapes[0].tolist())
+        dtype = getattr(torch, column.dtype)
+        return RecycledTensor(shape, dtype, locations=self.locations, fingerprint=source.fingerprint)

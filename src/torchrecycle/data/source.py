@@ -1,0 +1,157 @@
+"""From a batch to its rows: keys, places in the store, leaves.
+
+`RowSource` is what workers need of a recycling, and pickles without the model: how inputs make keys, where the rows
+lie, how padding is put back. `place` turns a batch of 64 texts into the same batch with a `RecycledTensor` in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchrecycle.absent import RecycledTensor
+from torchrecycle.bypass import BatchRule, Inputs, Padding, positions
+from torchrecycle.codec import Layout
+from torchrecycle.data.batches import path_of, with_leaf
+from torchrecycle.errors import BatchError
+from torchrecycle.keys import tensor_row_keys
+from torchrecycle.store import Leaf, Ragged, Rows
+
+__all__ = ["RowSource"]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Where the rows of one recycling come from."""
+
+    rows: Rows = field(repr=False)
+    fingerprint: str
+    rule: BatchRule = field(repr=False)
+    layouts: tuple[Layout, ...]
+    mask: str | None
+    padding: Padding
+    key_inputs: tuple[str, ...]
+    """The model inputs that the prefix reads, in the order of the call: the content of a key."""
+    absent: frozenset[str]
+    """Those that are left out of recycled batches: read by the prefix only, and large."""
+    carrier: str
+    """The input in whose place a batch carries the rows."""
+    user_keys: bool = False
+    """Whether keys come from the user's function, so that a batch does not tell them."""
+
+    # -- keys ----------------------------------------------------------------------------------------------------------
+
+    def positions(self, inputs: Inputs) -> torch.Tensor | None:
+        """Which places of each sequence a row keeps, ``[batch, tokens]``; None without a mask."""
+        mask = inputs.tensors().get(self.mask) if self.mask else None
+        return None if mask is None else positions(mask, self.padding)
+
+    def key_tensors(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """The tensors that make the key.
+
+        Raises:
+            BatchError: one is missing or no tensor.
+        """
+        found = inputs.tensors()
+        missing = [name for name in self.key_inputs if name not in found]
+        if missing:
+            raise BatchError(f"the batch has no tensor for the model input {missing}, which the example has")
+        return {name: found[name] for name in self.key_inputs}
+
+    def keys(self, inputs: Inputs) -> np.ndarray:
+        """The key of each object, ``[batch, 16]`` uint8: content of the inputs that the prefix reads, unpadded."""
+        tensors = self.key_tensors(inputs)
+        kept = self.positions(inputs)
+        if kept is None:
+            return tensor_row_keys(tensors)
+        ragged = {n for n, t in tensors.items() if t.dim() >= 2 and t.shape[:2] == kept.shape}
+        return tensor_row_keys(tensors, kept.to(torch.uint8), ragged)
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def encode(self, leaves: Sequence[torch.Tensor], inputs: Inputs) -> list[Leaf]:
+        """The activation of a batch as rows. `decode` is the inverse."""
+        kept = self.positions(inputs)
+        rows: list[Leaf] = []
+        for layout, leaf in zip(self.layouts, leaves):
+            dense = layout.to_rows(leaf).cpu()
+            if layout.ragged:
+                if kept is None:
+                    raise BatchError(f"the batch has no '{self.mask}', without which its padding cannot be told")
+                rows.append(Ragged(*layout.trim(dense, kept.cpu())))
+            else:
+                rows.append(dense.contiguous())
+        return rows
+
+    def gather(self, locations: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
+        """The rows at these places, ``[batch, (tokens,) ...]`` in kept dtype, padded as the batch is."""
+        kept = self.positions(inputs)
+        dense = []
+        for layout, leaf in zip(self.layouts, self.rows.gather(locations)):
+            if isinstance(leaf, Ragged):
+                if kept is None:
+                    raise BatchError(f"the batch has no '{self.mask}', without which its rows cannot be padded")
+                leaf = layout.pad(leaf.values, leaf.lengths, kept.cpu())
+            dense.append(leaf)
+        return dense
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def place(self, batch: Any, locations: torch.Tensor | None = None) -> Any:
+        """The batch with its rows in place of its inputs; the batch itself where a row is missing.
+
+        Args:
+            batch: as the user's collate function gives it.
+            locations: where the rows are, if that is known; else found by stand-ins or by content.
+        """
+        inputs = self.rule(batch)
+        if locations is not None:
+            return self.fill_in(batch, inputs, locations)
+        tensors = inputs.tensors()
+        stand_ins = [t for t in tensors.values() if isinstance(t, RecycledTensor)]
+        if stand_ins:
+            locations = stand_ins[0].locations
+            if any(not torch.equal(t.locations, locations) for t in stand_ins[1:]):
+                raise BatchError("the collate function ordered the inputs of a batch in different ways")
+        else:
+            if self.user_keys:
+                return batch
+            locations = torch.from_numpy(self.rows.lookup(self.keys(inputs)))
+            if bool((locations < 0).any()):
+                return batch
+        return self.fill_in(batch, inputs, locations)
+
+    def fill_in(self, batch: Any, inputs: Inputs, locations: torch.Tensor) -> Any:
+        """The batch with these rows in it."""
+        tensors = inputs.tensors()
+        leaves = self.gather(locations, inputs)
+        for name in [self.carrier, *sorted(self.absent - {self.carrier})]:
+            given = tensors[name]
+            path = path_of(batch, given)
+            if path is None:
+                raise BatchError(
+                    f"inputs= makes a new tensor for '{name}'; it must hand on the batch's own, so that the rows can take "
+                    "its place"
+                )
+            value = given.value if isinstance(given, RecycledTensor) else None if name in self.absent else given
+            recycled = RecycledTensor(
+                given.shape,
+                given.dtype,
+                locations=locations,
+                fingerprint=self.fingerprint,
+                leaves=leaves if name == self.carrier else None,
+                value=value,
+                witnesses=self.witnesses(tensors) if name == self.carrier else None,
+                device=given.device,
+            )
+            batch = with_leaf(batch, path, recycled)
+        return batch
+
+    def witnesses(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of the other inputs that the rows were found under."""
+        others = (name for name in self.key_inputs if name != self.carrier and name not in self.absent)
+        return {name: tensors[name].clone() for name in others if not isinstance(tensors[name], RecycledTensor)}

@@ -1,0 +1,1014 @@
+"""`recycle`: the one place where the rooms below are joined.
+
+``recycle(model, images, level=0.5, store="activations/")`` runs the model a dozen times on two images, divides it in
+its slots, proves that the halves compute what the whole does, freezes the first, and opens the folder of rows that
+belongs to it. What it returns, a `Recycling`, fills that folder from data sets and hands out loaders; the model itself
+stays the object that it was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from torchrecycle.absent import Absent, RecycledTensor
+from torchrecycle.bypass import (
+    BatchRule,
+    Bypass,
+    Inputs,
+    Interceptor,
+    Padding,
+    Plan,
+    Probes,
+    device_of,
+    evaluating,
+    example_inputs,
+    first_difference,
+    make_plan,
+    mask_name,
+    noise,
+    parameter_names,
+    prove,
+    prove_rows,
+    relative_difference,
+    run_or_explain,
+    take_rows,
+)
+from torchrecycle.codec import PRECISIONS
+from torchrecycle.cost import choose_cut, level_of
+from torchrecycle.data import (
+    Manifest,
+    RecycledCollate,
+    RecycledDataset,
+    RecycledLoader,
+    RowSource,
+    identity_of,
+    quick_state_of,
+    state_of,
+)
+from torchrecycle.errors import BatchError, CutError, StaleActivationError, StoreError
+from torchrecycle.fill import FillReport, fill_pass
+from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
+from torchrecycle.store import LeafSpec, Rows, Store, open_store
+from torchrecycle.trace import random_state, set_random_state, slot_of, undisturbed
+
+__all__ = ["CheckReport", "Recycling", "Stats", "fill_many", "recycle"]
+
+SAMPLES = 8
+"""How many items are read to see whether a manifest still fits its data set."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a recycling has done so far, in this process."""
+
+    hits: int = 0
+    """Objects whose row came from the store."""
+    misses: int = 0
+    """Objects that the prefix ran for, at fill or in a raw batch."""
+    bytes_read: int = 0
+    """Bytes of rows handed to the model."""
+    bytes_written: int = 0
+    """Bytes of rows added to the store."""
+    prefix_seconds: float = 0.0
+    """Time in prefix runs."""
+    suffix_seconds: float = 0.0
+    """Time in the forward from the cut on (without backward)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """Kept rows against fresh ones."""
+
+    objects: int
+    """Objects of the batch."""
+    found: int
+    """Those of them whose row is kept."""
+    difference: float
+    """Largest relative difference (root mean square, over a leaf) between the kept rows and a fresh prefix run."""
+    composition: float
+    """The same between two fresh runs of which one has each object alone: what rounding makes."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the kept rows differ by no more than rounding and their precision explain."""
+        return self.difference <= max(10 * self.composition, 1e-3)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.found} of {self.objects} objects are kept; they differ from fresh ones by {self.difference:.1e}, where "
+            f"another batch composition alone makes {self.composition:.1e}"
+        )
+
+
+# -- recycle() ---------------------------------------------------------------------------------------------------------
+
+
+def recycle(
+    model: nn.Module,
+    example: Any,
+    *,
+    cut: str | None = None,
+    level: float | None = None,
+    store: str | os.PathLike[str] | Store,
+    precision: str | None = None,
+    autocast: torch.dtype | None = None,
+    inputs: Callable[[Any], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
+    mask: str | None = None,
+    key: Callable[[Any], Any] | None = None,
+    views: int = 1,
+    share: Literal["refuse", "freeze"] = "refuse",
+    verify_every: int = 0,
+) -> Recycling:
+    """Freeze a model up to a cut, and keep what that prefix computes for each object.
+
+    Args:
+        model: any module. It stays the object that it was: same class, forward, hooks and ``state_dict``.
+        example: a batch of two objects or more, as the user's loop has it: a tensor means that the batch, or its first
+            element, is the model input; a tuple of n that the first n elements are; a dict that its keys are, as
+            keyword arguments. All else in a batch is a target.
+        cut: the name of the module whose output is kept. See `cuts`.
+        level: in place of `cut`, the share of the blocks to recycle: 0.5 is the usual choice, 1 is head only.
+        store: a folder (made when first written to), ``memory://name``, or a `Store`.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for kept rows; the activation's own dtype if None.
+        autocast: the dtype of the autocast that the loop uses around the model, if it does.
+        inputs: ``batch -> (args, kwargs)``, in place of what the example says.
+        mask: the name of the model input that tells padding; ``attention_mask`` where there is one.
+        key: from a data set's item to whatever identifies it (a primary key, a path), in place of its content. Then
+            ``name=`` must be given at `fill`, `loader` and `dataset`.
+        views: 1; several augmented views per object are not available yet.
+        share: what to do with parameters that both halves read: refuse the cut, or freeze them.
+        verify_every: every so many batches of a loader, one object is read and computed afresh and compared; 0 never.
+
+    Raises:
+        CutError: the model cannot be divided there, in words.
+        BatchError: the model does not run on the example.
+        StoreError: the folder is no store, or holds rows of a model that computes something else.
+    """
+    if (cut is None) == (level is None):
+        raise CutError("give either cut='layer2' or level=0.5. See cuts(model, example).")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is none of {list(PRECISIONS)}")
+    if views != 1:
+        raise ValueError(f"views={views}: this version keeps one view per object")
+    if share not in ("refuse", "freeze"):
+        raise ValueError(f"share={share!r} is neither 'refuse' nor 'freeze'")
+    _refuse_wrapped(model)
+    opened = open_store(store)
+    return Recycling(
+        model,
+        _Options(example, cut, level, opened, precision, autocast, inputs, mask, key, share, verify_every),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What `recycle` was called with."""
+
+    example: Any = field(repr=False)
+    cut: str | None
+    level: float | None
+    store: Store
+    precision: str | None
+    autocast: torch.dtype | None
+    inputs: Any
+    mask: str | None
+    key: Callable[[Any], Any] | None
+    share: str
+    verify_every: int
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel",
+    "DataParallel": "DataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "FSDPModule": "fully_shard (FSDP2)",
+}
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
+            raise CutError(
+                f"the model is wrapped in {_WRAPPERS[kind.__name__]} already: attach first, wrap after. "
+                "recycle(model, ...), then wrap the same model."
+            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CutError("a ScriptModule runs outside of Python, where no call can be skipped: recycle the Python module")
+    if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
+        raise CutError("the model is compiled already: recycle the module that was given to torch.compile, and compile after")
+    taken = slot_of(model)
+    if taken is not None and Interceptor.of(model) is None:
+        raise CutError("the model has been compiled in place (model.compile()): attach first, compile after")
+
+
+class Recycling:
+    """A model, a cut and a store at work. Made by `recycle`; a context manager that detaches at its end."""
+
+    def __init__(self, model: nn.Module, options: _Options) -> None:
+        self.model = model
+        self._options = options
+        self.store = options.store
+        self.stats = Stats()
+        self._names = parameter_names(model)
+        self._rule = BatchRule(self._names, options.example, options.inputs)
+        self._example = take_rows(example_inputs(model, self._rule, options.example), [0, 1])
+        self._mask = mask_name(self._example, options.mask)
+        self._paused = 0
+        self._attached = False
+        self._manifests: dict[Any, _Known] = {}
+        self._cut = options.cut
+        self.bypass: Bypass
+        self.source: RowSource
+        self.reference: list[torch.Tensor] = []
+        self._build()
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Divide the model, prove it, and open its rows; nothing is left behind if that fails."""
+        device = device_of(self.model)
+        self._example = self._example.map_tensors(lambda tensor: tensor.to(device))
+        probes = run_or_explain(self.model, lambda: Probes.of(self.model, self._example, self._mask))
+        if self._cut is None:
+            assert self._options.level is not None
+            self._cut = choose_cut(self.model, probes, self._options.level)
+        plan = make_plan(probes, self._cut, precision=PRECISIONS.get(self._options.precision or ""))
+        traced = probes.traces[0]
+        self._level = level_of(self.model, traced, self._cut)
+        self.bypass = Bypass(self.model, plan, traced, autocast=self._options.autocast, share=self._options.share)
+        self.bypass.attach(self)
+        try:
+            padding = self._prove()
+            self.source = self._open(plan, padding)
+        except BaseException:
+            self.bypass.detach(self)
+            raise
+        self._attached = True
+
+    def _prove(self) -> Padding:
+        bypass, example = self.bypass, self._example
+        flags = [(module, module.training) for module in self.model.modules()]
+        cast = torch.autocast(
+            self.device.type, dtype=self._options.autocast or torch.bfloat16, enabled=self._options.autocast is not None
+        )
+        try:
+            with cast:
+                self.model.eval()
+                with torch.no_grad():
+                    prove(bypass, example)
+                padding = prove_rows(bypass)
+                with undisturbed(self.model):
+                    self.reference = [leaf.detach().clone() for leaf in bypass.prefix(example)]
+                self.model.train()
+                with torch.enable_grad():
+                    prove(bypass, example)
+        finally:
+            for module, training in flags:
+                module.training = training
+        return padding
+
+    def _open(self, plan: Plan, padding: Padding) -> RowSource:
+        key_inputs = [name for name in self._example.tensors() if name in plan.read_before]
+        if not key_inputs:
+            raise CutError(f"cannot cut at '{plan.cut}': nothing before it depends on the batch")
+        self._settings = self._make_settings(plan, padding, key_inputs)
+        self._fingerprint = self._take_fingerprint(self.model)
+        modules = self._modules(self.model)
+        self._watch = Watch(modules, self._loose_parameters(self.model, modules))
+        self._hashed_at = time.monotonic()
+        row_bytes = self._row_bytes(plan)
+        only_before = [name for name in key_inputs if name not in plan.read_after]
+        absent = frozenset(name for name in only_before if 8 * self._input_bytes(name) >= row_bytes)
+        rows = self._open_rows(plan)
+        return RowSource(
+            rows=rows,
+            fingerprint=self._fingerprint.hex,
+            rule=self._rule,
+            layouts=plan.layouts,
+            mask=self._mask,
+            padding=padding,
+            key_inputs=tuple(key_inputs),
+            absent=absent,
+            carrier=(only_before or key_inputs)[0],
+            user_keys=self._options.key is not None,
+        )
+
+    def _make_settings(self, plan: Plan, padding: Padding, key_inputs: Sequence[str]) -> dict[str, Any]:
+        plain = [(n, v) for n, v in self._example.items() if not isinstance(v, torch.Tensor)]
+        settings = settings_of(
+            plan.cut,
+            plan.layouts,
+            precision=self._options.precision,
+            autocast=self._options.autocast,
+            inputs=key_inputs,
+            padding=f"{padding.right} {padding.left}" if self._mask else "",
+            key="user" if self._options.key is not None else "content",
+        )
+        return {**settings, "arguments": repr(plain), "steps": [(s.name, s.action) for s in plan.steps]}
+
+    def _row_bytes(self, plan: Plan) -> int:
+        tokens = self._example.tensors()[self._mask].shape[1] if self._mask else 1
+        return sum(
+            int(np.prod(layout.shape)) * layout.kept.itemsize * (tokens if layout.ragged else 1) for layout in plan.layouts
+        )
+
+    def _input_bytes(self, name: str) -> int:
+        tensor = self._example.tensors()[name]
+        return tensor[0].numel() * tensor.itemsize
+
+    def _open_rows(self, plan: Plan) -> Rows:
+        specs = [LeafSpec(shape=lay.shape, ragged=lay.ragged, dtype=lay.kept) for lay in plan.layouts]
+        about = {
+            "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            "cut": plan.cut,
+            "level": self._level,
+            "precision": self._options.precision or "own",
+            "autocast": str(self._options.autocast),
+            "modules": {s.name: s.action for s in plan.steps},
+            "key inputs": self._settings["inputs"],
+            "covers": "class, extra_repr, plain attributes, and dtype, shape and bytes of every parameter and buffer of "
+            "these modules, and of every other parameter and constant that they read",
+            "parts": dict(self._fingerprint.parts),
+        }
+        rows = self.store.rows(self._fingerprint.hex, specs, about)
+        self._compare_probe(rows)
+        return rows
+
+    # -- fingerprint ---------------------------------------------------------------------------------------------------
+
+    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        named = dict(model.named_modules())
+        return {name: named[name] for name in dict.fromkeys(self.bypass.plan.modules.values())}
+
+    def _loose_parameters(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+        """Parameters of the prefix outside of its modules: class tokens, position embeddings."""
+        inside = {id(p) for module in modules.values() for p in module.parameters()}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        return {name: named[name] for name in self.bypass.prefix_parameters if id(named[name]) not in inside}
+
+    def _take_fingerprint(self, model: nn.Module) -> Fingerprint:
+        modules = self._modules(model)
+        began = time.monotonic()
+        taken = take_fingerprint(modules, self._loose_parameters(model, modules), self.bypass.constants, self._settings)
+        self._hash_seconds = time.monotonic() - began
+        return taken
+
+    def fingerprint_on(self, model: nn.Module) -> str:
+        """The fingerprint that this cut has on another model with the same names."""
+        return self._take_fingerprint(model).hex
+
+    def _look_again(self) -> list[str]:
+        """Hash the prefix again: the names of what has changed."""
+        self._hashed_at = time.monotonic()
+        now = self._take_fingerprint(self.model)
+        self._watch.renew()
+        return [] if now.hex == self._fingerprint.hex else now.difference(self._fingerprint)
+
+    def _refuse_moved(self) -> None:
+        """At each forward: has the prefix moved since the rows were found?"""
+        due = time.monotonic() - self._hashed_at > max(1.0, 100 * self._hash_seconds)
+        if (due or self._watch.moved()) and (changed := self._look_again()):
+            raise StaleActivationError(_stale(changed))
+
+    # -- probe ---------------------------------------------------------------------------------------------------------
+
+    def _compare_probe(self, rows: Rows) -> None:
+        """The rows that lie beside the fingerprint, computed again: has the function stayed the same?"""
+        found = rows.read_probe()
+        if found is None:
+            return
+        tensors = found[0]
+        kept = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
+        inputs = self._probe_call(kept)
+        with undisturbed(self.model):
+            leaves = self.bypass.prefix(inputs)
+        for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves)):
+            want, got = tensors[f"row.{number}"], layout.to_rows(leaf).cpu()
+            difference = relative_difference(want, got) if want.shape == got.shape else float("inf")
+            if difference > noise(layout.kept):
+                raise StoreError(
+                    f"the store at {self.store.url} holds rows of this very prefix, but what it computes has changed: its "
+                    f"probe differs by {difference:.2g} where {noise(layout.kept):.0e} is rounding. A library was upgraded, or "
+                    "the forward around the frozen layers changed. Use another folder, or remove this one."
+                )
+
+    def _probe_call(self, tensors: Mapping[str, torch.Tensor]) -> Inputs:
+        """The example's call with the probe's tensors in it, and other inputs at their length."""
+        example = self._example.tensors()
+        old = example[self._mask].shape[1] if self._mask else -1
+        new = tensors[self._mask].shape[1] if self._mask and self._mask in tensors else old
+
+        def value(name: str, given: Any) -> Any:
+            if name in tensors:
+                return tensors[name].to(self.device)
+            if isinstance(given, torch.Tensor) and given.dim() > 1 and given.shape[1] == old and new != old:
+                return given.new_zeros((given.shape[0], new, *given.shape[2:]))
+            return given
+
+        return self._example.map(value)
+
+    def _write_probe(self) -> None:
+        if self.source.rows.read_probe() is not None:
+            return
+        generator = torch.Generator().manual_seed(20_220_107)
+        example = self._example.tensors()
+        made = {name: _synthetic(example[name].cpu(), name == self._mask, generator) for name in self.source.key_inputs}
+        with undisturbed(self.model):
+            leaves = self.bypass.prefix(self._probe_call(made))
+        tensors = {f"input.{name}": tensor for name, tensor in made.items()}
+        for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves)):
+            tensors[f"row.{number}"] = layout.to_rows(leaf).cpu().contiguous()
+        self.source.rows.write_probe(tensors)
+
+    # -- what it works with --------------------------------------------------------------------------------------------
+
+    @property
+    def cut(self) -> str:
+        """The name of the module whose output is kept."""
+        return self.bypass.plan.cut
+
+    @property
+    def level(self) -> float:
+        """The share of the blocks that is recycled."""
+        return self._level
+
+    @property
+    def fingerprint(self) -> str:
+        """128 bits in hexadecimal: all that a row depends on besides its object."""
+        return self.source.fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
+    @property
+    def off(self) -> bool:
+        """Whether the same code now runs without recycling: `paused`, ``TORCHRECYCLE=off``, or detached."""
+        return bool(self._paused) or not self._attached or os.environ.get("TORCHRECYCLE", "").lower() == "off"
+
+    @property
+    def mixed_modules(self) -> set[nn.Module]:
+        """Modules that are called on both sides of the cut."""
+        return self.bypass.mixed_modules
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is left to train: all of the model's parameters but those of the prefix that ask for a gradient."""
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def __repr__(self) -> str:
+        return (
+            f"Recycling({type(self.model).__name__} cut at '{self.cut}', level {self.level:.2f}, {len(self.source.rows):,} rows "
+            f"in {self.store.url})"
+        )
+
+    # -- the model's own call ------------------------------------------------------------------------------------------
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the model: with rows, raw, or without recycling."""
+        inputs = Inputs(self._names, args, kwargs)
+        carriers = {name: value for name, value in inputs.items() if isinstance(value, RecycledTensor)}
+        if not carriers:
+            return self.bypass.full(inputs) if self.off else self._raw(inputs)
+        main = next((value for value in carriers.values() if value.leaves is not None), next(iter(carriers.values())))
+        for entry in self.bypass.interceptor.entries:
+            if isinstance(entry, Recycling) and entry.fingerprint == main.fingerprint:
+                return entry._recycled(inputs, carriers, main)
+        return self._recycled(inputs, carriers, main)
+
+    def _raw(self, inputs: Inputs) -> Any:
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for name, tensor in inputs.tensors().items() if name in self.source.key_inputs
+        ):
+            raise BatchError("a model input asks for a gradient, which the frozen prefix does not give. Detach it.")
+        self._prove_signature(inputs, lambda: take_rows(inputs, range(min(4, inputs.batch()))))
+        began = time.perf_counter()
+        leaves = self.bypass.prefix(inputs)
+        middle = time.perf_counter()
+        output = self.bypass.suffix(inputs, leaves)
+        self.stats.misses += inputs.batch()
+        self.stats.prefix_seconds += middle - began
+        self.stats.suffix_seconds += time.perf_counter() - middle
+        return output
+
+    def _recycled(self, inputs: Inputs, carriers: Mapping[str, RecycledTensor], main: RecycledTensor) -> Any:
+        if self.off:
+            raise BatchError(
+                "a recycled batch came while recycling is off: it holds no objects. Make a new iterator of the loader within "
+                "recycling.paused(), which then reads the data set."
+            )
+        if main.fingerprint != self.source.fingerprint:
+            raise StaleActivationError(
+                f"this batch holds rows of {main.fingerprint}, but the model's prefix now is {self.source.fingerprint}. Make a "
+                "new iterator of the loader: it fills anew."
+            )
+        self._refuse_moved()
+        if main.locations.dim() == 0:
+            raise BatchError("a single item came where a batch was expected: collate items into a batch first")
+        given = inputs.replace({n: v.value if v.value is not None else _absent(n, v) for n, v in carriers.items()})
+        rows = main.leaves
+        if rows is None:
+            rows = tuple(leaf.to(main.device) for leaf in self.source.gather(main.locations, given))
+        self._compare_witnesses(main, given)
+        self._prove_signature(given, lambda: self._example_like(given))
+        layouts = self.bypass.plan.layouts
+        leaves = [layout.to_model(leaf) for layout, leaf in zip(layouts, rows)]
+        began = time.perf_counter()
+        output = self.bypass.suffix(given, leaves)
+        self.stats.suffix_seconds += time.perf_counter() - began
+        self.stats.hits += main.rows
+        self.stats.bytes_read += sum(leaf.numel() * leaf.itemsize for leaf in rows)
+        return output
+
+    def _compare_witnesses(self, main: RecycledTensor, given: Inputs) -> None:
+        tensors = given.tensors()
+        for name, witness in main.witnesses.items():
+            if name not in tensors or not torch.equal(witness, tensors[name]):
+                raise StaleActivationError(
+                    f"the model input '{name}' is not the one that the kept rows were computed with: it was changed between "
+                    "loader and model, or belongs to other objects. Change it in the data set, before the rows are made."
+                )
+        missing = [name for name in self.source.key_inputs if name not in tensors]
+        if missing:
+            raise BatchError(f"the model is called without {missing}, which the rows were computed with")
+
+    def _prove_signature(self, inputs: Inputs, sample: Callable[[], Inputs]) -> None:
+        signature = self.bypass.signature(inputs)
+        if signature in self.bypass.proven:
+            return
+        call = sample()
+        self._compare_rows(call)
+        prove(self.bypass, call)
+        self.bypass.proven.add(signature)
+
+    def _compare_rows(self, call: Inputs) -> None:
+        """Other arguments or flags must not change the rows."""
+        example = self._example.tensors()
+        news = [name for name in call.tensors() if name not in example]
+        for name in news:
+            if self.bypass.prefix_reads(call, name):
+                raise CutError(
+                    f"the model is called with '{name}', which the prefix reads and the example does not have: the kept rows "
+                    "were computed without it. Make the recycling with an example that has it."
+                )
+        with undisturbed(self.model):
+            kept = {name: tensor for name, tensor in call.tensors().items() if name not in example}
+            same = call.replace({n: t for n, t in example.items() if n in call.tensors()})
+            same = same.replace({n: t[: self._example.batch()] for n, t in kept.items()})
+            if any(t.shape[0] != self._example.batch() for t in same.tensors().values()):
+                return  # fewer objects than the example: nothing to compare with
+            fresh = self.bypass.prefix(same)
+        difference = first_difference(self.reference, fresh)
+        if difference:
+            raise StaleActivationError(
+                f"an argument or a flag of the model (see its config and attributes) was changed since the recycling was made, "
+                f"and it changes what the prefix computes ({difference}). Put it back, or make another recycling."
+            )
+
+    def _example_like(self, inputs: Inputs) -> Inputs:
+        """The example's values in a call of this form; of inputs that the example has not, the first rows."""
+        example = self._example.tensors()
+        count = min(inputs.batch(), self._example.batch())
+
+        def value(name: str, given: Any) -> Any:
+            if not isinstance(given, torch.Tensor):
+                return given
+            if name in example:
+                return example[name][:count].to(device=given.device, dtype=given.dtype)
+            return given[:count].detach()
+
+        return inputs.map(value)
+
+    # -- data sets -----------------------------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        collate_fn: Callable[[Sequence[Any]], Any] | None = None,
+        name: str | None = None,
+    ) -> FillReport:
+        """Compute and keep the rows of a data set that the store does not have. Resumes where it was stopped.
+
+        Args:
+            dataset: map-style; its items as for the user's own `DataLoader`.
+            batch_size: objects per prefix run.
+            num_workers: processes that read the data set.
+            collate_fn: the user's.
+            name: the user's name for the data set with its transforms and targets; then it is not read again while the
+                name stays.
+        """
+        arguments = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": collate_fn}
+        return fill_many([self], dataset, name=name, **arguments)[0]
+
+    def dataset(
+        self,
+        dataset: Any,
+        *,
+        collate_fn: Callable[[Sequence[Any]], Any] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        name: str | None = None,
+    ) -> RecycledDataset:
+        """The same data set reading rows instead of objects, for any trainer that takes a data set.
+
+        What is missing is filled now. Give the trainer ``recycling.collate(collate_fn)`` beside it.
+
+        Args:
+            dataset: map-style.
+            collate_fn: the user's, needed here where items alone do not make a batch (tokenised texts of any length).
+            batch_size: objects per prefix run at fill.
+            num_workers: reading processes at fill.
+            name: see `fill`.
+        """
+        wrapped = RecycledDataset(dataset, self)
+        wrapped.name = name
+        wrapped.fill_arguments = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": collate_fn}
+        self.renew(wrapped, made=True)
+        return wrapped
+
+    def collate(self, collate_fn: Callable[[Sequence[Any]], Any] | None = None) -> RecycledCollate:
+        """The collate function for items of `dataset`; the user's own is called inside of it."""
+        return RecycledCollate(collate_fn, None if self.off else self.source)
+
+    def loader(self, dataset: Any, *, name: str | None = None, **arguments: Any) -> RecycledLoader:
+        """A `DataLoader` whose batches hold rows: same type, keys and order as without us, for the same seed.
+
+        Args:
+            dataset: map-style. What the store lacks of it is filled now, with a progress bar.
+            name: see `fill`.
+            **arguments: of ``torch.utils.data.DataLoader``.
+        """
+        collate_fn = arguments.pop("collate_fn", None)
+        size = arguments.get("batch_size", 1)
+        wrapped = self.dataset(
+            dataset,
+            collate_fn=collate_fn,
+            batch_size=size if isinstance(size, int) and size > 1 else 64,
+            num_workers=arguments.get("num_workers", 0),
+            name=name,
+        )
+        return RecycledLoader(wrapped, collate_fn=self.collate(collate_fn), **arguments)
+
+    def predict(self, dataset: Any, batch_size: int = 64, **arguments: Any) -> Any:
+        """What the model gives for every object, in order: hits from the store, misses computed and kept.
+
+        Runs in eval mode without gradient; training flags are as before afterwards.
+
+        Args:
+            dataset: map-style.
+            batch_size: objects per forward.
+            **arguments: of ``torch.utils.data.DataLoader``.
+
+        Returns:
+            The model's output for all objects: tensors joined along the batch, on the CPU; nests of them likewise.
+            Where outputs of batches differ in length, a list with one output per batch.
+        """
+        outputs = []
+        with evaluating(self.model):
+            for batch in self.loader(dataset, batch_size=batch_size, **arguments):
+                inputs = self._rule(batch).map_tensors(lambda tensor: tensor.to(self.device))
+                output = self.model(*inputs.args, **inputs.kwargs)
+                outputs.append(pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output))
+        return _joined(outputs)
+
+    def check(self, batch: Any) -> CheckReport:
+        """Compare the kept rows of a raw batch's objects with fresh ones.
+
+        Raises:
+            BatchError: the batch is recycled itself, or its data set has user keys.
+        """
+        inputs = self._rule(batch)
+        if any(isinstance(tensor, RecycledTensor) for tensor in inputs.tensors().values()):
+            raise BatchError("check() compares rows with what the objects give: it needs a raw batch, from your own loader")
+        if self._options.key is not None:
+            raise BatchError("with key=, a batch does not tell the keys of its objects; use verify_every=")
+        locations = self.source.rows.lookup(self.source.keys(inputs))
+        found = np.flatnonzero(locations >= 0)
+        fresh = self._fresh_rows(inputs)
+        alone = [self._fresh_rows(take_rows(inputs, [row])) for row in range(inputs.batch())]
+        composition = max(
+            (relative_difference(leaf[r : r + 1], alone[r][n]) for n, leaf in enumerate(fresh) for r in range(len(leaf))),
+            default=0.0,
+        )
+        difference = 0.0
+        if len(found):
+            kept = self.source.gather(torch.from_numpy(locations[found]), take_rows(inputs, found.tolist()))
+            index = torch.from_numpy(found)
+            difference = max(relative_difference(a.index_select(0, index), b) for a, b in zip(fresh, kept))
+        return CheckReport(inputs.batch(), len(found), difference, composition)
+
+    def _fresh_rows(self, inputs: Inputs) -> list[torch.Tensor]:
+        """Rows of a raw batch as they would be kept, zeros at padded places, before any loss of precision."""
+        with undisturbed(self.model):
+            leaves = self.bypass.prefix(inputs.map_tensors(lambda tensor: tensor.to(self.device)))
+        kept = self.source.positions(inputs)
+        rows = []
+        for layout, leaf in zip(self.bypass.plan.layouts, leaves):
+            dense = leaf.detach().permute(layout.permutation).cpu()
+            if layout.ragged and kept is not None:
+                dense = dense * kept.cpu().reshape(*kept.shape, *[1] * (dense.dim() - 2)).to(dense.dtype)
+            rows.append(dense)
+        return rows
+
+    # -- renewing ------------------------------------------------------------------------------------------------------
+
+    def renew(self, dataset: RecycledDataset, *, made: bool = False) -> None:
+        """Let a data set have the rows of the model as it is now; fills what is missing.
+
+        Args:
+            dataset: made by `dataset`.
+            made: whether it was made just now: then the manifest is looked at more closely.
+        """
+        if self.off:
+            return
+        if self._look_again():
+            self._rebuild()
+        known = self._known(dataset, made=made)
+        if dataset.manifest is known.manifest and dataset.source is self.source and bool((dataset.locations >= 0).all()):
+            return
+        dataset.renew(known.manifest, torch.from_numpy(known.locations), self.source)
+
+    def _rebuild(self) -> None:
+        """The prefix has moved: divide it anew and open the rows that belong to it now."""
+        self.bypass.detach(self)
+        self._attached = False
+        self._manifests.clear()
+        self._build()
+
+    def _known(self, dataset: RecycledDataset, *, made: bool) -> _Known:
+        base, name = dataset.base, dataset.name
+        if self._options.key is not None and name is None:
+            raise BatchError(
+                "recycle(key=...) identifies objects without looking at them, so that another resize or tokenizer would not be "
+                "noticed. Give the preprocessing a name too: loader(dataset, name='resize 224, v1'), and change it when it "
+                "changes."
+            )
+        collate_fn = dataset.fill_arguments.get("collate_fn")
+        quick = (quick_state_of(base), name, id(collate_fn))
+        known = self._manifests.get(id(base))
+        if known is not None and known.quick == quick and not made:
+            return known
+        state = (identity_of(base, name) or state_of(base), state_of(collate_fn))
+        if known is None or known.state != state or (made and not self._still_fits(known.manifest, dataset)):
+            manifest = self._read_manifest(dataset) or self._fill(dataset)
+            known = _Known(base, quick, state, manifest, self._lookup(manifest))
+        if bool((known.locations < 0).any()):
+            known.locations = self._lookup(known.manifest)
+        if bool((known.locations < 0).any()):
+            manifest = self._fill(dataset)
+            known = _Known(base, quick, state, manifest, self._lookup(manifest))
+        known.quick = quick
+        self._manifests[id(base)] = known
+        return known
+
+    def _lookup(self, manifest: Manifest) -> np.ndarray:
+        self.source.rows.refresh()
+        return self.source.rows.lookup(manifest.keys)
+
+    def _fill(self, dataset: RecycledDataset) -> Manifest:
+        fill_many([self], dataset.base, name=dataset.name, **dataset.fill_arguments)
+        return self._manifests[id(dataset.base)].manifest
+
+    def _read_manifest(self, dataset: RecycledDataset) -> Manifest | None:
+        """What an earlier process wrote down about this very data set, if it still fits."""
+        identity = self._identity(dataset.base, dataset.name, dataset.fill_arguments.get("collate_fn"))
+        found = None if identity is None else self.source.rows.read_manifest(identity)
+        if found is None:
+            return None
+        try:
+            manifest = Manifest.from_tensors(*found)
+        except (KeyError, ValueError, TypeError) as error:
+            raise StoreError(f"the manifest {identity} in {self.store.url} is damaged: {error}. Remove it.") from error
+        fits = len(manifest) == len(dataset.base) and self._still_fits(manifest, dataset)
+        return manifest if fits else None
+
+    def _identity(self, dataset: Any, name: str | None, collate_fn: Any) -> str | None:
+        """What a manifest is kept under; None if it serves this process only."""
+        if collate_fn is not None and name is None:
+            return None
+        return identity_of(dataset, name)
+
+    def _still_fits(self, manifest: Manifest, dataset: RecycledDataset) -> bool:
+        """Read a few items: are their keys and targets what the manifest says?"""
+        if self._options.key is not None or len(dataset.base) != len(manifest):
+            return len(dataset.base) == len(manifest)
+        state = random_state()
+        try:
+            return _sample_fits(manifest, dataset, self.source)
+        finally:
+            set_random_state(state)
+
+    def keep_manifest(self, dataset: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> None:
+        """Remember what was read of a data set, in this process and, if its identity allows, beside the rows."""
+        quick = (quick_state_of(dataset), name, id(collate_fn))
+        state = (identity_of(dataset, name) or state_of(dataset), state_of(collate_fn))
+        self._manifests[id(dataset)] = _Known(dataset, quick, state, manifest, self._lookup(manifest))
+        identity = self._identity(dataset, name, collate_fn)
+        if identity is not None and manifest.template.is_plain:
+            self.source.rows.write_manifest(identity, *manifest.to_tensors())
+
+    def watched(self, batches: Iterator[Any], loader: RecycledLoader) -> Iterator[Any]:
+        """The batches, with one object in so many computed afresh and compared."""
+        every = self._options.verify_every
+        return self._with_canary(batches, loader, every) if every and not self.off else batches
+
+    def _with_canary(self, batches: Iterator[Any], loader: RecycledLoader, every: int) -> Iterator[Any]:
+        dataset = loader.dataset
+        assert isinstance(dataset, RecycledDataset)
+        for number, batch in enumerate(batches):
+            if number % every == 0:
+                self._canary(dataset, (number // every * 7919) % len(dataset))
+            yield batch
+
+    def _canary(self, dataset: RecycledDataset, index: int) -> None:
+        state = random_state()
+        try:
+            collate_fn = dataset.fill_arguments.get("collate_fn")
+            inputs = self._rule(_collated(dataset.base, [index], collate_fn))
+            kept = self.source.gather(dataset.locations[index : index + 1], inputs)
+            fresh = self._fresh_rows(inputs)
+        finally:
+            set_random_state(state)
+        for layout, a, b in zip(self.bypass.plan.layouts, fresh, kept):
+            difference = relative_difference(a, b)
+            if difference > max(noise(layout.kept), noise(layout.dtype)):
+                raise StaleActivationError(
+                    f"item {index} of the data set gives an activation that differs from its kept row by {difference:.2g} of its "
+                    "size: the data set or the model is not what it was when the rows were made. Remove the store's folder "
+                    f"{self.fingerprint} and fill again."
+                )
+
+    # -- pausing and detaching -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def paused(self) -> Iterator[Recycling]:
+        """Within this context the same code runs without recycling: loaders read objects, the model runs in full.
+
+        The prefix stays frozen, so that both compute the same.
+        """
+        self._paused += 1
+        try:
+            yield self
+        finally:
+            self._paused -= 1
+
+    def detach(self) -> None:
+        """Leave the model as it was, plus what it has learned: slots and ``requires_grad`` as before."""
+        if self._attached:
+            self._attached = False
+            self.bypass.detach(self)
+            self.source.rows.publish()
+
+    def __enter__(self) -> Recycling:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.detach()
+
+
+@dataclass(slots=True)
+class _Known:
+    """A data set whose manifest is at hand."""
+
+    dataset: Any
+    """Held, so that its id is not given again."""
+    quick: Any
+    state: Any
+    manifest: Manifest
+    locations: np.ndarray
+
+
+def _absent(name: str, tensor: RecycledTensor) -> Absent:
+    return Absent(tensor.shape, tensor.dtype, tensor.device, [name])
+
+
+def _stale(changed: Sequence[str]) -> str:
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return (
+        f"the frozen prefix has moved: '{changed[0]}'{more} is not what it was when the rows were made. Make a new iterator of "
+        "the loader: it fills anew."
+    )
+
+
+def _synthetic(tensor: torch.Tensor, is_mask: bool, generator: torch.Generator) -> torch.Tensor:
+    """Seeded values of the example's kind."""
+    if is_mask or tensor.dtype is torch.bool:
+        return torch.ones_like(tensor)
+    if tensor.is_floating_point():
+        values = torch.randn(tensor.shape, generator=generator)
+        return (values * tensor.float().std() + tensor.float().mean()).to(tensor.dtype)
+    low, high = int(tensor.min()), int(tensor.max())
+    return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.dtype)
+
+
+def _collated(dataset: Any, indices: Sequence[int], collate_fn: Any) -> Any:
+    from torch.utils.data import default_collate
+
+    fetch = getattr(dataset, "__getitems__", None)
+    items = list(fetch(list(indices))) if fetch else [dataset[i] for i in indices]
+    return (collate_fn or default_collate)(items)
+
+
+def _sample_fits(manifest: Manifest, dataset: RecycledDataset, source: RowSource) -> bool:
+    base, count = dataset.base, len(dataset.base)
+    indices = sorted({round(i * (count - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
+    fetch = getattr(base, "__getitems__", None)
+    items = list(fetch(indices)) if fetch else [base[i] for i in indices]
+    from torch.utils.data import default_collate
+
+    batch = (dataset.fill_arguments.get("collate_fn") or default_collate)(items)
+    keys = source.keys(source.rule(batch))
+    trimmed = source.mask is None or (source.padding.right and source.padding.left)
+    if trimmed and not np.array_equal(keys, manifest.keys[indices]):
+        return False
+    for item, index in zip(items, indices):
+        try:
+            leaves = manifest.template.split(item)
+        except BatchError:
+            return False
+        for column, leaf in zip(manifest.columns, leaves):
+            if column.kind != "absent" and first_difference(column[index], leaf) is not None:
+                return False
+    return True
+
+
+def _joined(outputs: list[Any]) -> Any:
+    if not outputs:
+        return outputs
+    flat = [pytree.tree_flatten(output) for output in outputs]
+    leaves = []
+    for parts in zip(*(one for one, _ in flat)):
+        if isinstance(parts[0], torch.Tensor) and parts[0].dim():
+            if len({part.shape[1:] for part in parts}) > 1:
+                return outputs
+            leaves.append(torch.cat(parts))
+        else:
+            leaves.append(torch.stack(parts) if isinstance(parts[0], torch.Tensor) else parts[0])
+    return pytree.tree_unflatten(leaves, flat[0][1])
+
+
+def fill_many(
+    recyclings: Sequence[Recycling],
+    dataset: Any,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    collate_fn: Callable[[Sequence[Any]], Any] | None = None,
+    name: str | None = None,
+) -> list[FillReport]:
+    """Fill several cuts in one pass over a data set: the deepest prefix runs once, and the others are taken on its way.
+
+    Args:
+        recyclings: of one model, or of models with the same weights before their cuts.
+        dataset: map-style.
+        batch_size: objects per prefix run.
+        num_workers: reading processes.
+        collate_fn: the user's.
+        name: see `Recycling.fill`.
+
+    Returns:
+        One report per recycling, in order.
+
+    Raises:
+        CutError: the cuts do not lie one behind the other, or their models differ before them.
+    """
+    for recycling in recyclings:
+        if not recycling._attached:
+            raise BatchError("a recycling that has been detached cannot be filled")
+        if recycling._look_again():
+            recycling._rebuild()
+        if recycling._options.key is not None and name is None:
+            raise BatchError("recycle(key=...) needs a name for the preprocessing: fill(dataset, name='resize 224, v1')")
+        recycling._write_probe()
+    results = fill_pass(
+        recyclings,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        user_key=recyclings[0]._options.key,
+        key_name=name,
+        title="filling " + ", ".join(f"'{r.cut}'" for r in recyclings),
+    )
+    reports = []
+    for recycling, (report, manifest) in zip(recyclings, results):
+        recycling.keep_manifest(dataset, name, collate_fn, manifest)
+        recycling.stats.misses += report.computed
+        recycling.stats.bytes_written += report.bytes_written
+        recycling.stats.prefix_seconds += report.prefix_seconds
+        reports.append(report)
+    return reports
