@@ -565,8 +565,8 @@ class Recycling:
         with undisturbed(self.model):
             kept = {name: tensor for name, tensor in call.tensors().items() if name not in example}
             same = call.replace({n: t for n, t in example.items() if n in call.tensors()})
-            same = same.replace({n: t[: self._example.batch()] for n, t in kept.items()})
-            if any(t.shape[0] != self._example.batch() for t in same.tensors().values()):
+            same = same.replace({n: t[: self._example.batch()] for n, t in kept.items() if t.dim()})
+            if any(t.dim() and t.shape[0] != self._example.batch() for t in same.tensors().values()):
                 return  # fewer objects than the example: nothing to compare with
             fresh = self.bypass.prefix(same)
         difference = first_difference(self.reference, fresh)
@@ -583,6 +583,8 @@ class Recycling:
 
         def value(name: str, given: Any) -> Any:
             if not isinstance(given, torch.Tensor):
+                return given
+            if given.dim() == 0:
                 return given
             if name in example:
                 return example[name][:count].to(device=given.device, dtype=given.dtype)

@@ -71,10 +71,8 @@ class Inputs:
         return self.map(lambda _, value: function(value) if isinstance(value, torch.Tensor) else value)
 
     def batch(self) -> int:
-        """How many objects: the first dimension of the first tensor."""
-        for value in self.tensors().values():
-            return value.shape[0] if value.dim() else 0
-        return 0
+        """How many objects: the first dimension of the first tensor that has one."""
+        return next((value.shape[0] for value in self.tensors().values() if value.dim()), 0)
 
 
 def _walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:

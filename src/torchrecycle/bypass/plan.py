@@ -39,7 +39,7 @@ CHEAP = 0.05
 def take_rows(inputs: Inputs, index: Sequence[int]) -> Inputs:
     """The same call for some of its objects, in that order."""
     picked = torch.tensor(list(index))
-    return inputs.map_tensors(lambda tensor: tensor.index_select(0, picked.to(tensor.device)))
+    return inputs.map_tensors(lambda t: t.index_select(0, picked.to(t.device)) if t.dim() else t)
 
 
 def pad_inputs(
