@@ -76,7 +76,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model and the generators are as before: attributes, flags, buffers, gradients."""
     state = random_state()
     kept = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -89,8 +89,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for container, content in containers:
                 _refill(container, content)
         with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
+            for buffer, value in buffers:  # by value: batch norm moves its statistics without moving their version
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
