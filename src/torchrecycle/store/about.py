@@ -34,6 +34,23 @@ def read_about(shelf: Shelf, leaves: Sequence[LeafSpec]) -> dict[str, Any] | Non
     Raises:
         StoreError: It is not readable, of a newer format, or its rows are not of this form.
     """
+    found = read_form(shelf)
+    if found is None:
+        return None
+    about, kept = found
+    if kept != list(leaves):
+        raise StoreError(
+            f"{shelf.url}/{ABOUT}: the rows kept there are {_words(kept)}, and {_words(leaves)} are asked for"
+        )
+    return about
+
+
+def read_form(shelf: Shelf) -> tuple[dict[str, Any], list[LeafSpec]] | None:
+    """What the file says about the fingerprint, and the form of its rows; None if there is none.
+
+    Raises:
+        StoreError: It is not readable, or of a newer format.
+    """
     file = f"{shelf.url}/{ABOUT}"
     data = shelf.read(ABOUT)
     if data is None:
@@ -52,11 +69,7 @@ def read_about(shelf: Shelf, leaves: Sequence[LeafSpec]) -> dict[str, Any] | Non
             f"{file} is not readable ({error!r}): restore it, or delete that folder, "
             "whose rows are then computed again"
         ) from None
-    if kept != list(leaves):
-        raise StoreError(
-            f"{file}: the rows kept there are {_words(kept)}, and {_words(leaves)} are asked for"
-        )
-    return about
+    return about, kept
 
 
 def _spec_to_json(spec: LeafSpec) -> dict[str, Any]:

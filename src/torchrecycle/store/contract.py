@@ -251,5 +251,13 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def existing(self, fingerprint: str) -> Rows:
+        """The rows of a fingerprint that is there, in the form that they have: for looking at and verifying.
+
+        Raises:
+            StoreError: There is none of that name, or it is of a newer format.
+        """
+
+    @abstractmethod
     def fingerprints(self) -> list[str]:
         """The fingerprints under which something is kept, sorted."""

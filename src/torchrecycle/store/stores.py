@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrecycle.errors import StoreError
-from torchrecycle.store.about import ABOUT
+from torchrecycle.store.about import ABOUT, read_form
 from torchrecycle.store.contract import LeafSpec, Store
 from torchrecycle.store.rows import (
     PUBLISH_SECONDS,
@@ -23,7 +23,7 @@ from torchrecycle.store.rows import (
     check_fingerprint,
     is_fingerprint,
 )
-from torchrecycle.store.shelf import FolderShelf, MemoryShelf, in_words
+from torchrecycle.store.shelf import FolderShelf, MemoryShelf, Shelf, in_words
 
 _MEMORY = "memory://"
 
@@ -61,6 +61,9 @@ class FolderStore(Store):
             shelf, leaves, about, segment_bytes=self._segment_bytes, publish_seconds=self._publish_seconds
         )
 
+    def existing(self, fingerprint: str) -> ShelfRows:
+        return _existing(FolderShelf(self._folder / check_fingerprint(fingerprint)))
+
     def fingerprints(self) -> list[str]:
         if not self._folder.is_dir():
             return []
@@ -69,6 +72,14 @@ class FolderStore(Store):
 
     def __repr__(self) -> str:
         return f"FolderStore({self.url!r})"
+
+
+def _existing(shelf: Shelf) -> ShelfRows:
+    found = read_form(shelf)
+    if found is None:
+        raise StoreError(f"{shelf.url} holds no rows: it has no {ABOUT}")
+    about, leaves = found
+    return ShelfRows(shelf, leaves, about)
 
 
 def _is_of_a_store(folder: Path) -> bool:
@@ -129,6 +140,10 @@ class MemoryStore(Store):
         return ShelfRows(
             shelf, leaves, about, segment_bytes=self._segment_bytes, publish_seconds=self._publish_seconds
         )
+
+    def existing(self, fingerprint: str) -> ShelfRows:
+        name = check_fingerprint(fingerprint)
+        return _existing(self._shelves.get(name) or MemoryShelf(f"{self.url}/{name}"))
 
     def fingerprints(self) -> list[str]:
         return sorted(name for name, shelf in self._shelves.items() if ABOUT in shelf.files)

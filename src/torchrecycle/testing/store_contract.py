@@ -280,6 +280,16 @@ class StoreContract(ABC):
         with pytest.raises(StoreError):
             store.rows(name, SPECS, {})
 
+    def test_rows_that_are_there_are_opened_without_knowing_their_form(self, store: Store, rows: Rows) -> None:
+        rows.append(keys_of([1, 2]), leaves_of([1, 2]))
+        rows.publish()
+        found = self.another(store).existing(FINGERPRINT)
+        assert found.leaves == SPECS
+        assert found.about == ABOUT
+        assert_holds(found, [1, 2])
+        with pytest.raises(StoreError, match="holds no rows"):
+            store.existing("0" * 32)
+
     def test_about_is_kept_as_it_was_first_written(self, store: Store, rows: Rows) -> None:
         rows.append(keys_of([1]), leaves_of([1]))
         rows.publish()

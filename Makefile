@@ -1,0 +1,60 @@
+# Two commands for a new user: `make demo` and `make test`. Each makes .venv if it is missing and installs what it
+# needs; a second run starts at once. `make PYTHON=python3.12 demo` uses another interpreter, in .venv-python3.12.
+
+PYTHON ?= python3
+ifeq ($(origin PYTHON),file)
+VENV ?= .venv
+else
+VENV ?= .venv-$(notdir $(PYTHON))
+endif
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench clean
+
+help:
+	@echo "make demo    compare the levels of recycling on images and texts (ARGS=--quick: in 90 seconds)"
+	@echo "make test    run the tests"
+	@echo "make check   format, lint, types and tests"
+	@echo "make bench   measure against the same suffix trained from RAM tensors, by hand"
+	@echo "make clean   remove the virtual environment and what the demo keeps"
+	@echo "make PYTHON=python3.12 demo   with another interpreter"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is not Python 3.10 or newer: name one with make PYTHON=python3.12 demo"; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV) || { echo "python -m venv failed: on Debian, apt install python3-venv"; exit 1; }
+
+# One stamp per set of extras: made anew when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml $(BIN)/python
+	@echo "Installing torchrecycle with the extra '$*' into $(VENV) (PyTorch is large: minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	@$(BIN)/torchrecycle demo $(ARGS)
+
+test: $(VENV)/.installed-test
+	@echo "Running the tests ..."
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(BIN)/python -m pytest $(ARGS)
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-demo
+	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .torchrecycle-demo
