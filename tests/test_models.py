@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blake3 import blake3
-from small_models import SAMPLES, Sample
 from torch import nn
 
+from small_models import SAMPLES, Sample
 from torchrecycle import recycle
 
 OPTIMIZERS = {

@@ -16,7 +16,7 @@ import copy
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from torchrecycle.errors import CutError
 
-__all__ = ["Call", "Trace", "clear_slot", "set_slot", "slot_of", "trace", "undisturbed"]
+__all__ = ["Call", "Trace", "attributes_kept", "clear_slot", "set_slot", "slot_of", "trace", "undisturbed"]
 
 SLOT = "_compiled_call_impl"
 
@@ -75,21 +75,19 @@ def set_random_state(state: tuple[Any, ...]) -> None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model and the generators are as before: attributes, flags, buffers, gradients."""
     state = random_state()
-    kept = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        yield
+        with attributes_kept(model.modules()):
+            yield
     finally:
-        for module, attributes, containers in kept:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for container, content in containers:
-                _refill(container, content)
         with torch.no_grad():
-            for buffer, value in buffers:  # by value: batch norm moves its statistics without moving their version
+            for (
+                buffer,
+                value,
+            ) in buffers:  # by value: batch norm moves its statistics without moving their version
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
         for parameter, gradient in gradients:
@@ -97,17 +95,55 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         set_random_state(state)
 
 
+@contextmanager
+def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Whatever runs inside, the modules have the same attributes afterwards, and their dicts, lists and sets the same
+    content."""
+    kept = [(module, dict(module.__dict__), _containers(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, containers in kept:
+            _put_back(module.__dict__, attributes)
+            for container, content in containers:
+                _refill(container, content)
+
+
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     """The module's dicts, lists and sets (parameters, hooks, caches), each with a copy of its content."""
-    return [(value, copy.copy(value)) for value in module.__dict__.values() if isinstance(value, (dict, list, set))]
+    return [
+        (value, copy.copy(value))
+        for value in module.__dict__.values()
+        if isinstance(value, (dict, list, set))
+    ]
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Only what differs is touched: another thread may be running the model."""
+    for name in [name for name in now if name not in before]:
+        del now[name]
+    for name, value in before.items():
+        if name not in now or now[name] is not value:
+            now[name] = value
 
 
 def _refill(container: Any, content: Any) -> None:
+    if _is_same(container, content):
+        return
     container.clear()
     if isinstance(container, list):
         container.extend(content)
     else:
         container.update(content)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if len(a) != len(b):
+        return False
+    if isinstance(a, set):
+        return all(part in b for part in a)
+    values = zip(a.values(), b.values()) if isinstance(a, dict) else zip(a, b)
+    return (not isinstance(a, dict) or list(a) == list(b)) and all(x is y for x, y in values)
 
 
 # -- the trace ---------------------------------------------------------------------------------------------------------
@@ -208,7 +244,9 @@ def _watchable(model: nn.Module) -> Iterator[nn.Module]:
     stack, seen = [model], set()
     while stack:
         module = stack.pop()
-        if module in seen or (slot_of(module) is not None and not getattr(slot_of(module), "is_recycling", False)):
+        if module in seen or (
+            slot_of(module) is not None and not getattr(slot_of(module), "is_recycling", False)
+        ):
             continue
         seen.add(module)
         yield module

@@ -22,7 +22,7 @@ from torchrecycle.bypass.inputs import Inputs
 from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_sources, evaluating
 from torchrecycle.bypass.plan import Plan, Probes
 from torchrecycle.errors import BatchError, CutError
-from torchrecycle.trace import Trace, random_state, set_random_state, undisturbed
+from torchrecycle.trace import Trace, attributes_kept, random_state, set_random_state, undisturbed
 
 __all__ = ["Bypass"]
 
@@ -64,6 +64,7 @@ class Bypass:
         self.interceptor = Interceptor.of(model) or Interceptor(model)
         self.attached = False
         self._open = [call.module for call in traced.ancestors(traced.of(plan.cut)[0])]
+        self._prefix_parts = {part for module in plan.modules for part in module.modules()}
         self.ends = {call.name: call.end for call in traced.calls}
         """When each module's last call ends, in the order of running."""
         self.occurrences = {step.number: traced.calls[step.number].occurrence for step in plan.steps}
@@ -123,7 +124,7 @@ class Bypass:
     def full(self, inputs: Inputs) -> Any:
         """The ordinary forward, with the prefix in eval mode and without gradient."""
         run = self.plan.run("full")
-        with self.interceptor.running(run):
+        with self._turn(), self.interceptor.running(run):
             output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         self._must_be_complete(run)
         return output
@@ -144,18 +145,22 @@ class Bypass:
         run = self.plan.run("prefix", taps=taps)
         device = _device(inputs)
         # Rows are made under the declared autocast, whatever is ambient.
-        cast = torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
-        state = random_state()
-        try:
-            with self.interceptor.running(run), evaluating(self.model), cast:
-                self.model._call_impl(*inputs.args, **inputs.kwargs)
-        except Stopped:
-            if tapped is not None:
-                tapped.update(run.tapped)
-            # A view made without gradient could not be written by the suffix.
-            return [leaf.clone() if leaf._is_view() else leaf for leaf in self.plan.taken(run.captured)]
-        finally:
-            set_random_state(state)
+        cast = torch.autocast(
+            device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
+        with self._turn(alone=self.model.training):
+            state = random_state()
+            try:
+                # What the glue writes into attributes is undone, since it runs again in the suffix.
+                with attributes_kept(self._open), self.interceptor.running(run), evaluating(self.model), cast:
+                    self.model._call_impl(*inputs.args, **inputs.kwargs)
+            except Stopped:
+                if tapped is not None:
+                    tapped.update(run.tapped)
+                # A view made without gradient could not be written by the suffix.
+                return [leaf.clone() if leaf._is_view() else leaf for leaf in self.plan.taken(run.captured)]
+            finally:
+                set_random_state(state)
         raise CutError(f"the forward ended before it reached '{self.plan.cut}'")
 
     def suffix(self, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> Any:
@@ -164,11 +169,10 @@ class Bypass:
         device = leaves[0].device
         if self.clones:
             leaves = [leaf.clone() for leaf in leaves]
-        run = self.plan.run(
-            "bypass", self.autocast, absent=self._absent(inputs, size, device), kept=self.plan.filled(leaves, size)
-        )
+        absent, kept = self._absent(inputs, size, device), self.plan.filled(leaves, size)
+        run = self.plan.run("bypass", self.autocast, absent=absent, kept=kept)
         try:
-            with self.interceptor.running(run):
+            with self._turn(), self.interceptor.running(run):
                 output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         except AbsentRead as stop:
             raise CutError(
@@ -177,8 +181,34 @@ class Bypass:
             ) from stop
         self._must_be_complete(run)
         if absent_sources(output):
-            raise CutError(f"what is skipped before '{self.plan.cut}' reaches the output of the model for this batch")
+            raise CutError(
+                f"what is skipped before '{self.plan.cut}' reaches the output of the model for this batch"
+            )
         return output
+
+    def glue(self, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> None:
+        """Run what lies between the skipped calls, up to the cut.
+
+        Raises:
+            CutError: it does not lead to the cut.
+        """
+        size = self.plan.size(inputs)
+        absent, kept = self._absent(inputs, size, leaves[0].device), self.plan.filled(leaves, size)
+        try:
+            with self._turn(), self.interceptor.running(self.plan.run("glue", absent=absent, kept=kept)):
+                self.model._call_impl(*inputs.args, **inputs.kwargs)
+        except Stopped:
+            return
+        except AbsentRead as stop:
+            raise CutError(f"before the cut at '{self.plan.cut}', {stop.reason}") from stop
+        raise CutError(
+            f"in training mode the forward may end before it reaches '{self.plan.cut}' (LayerDrop, or an early exit). Switch "
+            "that off, or cut before it."
+        )
+
+    def _turn(self, *, alone: bool = False) -> Any:
+        """One's turn among threads: alone where modules of the prefix must be switched to eval mode."""
+        return self.interceptor.turns.take(alone=alone or any(part.training for part in self._prefix_parts))
 
     def _must_be_complete(self, run: Run) -> None:
         if run.position != len(run.steps):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrecycle.bypass.inputs import Inputs, parameter_names
+from torchrecycle.bypass.inputs import Inputs
 from torchrecycle.errors import BatchError
 
 __all__ = ["BatchRule", "device_of", "example_inputs", "mask_name"]
@@ -84,7 +84,11 @@ class BatchRule:
 
     def _elements(self, batch: Any, count: int) -> Sequence[Any]:
         if not isinstance(batch, (tuple, list)) or len(batch) < count:
-            held = f"{len(batch)} elements" if isinstance(batch, (tuple, list)) else f"type {type(batch).__name__}"
+            held = (
+                f"{len(batch)} elements"
+                if isinstance(batch, (tuple, list))
+                else f"type {type(batch).__name__}"
+            )
             raise BatchError(
                 f"a batch of {held} came where the example asks for {count} or more in a tuple. Pass inputs=lambda batch: "
                 "(args, kwargs) to say where the model inputs are."
@@ -107,7 +111,9 @@ def example_inputs(model: nn.Module, rule: BatchRule, example: Any) -> Inputs:
     inputs = rule(example)
     tensors = inputs.tensors()
     if not tensors:
-        raise BatchError("the example holds no tensor: give a batch of two objects or more, as your loop has it")
+        raise BatchError(
+            "the example holds no tensor: give a batch of two objects or more, as your loop has it"
+        )
     sizes = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
     if min(sizes.values()) < 2 or len(set(sizes.values())) > 1:
         raise BatchError(
@@ -135,7 +141,9 @@ def mask_name(inputs: Inputs, mask: str | None) -> str | None:
     if plain and bool(((value == 0) | (value == 1)).all()):
         return name
     if mask is not None:
-        raise BatchError(f"mask='{mask}' is {list(value.shape)}, {value.dtype}; it must be [batch, tokens] of zeros and ones")
+        raise BatchError(
+            f"mask='{mask}' is {list(value.shape)}, {value.dtype}; it must be [batch, tokens] of zeros and ones"
+        )
     return None
 
 

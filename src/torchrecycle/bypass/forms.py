@@ -66,7 +66,9 @@ class TreeForm:
     @property
     def tensors(self) -> list[int]:
         """Positions of the leaves that are tensors, each object once."""
-        return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, TensorForm) and self.same_as[i] == i]
+        return [
+            i for i, leaf in enumerate(self.leaves) if isinstance(leaf, TensorForm) and self.same_as[i] == i
+        ]
 
     def absent(self, size: Size, device: torch.device, source: int) -> Any:
         """The nest with absent tensors."""
@@ -119,7 +121,8 @@ def solve_tree(outputs: Sequence[Any], sizes: Sequence[Size]) -> TreeForm | str:
         leaves.append(form)
     ids = [id(leaf) for leaf in first]
     same_as = [
-        ids.index(one) if isinstance(leaf, torch.Tensor) else i for i, (one, leaf) in enumerate(zip(ids, first))
+        ids.index(one) if isinstance(leaf, torch.Tensor) else i
+        for i, (one, leaf) in enumerate(zip(ids, first))
     ]
     return TreeForm(spec, tuple(leaves), tuple(same_as))
 
@@ -127,7 +130,10 @@ def solve_tree(outputs: Sequence[Any], sizes: Sequence[Size]) -> TreeForm | str:
 def _solve_leaf(values: Sequence[Any], sizes: Sequence[Size]) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
-        if any(not isinstance(v, torch.Tensor) or v.dim() != first.dim() or v.dtype != first.dtype for v in values):
+        if any(
+            not isinstance(v, torch.Tensor) or v.dim() != first.dim() or v.dtype != first.dtype
+            for v in values
+        ):
             return "it returns tensors of different rank or dtype for batches of different size"
         dims = [_solve_dim([v.shape[i] for v in values], sizes) for i in range(first.dim())]
         if any(dim is None for dim in dims):
@@ -137,7 +143,9 @@ def _solve_leaf(values: Sequence[Any], sizes: Sequence[Size]) -> Any:
         dim = _solve_dim(values, sizes) if all(isinstance(v, int) for v in values) else None
         return dim or "it returns numbers that follow the batch by no law that is known"
     if isinstance(first, _CONSTANTS):
-        return first if all(v == first for v in values) else "it returns values that differ from batch to batch"
+        return (
+            first if all(v == first for v in values) else "it returns values that differ from batch to batch"
+        )
     return f"it returns an object of type {type(first).__name__}, which is no tensor and no nest of tensors"
 
 

@@ -10,6 +10,7 @@ A run follows its steps strictly: a call that comes out of turn (LayerDrop) is a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,7 +67,8 @@ def frozen_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     Where nothing asks for a gradient, grad mode is left as it is: a view made without it could not be written later.
     """
     asks = any(parameter.requires_grad for parameter in module.parameters()) or any(
-        isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves((args, dict(kwargs)))
+        isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        for leaf in pytree.tree_leaves((args, dict(kwargs)))
     )
     with evaluating(module, gradient=not asks and torch.is_grad_enabled()):
         return module._call_impl(*args, **kwargs)
@@ -181,7 +183,9 @@ class Run:
                 raise AbsentRead(reason, sources | {("run", step.number)})
         return output
 
-    def _after_the_cut(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _after_the_cut(
+        self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
         if name not in self.mixed:
             raise CutError(
                 f"the model called '{name}' once more after the cut, which it did not do for the example: '{name}' "
@@ -213,6 +217,45 @@ def absent_sources(tree: Any) -> frozenset[Any]:
     return frozenset(found)
 
 
+class Turns:
+    """Many threads may run a model at once, or one that changes its flags for a moment, alone.
+
+    A prefix run in training mode switches every module to eval; a suffix that another thread runs meanwhile would lose
+    its dropout in silence.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running: dict[int, int] = {}
+        self._alone: int | None = None
+
+    @contextmanager
+    def take(self, *, alone: bool) -> Iterator[None]:
+        """Wait for one's turn; within it, the same thread may take more."""
+        me = threading.get_ident()
+        with self._changed:
+            if me in self._running:  # within its own turn
+                alone = False
+            else:
+                self._changed.wait_for(lambda: self._alone is None and not (alone and self._others(me)))
+            if alone:
+                self._alone = me
+            self._running[me] = self._running.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running[me] -= 1
+                if not self._running[me]:
+                    del self._running[me]
+                if alone:
+                    self._alone = None
+                self._changed.notify_all()
+
+    def _others(self, me: int) -> bool:
+        return any(thread != me for thread in self._running)
+
+
 class Entry(Protocol):
     """What the model's own call goes to while it is recycled."""
 
@@ -242,6 +285,7 @@ class Interceptor:
         self.entries: list[Entry] = []
         """What the model's own call does; the last attached governs."""
         self._frozen: dict[nn.Parameter, list[Any]] = {}
+        self.turns = Turns()
 
     @staticmethod
     def of(model: nn.Module) -> Interceptor | None:
@@ -251,6 +295,8 @@ class Interceptor:
     def slots(self, modules: Sequence[nn.Module]) -> None:
         """Put a slot into each of the modules."""
         for module in modules:
+            if module not in self._users:
+                self._refuse_recycled(module)
             if slot_of(module) is not None and module not in self._users:
                 raise CutError(
                     f"a module before the cut ({type(module).__name__}) has been compiled in place (module.compile()). "
@@ -260,6 +306,13 @@ class Interceptor:
             self._users[module] = self._users.get(module, 0) + 1
             if self._users[module] == 1:
                 set_slot(module, self._slot(module))
+
+    def _refuse_recycled(self, module: nn.Module) -> None:
+        if getattr(slot_of(module), "is_recycling", False):
+            raise CutError(
+                f"a part of the model ({type(module).__name__}) is recycled by itself already: detach that recycling first, "
+                "or cut the outer model after this part."
+            )
 
     def free(self, modules: Sequence[nn.Module]) -> None:
         """Take the slots out again, where nobody else needs them."""
@@ -341,4 +394,5 @@ class Interceptor:
             )
         if any(module in entry.mixed_modules for entry in self.entries):
             return module._call_impl(*args, **kwargs)
-        return frozen_call(module, args, kwargs)
+        with self.turns.take(alone=any(part.training for part in module.modules())):
+            return frozen_call(module, args, kwargs)

@@ -22,7 +22,15 @@ from torch import nn
 from torchrecycle.absent import Absent, AbsentRead
 from torchrecycle.bypass.forms import Size, TensorForm, TreeForm, solve_tree
 from torchrecycle.bypass.inputs import Inputs
-from torchrecycle.bypass.interceptor import Action, Interceptor, Run, Step, Stopped, absent_sources, evaluating
+from torchrecycle.bypass.interceptor import (
+    Action,
+    Interceptor,
+    Run,
+    Step,
+    Stopped,
+    absent_sources,
+    evaluating,
+)
 from torchrecycle.codec import Layout
 from torchrecycle.errors import CutError
 from torchrecycle.trace import Call, Trace, random_state, set_random_state, trace, undisturbed
@@ -211,7 +219,9 @@ def _nearest(traced: Trace, cut: str) -> str:
     import difflib
 
     names = [call.name for call in traced.calls if call.name]
-    inside = [name for name in names if cut and name.startswith(f"{cut}.") and "." not in name[len(cut) + 1 :]]
+    inside = [
+        name for name in names if cut and name.startswith(f"{cut}.") and "." not in name[len(cut) + 1 :]
+    ]
     found = inside[-3:] or difflib.get_close_matches(cut, names, n=3, cutoff=0.3) or names[:3]
     return ", ".join(f"'{name}'" for name in found)
 
@@ -250,7 +260,7 @@ class _Planner:
     def _why_unkeepable(self, call: Call) -> str:
         form = self.forms[call.number]
         if isinstance(form, str):
-            return form
+            return form + (self._about_the_mask() if "by no law" in form else "")
         if not form.tensors:
             return "its output holds no tensor"
         for position in form.tensors:
@@ -259,10 +269,21 @@ class _Planner:
                 return "its output has no dimension that counts the objects of the batch, so it is no row of each"
             others = [d for d in dims if d.law != "fixed" and not (d.law == "batch" and d.number == 1)]
             if len(others) > 1 or any(d.law != "tokens" or d.number for d in others):
-                return f"its output follows the length of the sequence in more than one way ({position}: {dims})"
+                return (
+                    f"its output follows the length of the sequence in more than one way ({position}: {dims})"
+                )
             if sum(d.law == "batch" for d in dims) > 1:
                 return "its output has two dimensions that count the objects of the batch"
         return ""
+
+    def _about_the_mask(self) -> str:
+        if self.probes.mask is None:
+            return ""
+        return (
+            f" (the mask '{self.probes.mask}' counts {self.probes.sizes[0][1]} places, which the model shortens before the "
+            "cut; rows of unequal length are kept only where one place of the mask is one of the row. Bring all objects to "
+            "one length in the data set, and leave the mask out)"
+        )
 
     def steps(self) -> tuple[Step, ...]:
         return tuple(Step(call.number, call.name, self.actions[call.number]) for call in self.before)
@@ -304,7 +325,9 @@ class _Planner:
             output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         sources = absent_sources(output)
         if sources:
-            raise AbsentRead("what a skipped layer would have computed reaches the output of the model", sources)
+            raise AbsentRead(
+                "what a skipped layer would have computed reaches the output of the model", sources
+            )
 
     def mend(self) -> None:
         """Skip all that can be skipped; run or keep what a later part of the model needs."""

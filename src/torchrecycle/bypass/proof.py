@@ -11,15 +11,16 @@ padding on either side, other values at padded places.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from torchrecycle.absent import Absent
 from torchrecycle.bypass.bypass import Bypass
 from torchrecycle.bypass.inputs import Inputs
-from torchrecycle.bypass.interceptor import Stopped
 from torchrecycle.bypass.plan import pad_inputs, take_rows
 from torchrecycle.errors import CutError
 from torchrecycle.trace import random_state, set_random_state, undisturbed
@@ -69,7 +70,11 @@ def first_difference(
     elif hasattr(want, "__dict__") and not isinstance(want, type) and depth < 4:
         return first_difference(vars(want), vars(got), path, mask, depth + 1)
     else:
-        return None if want is got or hasattr(want, "__dict__") or want == got else f"{where} is {got!r} instead of {want!r}"
+        return (
+            None
+            if want is got or hasattr(want, "__dict__") or want == got
+            else f"{where} is {got!r} instead of {want!r}"
+        )
     return next((found for name, a, b in pairs if (found := first_difference(a, b, name, mask, depth))), None)
 
 
@@ -81,8 +86,8 @@ def _tensor_difference(want: Any, got: Any, where: str, mask: torch.Tensor | Non
     want, got = want.detach(), got.detach()
     if mask is not None and want.dim() >= 2 and want.shape[:2] == mask.shape:
         want, got = want[mask.bool()], got[mask.bool()]
-    if torch.equal(want, got) or torch.equal(want.isnan(), got.isnan()) and torch.equal(
-        want.nan_to_num(), got.nan_to_num()
+    if torch.equal(want, got) or (
+        torch.equal(want.isnan(), got.isnan()) and torch.equal(want.nan_to_num(), got.nan_to_num())
     ):
         return None
     return f"{where} differs by {relative_difference(want, got):.2g} of its size"
@@ -103,18 +108,25 @@ def prove(bypass: Bypass, inputs: Inputs) -> None:
         state = random_state()
         want = bypass.full(inputs)
         after = bypass.flags()
-        moved = {(a[0], a[1]) for a, b in zip(bypass.flags(), signature[-1]) if a != b} if after != signature[-1] else set()
+        moved = (
+            {(a[0], a[1]) for a, b in zip(bypass.flags(), signature[-1]) if a != b}
+            if after != signature[-1]
+            else set()
+        )
         want_gradients = _gradients(bypass, want)
     bypass.volatile |= moved
     with undisturbed(model):
         leaves = bypass.prefix(inputs)
-    versions = [leaf._version for leaf in leaves]
+    versions = _versions(leaves)
     originals = [leaf.clone() for leaf in leaves]
     with undisturbed(model):
         set_random_state(state)
-        got = bypass.suffix(inputs, leaves)
+        got = bypass.suffix(_as_on_a_hit(bypass, inputs), leaves)
         got_gradients = _gradients(bypass, got)
-    if [leaf._version for leaf in leaves] != versions:
+    # By value too: ``x.data`` and NumPy write without moving a version.
+    if _versions(leaves) != versions or any(
+        _tensor_difference(a, b, "", None) for a, b in zip(originals, leaves)
+    ):
         bypass.clones = True
         leaves = originals
     with undisturbed(model):
@@ -125,9 +137,21 @@ def prove(bypass: Bypass, inputs: Inputs) -> None:
         if difference:
             raise CutError(_not_the_same(bypass, difference))
     _compare_gradients(bypass, want_gradients, got_gradients)
+    _look_for_lost_gradients(bypass, inputs, leaves, want_gradients)
     if model.training:
-        _try_draws(bypass, inputs)
+        _try_draws(bypass, inputs, originals)
     bypass.proven.add(bypass.signature(inputs))
+
+
+def _versions(leaves: Sequence[torch.Tensor]) -> list[int]:
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
+
+
+def _as_on_a_hit(bypass: Bypass, inputs: Inputs) -> Inputs:
+    """The call without what only the prefix reads, which batches from a store leave out."""
+    tensors = inputs.tensors()
+    gone = [name for name in tensors if name in bypass.plan.read_before - bypass.plan.read_after]
+    return inputs.replace({name: Absent.like(tensors[name], [name]) for name in gone})
 
 
 def _gradients(bypass: Bypass, output: Any) -> dict[str, torch.Tensor]:
@@ -171,24 +195,38 @@ def _compare_gradients(
         )
 
 
-def _try_draws(bypass: Bypass, inputs: Inputs) -> None:
+def _look_for_lost_gradients(
+    bypass: Bypass, inputs: Inputs, leaves: Sequence[torch.Tensor], found: Mapping[str, torch.Tensor]
+) -> None:
+    """A reentrant checkpoint region gives no gradient to its layers if none of its inputs asks for one."""
+    if not torch.is_grad_enabled():
+        return
+    spared = {*bypass.prefix_parameters, *bypass.untouched, *found}
+    without = [name for name, p in bypass.model.named_parameters() if p.requires_grad and name not in spared]
+    if not without:
+        return
+    with undisturbed(bypass.model), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        bypass.suffix(inputs, [leaf.clone() for leaf in leaves])
+    if any(
+        "None of the inputs have requires_grad" in str(one.message) for one in said
+    ):  # says torch.utils.checkpoint
+        raise CutError(
+            f"cannot cut at '{bypass.plan.cut}': '{without[0]}' would get no gradient, since it lies in or behind a reentrant "
+            "checkpoint region whose inputs ask for none once the prefix is frozen. Checkpoint with use_reentrant=False."
+        )
+
+
+def _try_draws(bypass: Bypass, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> None:
     """In training mode, does what happens between the skipped layers depend on chance (LayerDrop)?
 
     It runs up to the cut under many random states: milliseconds, since all layers there are skipped.
     """
-    device = next(iter(inputs.tensors().values())).device
-    size = bypass.plan.size(inputs)
-    kept = {n: bypass.plan.forms[n].absent(size, device, n) for n in bypass.plan.kept}
     with undisturbed(bypass.model), torch.no_grad():
         for draw in range(DRAWS):
             torch.manual_seed(draw)
             before = random_state()
-            run = bypass.plan.run("glue", absent=bypass._absent(inputs, size, device), kept=kept)
-            try:
-                with bypass.interceptor.running(run):
-                    bypass.model._call_impl(*inputs.args, **inputs.kwargs)
-            except Stopped:
-                pass
+            bypass.glue(inputs, leaves)
             if draw == 0 and _same_state(before, random_state()):
                 return
 
@@ -208,7 +246,7 @@ _FLAGS = {
 def _not_the_same(bypass: Bypass, difference: str) -> str:
     blame = ""
     for flag, output in _FLAGS.items():
-        if output in difference or "instead of" in difference and _is_set(bypass, flag):
+        if output in difference or ("instead of" in difference and _is_set(bypass, flag)):
             blame = f" It comes from skipped layers; set {flag}=False to do without."
             break
     if not blame and bypass.model.training:
@@ -267,21 +305,38 @@ def prove_rows(bypass: Bypass) -> Padding:
                 f"cannot cut at '{bypass.plan.cut}': the prefix gives other values each time it runs, even in eval mode, "
                 "so one kept row would freeze one draw"
             )
-        others = _rows(bypass, _others_replaced(bypass, example))
-        if any(not torch.equal(a[:1], b[:1]) for a, b in zip(rows, others)):
-            difference = max(relative_difference(a[:1], b[:1]) for a, b in zip(rows, others))
-            raise CutError(
-                f"cannot cut at '{bypass.plan.cut}': what the prefix gives for an object depends on the other objects of "
-                f"the batch (a difference of {difference:.1%} when they are replaced), so it cannot be kept for the object"
-            )
+        for strength in (0.5, 8.0):
+            others = _rows(bypass, _others_replaced(bypass, example, strength))
+            if any(not torch.equal(a[:1], b[:1]) for a, b in zip(rows, others)):
+                _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced")
+        turned = _rows(bypass, take_rows(example, [1, 0]))
+        more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
+        _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places", rounding=True)
+        _refuse_mixing(bypass, rows, [leaf[:2] for leaf in more], "become more", rounding=True)
         return _prove_padding(bypass) if bypass.plan.mask else Padding()
+
+
+def _refuse_mixing(
+    bypass: Bypass,
+    want: Sequence[torch.Tensor],
+    got: Sequence[torch.Tensor],
+    when: str,
+    *,
+    rounding: bool = False,
+) -> None:
+    difference, dtype = max((relative_difference(a, b), str(a.dtype)) for a, b in zip(want, got))
+    if not rounding or difference > max(noise(a.dtype) for a in want):
+        raise CutError(
+            f"cannot cut at '{bypass.plan.cut}': what the prefix gives for an object depends on the other objects of the "
+            f"batch (a difference of {difference:.1%} in {dtype} when they {when}), so it cannot be kept for the object"
+        )
 
 
 def _rows(bypass: Bypass, inputs: Inputs) -> list[torch.Tensor]:
     return [layout.to_rows(leaf) for layout, leaf in zip(bypass.plan.layouts, bypass.prefix(inputs))]
 
 
-def _others_replaced(bypass: Bypass, inputs: Inputs) -> Inputs:
+def _others_replaced(bypass: Bypass, inputs: Inputs, strength: float) -> Inputs:
     """The first object as it is; in place of the others, some with other content and the same mask."""
     first = take_rows(inputs, [0, 0])
 
@@ -293,7 +348,7 @@ def _others_replaced(bypass: Bypass, inputs: Inputs) -> Inputs:
             return value
         mine[1] = value[1].flip(-1) if value.dim() > 1 else value[1]
         if value.is_floating_point():
-            mine[1] = mine[1] * 0.5 + 0.1
+            mine[1] = mine[1] * strength + 0.1
         return mine
 
     return inputs.map(other)
