@@ -128,6 +128,9 @@ class Absent(torch.Tensor):
     def data_ptr(self) -> NoReturn:
         self._refuse("data_ptr()")
 
+    def __format__(self, spec: str) -> str:
+        return self._refuse("formatting") if spec else repr(self)
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self._refuse("pickling or copying")
 
@@ -389,11 +392,12 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
 def _along_batch(func: Any, args: Any, kwargs: Any) -> Any:
     """Slices, selections and splits along the batch."""
     tensor, *rest = args
-    dim = kwargs.get("dim", rest[0] if rest and func in _DIM_FIRST else 0)
-    if func in (aten.split.Tensor, aten.split_with_sizes.default):
-        dim = kwargs.get("dim", rest[1] if len(rest) > 1 else 0)
-    if dim != 0 or tensor.locations.dim() == 0:
+    at = _DIM_AT[func]
+    dim = kwargs.get("dim", rest[at] if len(rest) > at else 0)
+    if dim not in (0, -tensor.dim()) or tensor.locations.dim() == 0:
         return NotImplemented
+    rest = [0 if position == at else value for position, value in enumerate(rest)]  # for the leaves, of other rank
+    kwargs = {name: 0 if name == "dim" else value for name, value in kwargs.items()}
     nominal = func(_nominal(tensor), *rest, **kwargs)
     if isinstance(nominal, torch.Tensor):
         return tensor._with(
@@ -407,7 +411,15 @@ def _along_batch(func: Any, args: Any, kwargs: Any) -> Any:
     ]
 
 
-_DIM_FIRST = {aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.unbind.int}
+_DIM_AT = {
+    aten.slice.Tensor: 0,
+    aten.select.int: 0,
+    aten.index_select.default: 0,
+    aten.unbind.int: 0,
+    aten.split.Tensor: 1,
+    aten.split_with_sizes.default: 1,
+}
+"""Where each of these has the dimension among its arguments after the tensor."""
 
 
 def _moved(rest: list[Any], part: torch.Tensor) -> list[Any]:
@@ -419,6 +431,13 @@ def _nominal(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(()).expand(tensor.shape)
 
 
+def _flip(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor, dims = args
+    if [dim % tensor.dim() for dim in dims] != [0] or tensor.locations.dim() == 0:
+        return NotImplemented
+    return tensor._with(lambda part: part.flip(0))
+
+
 def _index(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, indices = args
     if isinstance(indices, RecycledTensor) or not isinstance(tensor, RecycledTensor):
@@ -426,7 +445,10 @@ def _index(func: Any, args: Any, kwargs: Any) -> Any:
     if len(indices) != 1 or indices[0] is None or indices[0].dim() != 1 or tensor.locations.dim() == 0:
         return NotImplemented
     index = indices[0].cpu()
-    index = index.nonzero()[:, 0] if index.dtype in (torch.bool, torch.uint8) else index
+    if index.dtype in (torch.bool, torch.uint8):
+        if len(index) != len(tensor):
+            raise IndexError(f"a mask of {len(index)} for a recycled batch of {len(tensor)} objects")
+        index = index.nonzero()[:, 0]
     index = torch.where(index < 0, index + len(tensor), index)
     return tensor._with(
         lambda part: part.index_select(0, index.to(part.device)),
@@ -439,7 +461,9 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = list(args[0])
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     depth = 0 if func is aten.stack.default else 1
-    if dim != 0 or not all(isinstance(t, RecycledTensor) and t.locations.dim() == depth for t in tensors):
+    if not all(isinstance(t, RecycledTensor) and t.locations.dim() == depth for t in tensors):
+        return NotImplemented
+    if dim not in (0, depth - 1 - tensors[0].dim()):
         return NotImplemented
     first = tensors[0]
     if any(t.fingerprint != first.fingerprint for t in tensors):
@@ -488,6 +512,7 @@ _ROW_WISE: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes.default: _along_batch,
     aten.unbind.int: _along_batch,
     aten.index.Tensor: _index,
+    aten.flip.default: _flip,
     aten.cat.default: _joined,
     aten.stack.default: _joined,
 }
