@@ -1,0 +1,59 @@
+"""What the README shows runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    assert found
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for i in range(4)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+    dataset = TensorDataset(torch.randn(12, 3, 8, 8), torch.arange(12) % 2)
+    names = {"torch": torch, "F": F, "model": model, "example": dataset.tensors[0][:2], "dataset": dataset}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    exec(found[1], names)
+    assert "where it can be cut" in capsys.readouterr().out
+    assert names["recycling"].stats.hits == 24
+    assert names["recycling"].stats.misses == 12
+    after = model.state_dict()
+    assert not torch.equal(before["6.weight"], after["6.weight"])
+    assert torch.equal(before["0.0.weight"], after["0.0.weight"])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_readme_shows_the_two_commands_and_the_licences():
+    text = README.read_text(encoding="utf-8")
+    assert "make demo" in text
+    assert "make test" in text
+    assert "CC BY-SA 4.0" in text
+    assert "Swedish Construction FAQ\nby Zaragoza AB, CC BY 4.0." in text
+
+
+def test_installing_needs_only_the_packages_that_are_named():
+    text = (README.parent / "pyproject.toml").read_text(encoding="utf-8")
+    core = re.search(r"\ndependencies = \[(.*?)\]", text, flags=re.S)
+    assert core
+    names = sorted(re.findall(r'"([a-z0-9]+)', core[1]))
+    assert names == ["blake3", "numpy", "rich", "safetensors", "torch", "typer"]
+
+
+@pytest.mark.parametrize("path", ["LICENSE", "CHANGELOG.md", "docs/decisions.md", "Makefile", ".ci/run"])
+def test_what_a_new_user_looks_for_is_there(path: str):
+    assert (README.parent / path).stat().st_size > 100
