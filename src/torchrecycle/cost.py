@@ -167,7 +167,9 @@ def _cut(probes: Probes, measured: _Measured, name: str) -> Cut:
         reason = str(error).removeprefix(f"cannot cut at '{name}': ").removesuffix(" See cuts(model, example).")
         return Cut(name, level, False, reason, 0, flops, seconds, _bytes(calls[0].output), 0)
     frozen = sum(parameter.numel() for parameter in bypass.prefix_parameters.values())
-    rest = [p for n, p in probes.model.named_parameters() if n not in bypass.prefix_parameters and n not in bypass.untouched]
+    rest = [
+        p for n, p in probes.model.named_parameters() if n not in bypass.prefix_parameters and n not in bypass.untouched
+    ]
     kept = sum(_row_bytes(layout, probes) for layout in plan.layouts)
     if not rest:
         reason = "nothing would be left to train after it"
@@ -196,32 +198,32 @@ def blocks_of(model: nn.Module) -> list[str]:
     A list of stages is a row of siblings with one name and running numbers (``layer1`` to ``layer4``). A list in which
     one child holds over nine tenths of the parameters is a wrapper: the blocks are looked for inside of it.
     """
-    lists = list(_lists(model, ""))
+    lists = list(_lists(model, "", 3)) or list(_lists(model, "", 2))
     outermost = [one for one in lists if not any(_inside(one, other) for other in lists if other is not one)]
     return max(outermost, key=len, default=[])
 
 
-def _lists(module: nn.Module, at: str) -> Iterator[list[str]]:
-    """Every list of blocks that the module holds, at any depth."""
+def _lists(module: nn.Module, at: str, least: int) -> Iterator[list[str]]:
+    """Every list of `least` blocks or more that the module holds, at any depth."""
     children = list(module.named_children())
     names = [f"{at}.{name}" if at else name for name, _ in children]
-    if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(children) >= 3 and not _is_wrapper(children):
+    if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(children) >= least and not _is_wrapper(children):
         yield names
     else:
-        for stages in _stages(children):
+        for stages in _stages(children, least):
             if not _is_wrapper(stages):
                 yield [f"{at}.{name}" if at else name for name, _ in stages]
     for name, (_, child) in zip(names, children):
-        yield from _lists(child, name)
+        yield from _lists(child, name, least)
 
 
-def _stages(children: Sequence[tuple[str, nn.Module]]) -> Iterator[list[tuple[str, nn.Module]]]:
+def _stages(children: Sequence[tuple[str, nn.Module]], least: int) -> Iterator[list[tuple[str, nn.Module]]]:
     groups: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, child in children:
         match = re.fullmatch(r"(\D+?)_?\d+", name)
         if match and next(child.children(), None) is not None:
             groups.setdefault(match[1], []).append((name, child))
-    yield from (group for group in groups.values() if len(group) >= 3)
+    yield from (group for group in groups.values() if len(group) >= least)
 
 
 def _is_wrapper(children: Sequence[tuple[str, nn.Module]]) -> bool:
@@ -289,12 +291,15 @@ def choose_cut(model: nn.Module, probes: Probes, level: float) -> str:
         found = [cut for name in names if levels[name] == 1 and (cut := _valid(probes, name, reasons))]
         if found:
             return min(found, key=lambda cut: (-cut[1], cut[2]))[0]
-    order = sorted(names, key=lambda name: (abs(levels[name] - level), levels[name], names.index(name)))
+    # Levels are rounded, so that a tie between 1/6 and 2/6 would be decided by the fourth digit.
+    order = sorted(names, key=lambda name: (round(abs(levels[name] - level), 3), levels[name], names.index(name)))
     for name in order:
         if _valid(probes, name, reasons):
             return name
     raise CutError(
-        f"{type(model).__name__} cannot be cut near level {level}: " + "; ".join(reasons[:3]) + ". See cuts(model, example, "
+        f"{type(model).__name__} cannot be cut near level {level}: "
+        + "; ".join(reasons[:3])
+        + ". See cuts(model, example, "
         "all=True) for every module."
     )
 

@@ -91,7 +91,10 @@ def settings_of(
     key: str = "",
 ) -> dict[str, Any]:
     """What of a recycling's settings enters its fingerprint."""
-    leaves = [(lay.dims, lay.batch_dim, lay.ragged_dim, lay.order, lay.shape, str(lay.dtype), str(lay.kept)) for lay in layouts]
+    leaves = [
+        (lay.dims, lay.batch_dim, lay.ragged_dim, lay.order, lay.shape, str(lay.dtype), str(lay.kept))
+        for lay in layouts
+    ]
     return {
         "cut": cut,
         "leaves": leaves,
@@ -152,9 +155,13 @@ def _plain(value: Any) -> str | None:
         return repr(value)
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, (tuple, list)) and all(isinstance(part, _PLAIN) for part in value):
-        return repr(value)
-    return None
+    if isinstance(value, (tuple, list)):
+        parts = [_plain(part) for part in value]
+    elif isinstance(value, dict):
+        parts = [_plain(part) for pair in value.items() for part in pair]
+    else:
+        return None
+    return None if None in parts else f"{type(value).__name__}({', '.join(map(str, parts))})"
 
 
 # -- while attached ----------------------------------------------------------------------------------------------------
@@ -179,7 +186,10 @@ class Watch:
 
     def _look(self) -> list[tuple[Any, ...]]:
         look = [
-            (id(t), t._version, t.dtype, t.data_ptr()) for table in self._tables for t in table.values() if t is not None
+            (id(t), t._version, t.dtype, t.data_ptr())
+            for table in self._tables
+            for t in table.values()
+            if t is not None
         ]
         look += [tuple(map(id, children.values())) for children in self._children]
         look += [(id(t), t._version, t.dtype, t.data_ptr()) for t in self._parameters.values()]

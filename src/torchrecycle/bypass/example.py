@@ -38,6 +38,8 @@ class BatchRule:
         self._inputs = inputs
         self._keys = tuple(example) if isinstance(example, Mapping) else ()
         self._count = len(example) if isinstance(example, (tuple, list)) else 0
+        if inputs is None and isinstance(example, (Mapping, tuple, list)) and not example:
+            raise BatchError("the example is empty: give a batch of two objects or more, as your loop has it")
         if inputs is None and not isinstance(example, (torch.Tensor, Mapping, tuple, list)):
             raise BatchError(
                 f"the example is a {type(example).__name__}; give the model inputs of a batch as your loop has them: a "
