@@ -1,4 +1,4 @@
-"""Real models, small enough that a test takes milliseconds, each with a cut and what belongs before it, found by hand."""
+"""Real models, small enough that a test takes milliseconds, each with a cut and its prefix as found by hand."""
 
 from __future__ import annotations
 
@@ -62,15 +62,11 @@ def vit(depth: int = 4) -> nn.Module:
 
 def bert(layers: int = 4, **config: Any) -> BertForSequenceClassification:
     sizes = dict(vocab_size=WORDS, hidden_size=32, num_attention_heads=2, intermediate_size=64)
-    return BertForSequenceClassification(
-        BertConfig(**sizes, num_hidden_layers=layers, num_labels=5, **config)
-    )
+    return BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=layers, num_labels=5, **config))
 
 
 def llama_config(**config: Any) -> LlamaConfig:
-    sizes = dict(
-        vocab_size=WORDS, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64
-    )
+    sizes = dict(vocab_size=WORDS, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64)
     return LlamaConfig(**{**sizes, "num_hidden_layers": 4, "pad_token_id": 0, "use_cache": False, **config})
 
 
@@ -79,9 +75,7 @@ def llama(**config: Any) -> LlamaForSequenceClassification:
 
 
 def gpt2_config(**config: Any) -> GPT2Config:
-    sizes = dict(
-        vocab_size=WORDS, n_embd=32, n_layer=4, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1
-    )
+    sizes = dict(vocab_size=WORDS, n_embd=32, n_layer=4, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1)
     return GPT2Config(**{**sizes, "pad_token_id": 0, "use_cache": False, **config})
 
 
@@ -146,15 +140,80 @@ class Sample:
 
 
 SAMPLES = [
-    Sample("resnet", resnet, images(), "layer2", ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2"], leaf="layer1.0.conv1"),
-    Sample("efficientnet", efficientnet, images(), "blocks.2", ["conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2"], leaf="blocks.0.0.bn1"),
-    Sample("vit", vit, images(), "blocks.1", ["patch_embed", "blocks.0", "blocks.1"], ["cls_token", "pos_embed"], "blocks.0.attn.qkv"),
-    Sample("bert", bert, texts(), "bert.encoder.layer.1", ["bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"], leaf="bert.encoder.layer.0.output.dense"),
-    Sample("llama", llama, texts(), "model.layers.1", ["model.embed_tokens", "model.layers.0", "model.layers.1"], leaf="model.layers.0.mlp.up_proj"),
-    Sample("gpt2", gpt2, texts(), "transformer.h.1", ["transformer.wte", "transformer.wpe", "transformer.drop", "transformer.h.0", "transformer.h.1"], leaf="transformer.h.0.attn.c_attn"),
-    Sample("wav2vec2", wav2vec2, sounds(), "wav2vec2.encoder.layers.1", ["wav2vec2.feature_extractor", "wav2vec2.feature_projection", "wav2vec2.encoder.pos_conv_embed", "wav2vec2.encoder.layer_norm", "wav2vec2.encoder.dropout", "wav2vec2.encoder.layers.0", "wav2vec2.encoder.layers.1"], leaf="wav2vec2.encoder.layers.0.attention.q_proj"),
-    Sample("sequential", sequential, torch.randn(8, 6, generator=torch.Generator().manual_seed(3)), "2", ["0", "1", "2"], leaf="0"),
-]  # fmt: skip
+    Sample(
+        "resnet",
+        resnet,
+        images(),
+        "layer2",
+        ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2"],
+        leaf="layer1.0.conv1",
+    ),
+    Sample(
+        "efficientnet",
+        efficientnet,
+        images(),
+        "blocks.2",
+        ["conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2"],
+        leaf="blocks.0.0.bn1",
+    ),
+    Sample(
+        "vit",
+        vit,
+        images(),
+        "blocks.1",
+        ["patch_embed", "blocks.0", "blocks.1"],
+        ["cls_token", "pos_embed"],
+        "blocks.0.attn.qkv",
+    ),
+    Sample(
+        "bert",
+        bert,
+        texts(),
+        "bert.encoder.layer.1",
+        ["bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"],
+        leaf="bert.encoder.layer.0.output.dense",
+    ),
+    Sample(
+        "llama",
+        llama,
+        texts(),
+        "model.layers.1",
+        ["model.embed_tokens", "model.layers.0", "model.layers.1"],
+        leaf="model.layers.0.mlp.up_proj",
+    ),
+    Sample(
+        "gpt2",
+        gpt2,
+        texts(),
+        "transformer.h.1",
+        ["transformer.wte", "transformer.wpe", "transformer.drop", "transformer.h.0", "transformer.h.1"],
+        leaf="transformer.h.0.attn.c_attn",
+    ),
+    Sample(
+        "wav2vec2",
+        wav2vec2,
+        sounds(),
+        "wav2vec2.encoder.layers.1",
+        [
+            "wav2vec2.feature_extractor",
+            "wav2vec2.feature_projection",
+            "wav2vec2.encoder.pos_conv_embed",
+            "wav2vec2.encoder.layer_norm",
+            "wav2vec2.encoder.dropout",
+            "wav2vec2.encoder.layers.0",
+            "wav2vec2.encoder.layers.1",
+        ],
+        leaf="wav2vec2.encoder.layers.0.attention.q_proj",
+    ),
+    Sample(
+        "sequential",
+        sequential,
+        torch.randn(8, 6, generator=torch.Generator().manual_seed(3)),
+        "2",
+        ["0", "1", "2"],
+        leaf="0",
+    ),
+]
 
 
 def sample(name: str) -> Sample:

@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from small_models import bert, efficientnet, images, resnet, sequential, state_of, texts, vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from small_models import bert, efficientnet, images, resnet, sequential, state_of, texts, vit
 from torchrecycle import BatchError, Cut, CutError, cuts, recycle
 from torchrecycle.bypass import BatchRule, Probes, example_inputs, mask_name, parameter_names
 from torchrecycle.cost import blocks_of, choose_cut, level_of
@@ -46,14 +46,22 @@ def _minilm() -> nn.Module:
 
 
 PINNED = {
-    "resnet34": (lambda: torchvision.models.resnet34(num_classes=5), images(2, 64), {0.5: "layer2", 0.75: "layer3", 1: "avgpool"}),
+    "resnet34": (
+        lambda: torchvision.models.resnet34(num_classes=5),
+        images(2, 64),
+        {0.5: "layer2", 0.75: "layer3", 1: "avgpool"},
+    ),
     "efficientnet-lite0": (efficientnet, images(2), {0.5: "blocks.2", 0.75: "blocks.4"}),
     "minilm": (_minilm, _two(), {0.5: "encoder.layer.2", 0.75: "encoder.layer.3"}),
     "bert classifier": (lambda: bert(6), _two(), {0.5: "bert.encoder.layer.2", 0.75: "bert.encoder.layer.3"}),
     "vit of timm": (lambda: vit(12), images(2), {0.5: "blocks.5", 0.75: "blocks.8"}),
-    "vit of torchvision": (_vit12_torchvision, images(2), {0.5: "encoder.layers.encoder_layer_5", 0.75: "encoder.layers.encoder_layer_8"}),
+    "vit of torchvision": (
+        _vit12_torchvision,
+        images(2),
+        {0.5: "encoder.layers.encoder_layer_5", 0.75: "encoder.layers.encoder_layer_8"},
+    ),
     "wrapped resnet": (_wrapped, images(2), {0.5: "0.layer2", 0.75: "0.layer3"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PINNED)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from small_models import bert, efficientnet, images, resnet, texts
 from torch import nn
 
+from small_models import bert, efficientnet, images, resnet, texts
 from torchrecycle import recycle
 from torchrecycle.codec import Layout
 from torchrecycle.fingerprint import Watch, settings_of, take_fingerprint, tensor_digest
@@ -97,9 +97,16 @@ def test_what_a_row_does_not_depend_on_does_not_change_it(model, name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"cut": "layer2"}, {"precision": "float16"}, {"autocast": torch.bfloat16}, {"inputs": ["x", "mask"]}, {"padding": "True"}, {"key": "user"}],
+    [
+        {"cut": "layer2"},
+        {"precision": "float16"},
+        {"autocast": torch.bfloat16},
+        {"inputs": ["x", "mask"]},
+        {"padding": "True"},
+        {"key": "user"},
+    ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_each_setting_changes_it(model, change):
     assert _hex(model, **change) != _hex(model)
 

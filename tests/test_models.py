@@ -70,9 +70,7 @@ def test_twenty_steps_from_kept_rows_equal_a_prefix_frozen_by_hand_to_the_bit_an
     by_hand, model = sample.model(), sample.model()
     by_hand.train()
     sample.freeze_by_hand(by_hand)
-    want = _train(
-        sample, by_hand, OPTIMIZERS["adamw"](p for p in by_hand.parameters() if p.requires_grad), 20
-    )
+    want = _train(sample, by_hand, OPTIMIZERS["adamw"](p for p in by_hand.parameters() if p.requires_grad), 20)
     items = [
         {n: t[i] for n, t in sample.batch.items()} if isinstance(sample.batch, dict) else sample.batch[i]
         for i in range(8)
@@ -88,9 +86,7 @@ def test_twenty_steps_from_kept_rows_equal_a_prefix_frozen_by_hand_to_the_bit_an
         model.zero_grad()
         recycling.renew(loader.dataset)
         called: list[str] = []
-        handle = model.get_submodule(sample.leaf).register_forward_pre_hook(
-            lambda *_: called.append(sample.leaf)
-        )
+        handle = model.get_submodule(sample.leaf).register_forward_pre_hook(lambda *_: called.append(sample.leaf))
         got = _train(sample, model, OPTIMIZERS["adamw"](recycling.parameters()), 20, batch)
         assert not called
         with torch.no_grad():

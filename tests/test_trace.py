@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import SAMPLES, images, resnet, sequential, state_of
 from torch import nn
 
+from small_models import SAMPLES, images, resnet, sequential, state_of
 from torchrecycle import CutError
 from torchrecycle.trace import SLOT, clear_slot, random_state, set_random_state, set_slot, slot_of, trace, undisturbed
 

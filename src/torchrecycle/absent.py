@@ -15,6 +15,7 @@ real value is small and came along (token ids).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -57,7 +58,14 @@ _BY_SHAPE_ALONE = {
 }
 """Operations that read no value: on an absent tensor they give a real one."""
 
-_RESHAPE_IN_PLACE = {"aten::resize_", "aten::set_", "aten::squeeze_", "aten::unsqueeze_", "aten::t_", "aten::transpose_"}
+_RESHAPE_IN_PLACE = {
+    "aten::resize_",
+    "aten::set_",
+    "aten::squeeze_",
+    "aten::unsqueeze_",
+    "aten::t_",
+    "aten::transpose_",
+}
 
 _shape_rules: dict[Any, Any] = {}
 _written_arguments: dict[Any, tuple[int, ...]] = {}
@@ -223,7 +231,7 @@ class RecycledTensor(torch.Tensor):
     batch, moving, pinning, cloning and pickling keep the rows with their objects.
 
     Args:
-        shape: of the model input that it stands for: ``[batch, ...]``, or that of one object if `locations` is a scalar.
+        shape: of the model input that it stands for: ``[batch, ...]``, or of one object if `locations` is a scalar.
         dtype: of the model input.
         locations: int64 ``[batch]`` on the CPU: where the store has each row.
         fingerprint: of the recycling that the rows belong to.
@@ -345,9 +353,9 @@ def _rebuild(shape: tuple[int, ...], dtype: torch.dtype, device: str, parts: dic
 def _unreadable(what: Any, tensor: RecycledTensor) -> str:
     return (
         f"{what} reads the values of a batch input that was not loaded: this RecycledTensor of shape "
-        f"{list(tensor.shape)} holds the kept rows of {tensor.rows} objects in its place. Between loader and model only "
-        "moves, slices and concatenations along the batch are possible. To work on the values, do it in the data set "
-        "(before the rows are made), or use `with recycling.paused():` around the loop."
+        f"{list(tensor.shape)} holds the kept rows of {tensor.rows} objects in its place. Between loader and model "
+        "only moves, slices and concatenations along the batch are possible. To work on the values, do it in the "
+        "data set (before the rows are made), or use `with recycling.paused():` around the loop."
     )
 
 
@@ -468,9 +476,11 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
     first = tensors[0]
     if any(t.fingerprint != first.fingerprint for t in tensors):
         raise BatchError("cannot join rows of different recyclings: their fingerprints differ")
-    if any((t.leaves is None) != (first.leaves is None) or t.witnesses.keys() != first.witnesses.keys() for t in tensors):
+    if any(
+        (t.leaves is None) != (first.leaves is None) or t.witnesses.keys() != first.witnesses.keys() for t in tensors
+    ):
         raise BatchError("cannot join recycled batches of which only some have their rows at hand")
-    for a, b in zip(tensors, tensors[1:]):
+    for a, b in itertools.pairwise(tensors):
         ours, theirs = ([leaf.shape[depth:] for leaf in t.leaves or ()] for t in (a, b))
         if ours != theirs:
             raise BatchError(f"cannot join rows padded to different lengths: {ours} and {theirs}")
@@ -485,7 +495,9 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
         first.dtype,
         locations=join([t.locations for t in tensors]),
         fingerprint=first.fingerprint,
-        leaves=None if first.leaves is None else [join(list(parts)) for parts in zip(*(t.leaves for t in tensors))],  # pyright: ignore
+        leaves=None
+        if first.leaves is None
+        else [join(list(parts)) for parts in zip(*(t.leaves for t in tensors), strict=True)],  # pyright: ignore
         value=None if any(v is None for v in values) else join(values),  # pyright: ignore
         witnesses={name: join([t.witnesses[name] for t in tensors]) for name in first.witnesses},
         device=first.device,

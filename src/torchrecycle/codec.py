@@ -84,9 +84,9 @@ class Layout:
         given = self.row_shape(leaf.shape)
         if given != self.shape:
             raise BatchError(
-                f"a row of shape {list(given)} came where {list(self.shape)} was expected: the objects of this batch have "
-                "another size than those of the example. Bring all objects to one size, or make another recycling with "
-                "an example of this size."
+                f"a row of shape {list(given)} came where {list(self.shape)} was expected: the objects of this batch "
+                "have another size than those of the example. Bring all objects to one size, or make another "
+                "recycling with an example of this size."
             )
         return rows.to(self.kept)
 

@@ -93,7 +93,11 @@ class Cuts(Sequence[Cut]):
             if row[2] == "no:":
                 lines.append(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  no: {row[3]}")
             else:
-                lines.append("  ".join([f"{row[0]:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:]))]))
+                lines.append(
+                    "  ".join(
+                        [f"{row[0]:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:], strict=True))]
+                    )
+                )
         return f"{self.model}: where it can be cut\n" + "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -114,7 +118,8 @@ def cuts(model: nn.Module, example: Any, *, inputs: Any = None, mask: str | None
 
     Args:
         model: any module, on any device.
-        example: a batch of two objects or more, as the user's loop has it: a tensor, a tuple of positional arguments, or
+        example: a batch of two objects or more, as the user's loop has it: a tensor, a tuple of positional arguments,
+        or
             a dict of keyword arguments.
         inputs: ``batch -> (args, kwargs)``, in place of what the example says.
         mask: the name of the input that tells padding; ``attention_mask`` where there is one.
@@ -213,7 +218,7 @@ def _lists(module: nn.Module, at: str, least: int) -> Iterator[list[str]]:
         for stages in _stages(children, least):
             if not _is_wrapper(stages):
                 yield [f"{at}.{name}" if at else name for name, _ in stages]
-    for name, (_, child) in zip(names, children):
+    for name, (_, child) in zip(names, children, strict=True):
         yield from _lists(child, name, least)
 
 

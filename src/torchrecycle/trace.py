@@ -5,8 +5,8 @@ which ``layer2`` is number 40 and ends after 48 % of the time. From this list fo
 and what each saves.
 
 A call is watched, and later skipped, in the instance slot ``module._compiled_call_impl``: ``Module.__call__`` consults
-it before hooks and ``forward``, and ``__getstate__`` drops it, so that a ``deepcopy`` or a pickle of the model is plain.
-Replacing ``module.forward`` would break both (a copy runs the original's weights), and a changed class breaks
+it before hooks and ``forward``, and ``__getstate__`` drops it, so that a ``deepcopy`` or a pickle of the model is
+plain. Replacing ``module.forward`` would break both (a copy runs the original's weights), and a changed class breaks
 parametrisation and FSDP2. It is a private slot of PyTorch: a contract test runs on each version that we declare.
 """
 
@@ -111,11 +111,7 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     """The module's dicts, lists and sets (parameters, hooks, caches), each with a copy of its content."""
-    return [
-        (value, copy.copy(value))
-        for value in module.__dict__.values()
-        if isinstance(value, (dict, list, set))
-    ]
+    return [(value, copy.copy(value)) for value in module.__dict__.values() if isinstance(value, (dict, list, set))]
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
@@ -142,7 +138,7 @@ def _is_same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, set):
         return all(part in b for part in a)
-    values = zip(a.values(), b.values()) if isinstance(a, dict) else zip(a, b)
+    values = zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
     return (not isinstance(a, dict) or list(a) == list(b)) and all(x is y for x, y in values)
 
 
@@ -227,8 +223,8 @@ def trace(
         names[module] = name
     if slot_of(model) is not None and not getattr(slot_of(model), "is_recycling", False):
         raise CutError(
-            "the model itself has been compiled in place (model.compile()): compiled code ignores what happens to inner "
-            "modules. Attach first, or compile only the modules after the cut."
+            "the model itself has been compiled in place (model.compile()): compiled code ignores what happens to "
+            "inner modules. Attach first, or compile only the modules after the cut."
         )
     recorder = _Recorder(names, count_flops, keep_outputs)
     with undisturbed(model), torch.no_grad():
@@ -244,9 +240,7 @@ def _watchable(model: nn.Module) -> Iterator[nn.Module]:
     stack, seen = [model], set()
     while stack:
         module = stack.pop()
-        if module in seen or (
-            slot_of(module) is not None and not getattr(slot_of(module), "is_recycling", False)
-        ):
+        if module in seen or (slot_of(module) is not None and not getattr(slot_of(module), "is_recycling", False)):
             continue
         seen.add(module)
         yield module

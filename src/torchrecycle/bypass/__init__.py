@@ -1,7 +1,7 @@
 """The bypass: run an unmodified model up to its cut, or from it on, and prove that nothing else changed.
 
-`Probes` runs a model at several sizes; `make_plan` finds out which calls can be skipped; `Bypass` runs the halves through
-the slots of the `Interceptor`; `prove` compares them with the whole.
+`Probes` runs a model at several sizes; `make_plan` finds out which calls can be skipped; `Bypass` runs the halves
+through the slots of the `Interceptor`; `prove` compares them with the whole.
 """
 
 from torchrecycle.bypass.bypass import Bypass

@@ -87,8 +87,9 @@ class Bypass:
         shared = [names[p] for p in names if p in before and p in reads.after]
         if shared and share != "freeze":
             raise CutError(
-                f"cannot cut at '{self.plan.cut}': the layers before and after it share {_listed(shared)}, which would be "
-                "frozen in one half and trained in the other. With recycle(..., share='freeze') it is frozen in both."
+                f"cannot cut at '{self.plan.cut}': the layers before and after it share {_listed(shared)}, which "
+                "would be frozen in one half and trained in the other. With recycle(..., share='freeze') it is "
+                "frozen in both."
             )
         untouched = [name for p, name in names.items() if p not in before and p not in reads.after]
         return {names[p]: p for p in names if p in before}, untouched
@@ -145,9 +146,7 @@ class Bypass:
         run = self.plan.run("prefix", taps=taps)
         device = _device(inputs)
         # Rows are made under the declared autocast, whatever is ambient.
-        cast = torch.autocast(
-            device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
-        )
+        cast = torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
         with self._turn(alone=self.model.training):
             state = random_state()
             try:
@@ -181,9 +180,7 @@ class Bypass:
             ) from stop
         self._must_be_complete(run)
         if absent_sources(output):
-            raise CutError(
-                f"what is skipped before '{self.plan.cut}' reaches the output of the model for this batch"
-            )
+            raise CutError(f"what is skipped before '{self.plan.cut}' reaches the output of the model for this batch")
         return output
 
     def glue(self, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> None:
@@ -202,8 +199,8 @@ class Bypass:
         except AbsentRead as stop:
             raise CutError(f"before the cut at '{self.plan.cut}', {stop.reason}") from stop
         raise CutError(
-            f"in training mode the forward may end before it reaches '{self.plan.cut}' (LayerDrop, or an early exit). Switch "
-            "that off, or cut before it."
+            f"in training mode the forward may end before it reaches '{self.plan.cut}' (LayerDrop, or an early "
+            "exit). Switch that off, or cut before it."
         )
 
     def _turn(self, *, alone: bool = False) -> Any:
@@ -213,8 +210,8 @@ class Bypass:
     def _must_be_complete(self, run: Run) -> None:
         if run.position != len(run.steps):
             raise CutError(
-                f"the model left out '{run.steps[run.position].name}' before the cut: it does not run its layers in the "
-                "same order each time (LayerDrop, or a branch on a value). Switch that off, or cut before it."
+                f"the model left out '{run.steps[run.position].name}' before the cut: it does not run its layers in "
+                "the same order each time (LayerDrop, or a branch on a value). Switch that off, or cut before it."
             )
 
     def _absent(self, inputs: Inputs, size: Size, device: torch.device) -> dict[int, Any]:
@@ -254,8 +251,8 @@ class Bypass:
                 form = probes.form(call)
                 if call.name != step.name or isinstance(form, str):
                     raise BatchError(
-                        f"for inputs of the shapes {shapes} the model runs other layers before '{self.plan.cut}' than for "
-                        "the example; make another recycling with an example of this size"
+                        f"for inputs of the shapes {shapes} the model runs other layers before '{self.plan.cut}' "
+                        "than for the example; make another recycling with an example of this size"
                     )
                 found[step.number] = form
             self._forms[shapes] = found
@@ -289,8 +286,8 @@ class Bypass:
                 arguments.append((name, type(value), tuple(value)))
             else:
                 raise BatchError(
-                    f"the model's argument '{name}' is a {type(value).__name__}; with recycling, arguments are tensors, "
-                    "nests of tensors and plain values"
+                    f"the model's argument '{name}' is a {type(value).__name__}; with recycling, arguments are "
+                    "tensors, nests of tensors and plain values"
                 )
         return tuple(arguments), self.shapes(inputs), torch.is_grad_enabled(), self.flags()
 

@@ -86,14 +86,10 @@ class BatchRule:
 
     def _elements(self, batch: Any, count: int) -> Sequence[Any]:
         if not isinstance(batch, (tuple, list)) or len(batch) < count:
-            held = (
-                f"{len(batch)} elements"
-                if isinstance(batch, (tuple, list))
-                else f"type {type(batch).__name__}"
-            )
+            held = f"{len(batch)} elements" if isinstance(batch, (tuple, list)) else f"type {type(batch).__name__}"
             raise BatchError(
-                f"a batch of {held} came where the example asks for {count} or more in a tuple. Pass inputs=lambda batch: "
-                "(args, kwargs) to say where the model inputs are."
+                f"a batch of {held} came where the example asks for {count} or more in a tuple. Pass inputs=lambda "
+                "batch: (args, kwargs) to say where the model inputs are."
             )
         return batch[:count]
 
@@ -113,14 +109,12 @@ def example_inputs(model: nn.Module, rule: BatchRule, example: Any) -> Inputs:
     inputs = rule(example)
     tensors = inputs.tensors()
     if not tensors:
-        raise BatchError(
-            "the example holds no tensor: give a batch of two objects or more, as your loop has it"
-        )
+        raise BatchError("the example holds no tensor: give a batch of two objects or more, as your loop has it")
     sizes = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
     if min(sizes.values()) < 2 or len(set(sizes.values())) > 1:
         raise BatchError(
-            f"the example's tensors have the first dimensions {sizes}; each must count the objects of the batch, two or "
-            "more. Only model inputs belong into the example, no targets."
+            f"the example's tensors have the first dimensions {sizes}; each must count the objects of the batch, two "
+            "or more. Only model inputs belong into the example, no targets."
         )
     device = device_of(model)
     return inputs.map_tensors(lambda tensor: tensor.detach().to(device))
@@ -157,7 +151,7 @@ def run_or_explain(model: nn.Module, run: Callable[[], Any]) -> Any:
         if type(error).__module__.startswith("torchrecycle"):
             raise
         raise BatchError(
-            f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error}. The example is a batch as "
-            "your loop gives it to the model: a tensor is the one input, a tuple positional arguments, a dict keyword "
-            "arguments."
+            f"{type(model).__name__} does not run on the example: {type(error).__name__}: {error}. The example is a "
+            "batch as your loop gives it to the model: a tensor is the one input, a tuple positional arguments, a "
+            "dict keyword arguments."
         ) from error

@@ -66,9 +66,7 @@ class TreeForm:
     @property
     def tensors(self) -> list[int]:
         """Positions of the leaves that are tensors, each object once."""
-        return [
-            i for i, leaf in enumerate(self.leaves) if isinstance(leaf, TensorForm) and self.same_as[i] == i
-        ]
+        return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, TensorForm) and self.same_as[i] == i]
 
     def absent(self, size: Size, device: torch.device, source: int) -> Any:
         """The nest with absent tensors."""
@@ -87,13 +85,9 @@ class TreeForm:
 
     def filled(self, tensors: Sequence[torch.Tensor], size: Size) -> Any:
         """The nest with these tensors, in the order of `tensors`."""
-        found = dict(zip(self.tensors, tensors))
+        found = dict(zip(self.tensors, tensors, strict=True))
         made = [
-            found[self.same_as[i]]
-            if isinstance(leaf, TensorForm)
-            else leaf.at(size)
-            if isinstance(leaf, Dim)
-            else leaf
+            found[self.same_as[i]] if isinstance(leaf, TensorForm) else leaf.at(size) if isinstance(leaf, Dim) else leaf
             for i, leaf in enumerate(self.leaves)
         ]
         return pytree.tree_unflatten(made, self.spec)
@@ -114,7 +108,7 @@ def solve_tree(outputs: Sequence[Any], sizes: Sequence[Size]) -> TreeForm | str:
     if any(other != spec for _, other in flat[1:]):
         return "it returns nests of different structure for batches of different size"
     leaves: list[Any] = []
-    for position, leaf in enumerate(first):
+    for position, _leaf in enumerate(first):
         form = _solve_leaf([one[position] for one, _ in flat], sizes)
         if isinstance(form, str):
             return form
@@ -122,7 +116,7 @@ def solve_tree(outputs: Sequence[Any], sizes: Sequence[Size]) -> TreeForm | str:
     ids = [id(leaf) for leaf in first]
     same_as = [
         ids.index(one) if isinstance(leaf, torch.Tensor) else i
-        for i, (one, leaf) in enumerate(zip(ids, first))
+        for i, (one, leaf) in enumerate(zip(ids, first, strict=True))
     ]
     return TreeForm(spec, tuple(leaves), tuple(same_as))
 
@@ -130,10 +124,7 @@ def solve_tree(outputs: Sequence[Any], sizes: Sequence[Size]) -> TreeForm | str:
 def _solve_leaf(values: Sequence[Any], sizes: Sequence[Size]) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
-        if any(
-            not isinstance(v, torch.Tensor) or v.dim() != first.dim() or v.dtype != first.dtype
-            for v in values
-        ):
+        if any(not isinstance(v, torch.Tensor) or v.dim() != first.dim() or v.dtype != first.dtype for v in values):
             return "it returns tensors of different rank or dtype for batches of different size"
         dims = [_solve_dim([v.shape[i] for v in values], sizes) for i in range(first.dim())]
         if any(dim is None for dim in dims):
@@ -143,9 +134,7 @@ def _solve_leaf(values: Sequence[Any], sizes: Sequence[Size]) -> Any:
         dim = _solve_dim(values, sizes) if all(isinstance(v, int) for v in values) else None
         return dim or "it returns numbers that follow the batch by no law that is known"
     if isinstance(first, _CONSTANTS):
-        return (
-            first if all(v == first for v in values) else "it returns values that differ from batch to batch"
-        )
+        return first if all(v == first for v in values) else "it returns values that differ from batch to batch"
     return f"it returns an object of type {type(first).__name__}, which is no tensor and no nest of tensors"
 
 
@@ -164,6 +153,6 @@ def _solve_dim(values: Sequence[int], sizes: Sequence[Size]) -> Dim | None:
         if values[0] % batch == 0:
             laws.append(Dim("both", values[0] // batch - tokens))
     for law in laws:
-        if all(law.at(size) == value for size, value in zip(sizes, values)):
+        if all(law.at(size) == value for size, value in zip(sizes, values, strict=True)):
             return law
     return None

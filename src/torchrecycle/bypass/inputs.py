@@ -60,9 +60,7 @@ class Inputs:
             _rebuild(self.names[i] if i < len(self.names) else str(i), value, function)
             for i, value in enumerate(self.args)
         ]
-        return Inputs(
-            self.names, args, {name: _rebuild(name, value, function) for name, value in self.kwargs.items()}
-        )
+        return Inputs(self.names, args, {name: _rebuild(name, value, function) for name, value in self.kwargs.items()})
 
     def replace(self, values: Mapping[str, Any]) -> Inputs:
         """The same call with the arguments of some names replaced."""

@@ -67,8 +67,7 @@ def frozen_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     Where nothing asks for a gradient, grad mode is left as it is: a view made without it could not be written later.
     """
     asks = any(parameter.requires_grad for parameter in module.parameters()) or any(
-        isinstance(leaf, torch.Tensor) and leaf.requires_grad
-        for leaf in pytree.tree_leaves((args, dict(kwargs)))
+        isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves((args, dict(kwargs)))
     )
     with evaluating(module, gradient=not asks and torch.is_grad_enabled()):
         return module._call_impl(*args, **kwargs)
@@ -140,8 +139,9 @@ class Run:
         step = self.steps[self.position]
         if step.name != name:
             raise CutError(
-                f"the model called '{name}' where '{step.name}' was expected before the cut: it does not run its layers "
-                "in the same order each time (LayerDrop, or a branch on a value). Switch that off, or cut before it."
+                f"the model called '{name}' where '{step.name}' was expected before the cut: it does not run its "
+                "layers in the same order each time (LayerDrop, or a branch on a value). Switch that off, or cut "
+                "before it."
             )
         self.position += 1
         last = self.position == len(self.steps)
@@ -183,9 +183,7 @@ class Run:
                 raise AbsentRead(reason, sources | {("run", step.number)})
         return output
 
-    def _after_the_cut(
-        self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _after_the_cut(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if name not in self.mixed:
             raise CutError(
                 f"the model called '{name}' once more after the cut, which it did not do for the example: '{name}' "
@@ -199,8 +197,8 @@ class Run:
         ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if ambient != self.autocast:
             raise AutocastError(
-                f"the forward runs under autocast {_words(ambient)}, but the rows were made under {_words(self.autocast)}. "
-                f"Declare it: recycle(..., autocast={ambient})."
+                f"the forward runs under autocast {_words(ambient)}, but the rows were made under "
+                f"{_words(self.autocast)}. Declare it: recycle(..., autocast={ambient})."
             )
 
 
@@ -208,12 +206,17 @@ def _words(dtype: torch.dtype | None) -> str:
     return "none" if dtype is None else str(dtype)
 
 
-def absent_sources(tree: Any) -> frozenset[Any]:
-    """Where the absent tensors in a nest would have come from; empty if there are none."""
+def absent_sources(tree: Any, depth: int = 0) -> frozenset[Any]:
+    """Where the absent tensors in a nest would have come from; empty if there are none.
+
+    Looks into the attributes of objects that PyTorch does not know as nests, too.
+    """
     found: set[Any] = set()
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Absent):
             found |= leaf.sources or {("unknown", 0)}
+        elif hasattr(leaf, "__dict__") and depth < 3 and not isinstance(leaf, (torch.Tensor, nn.Module, type)):
+            found |= absent_sources(vars(leaf), depth + 1)
     return frozenset(found)
 
 
@@ -310,8 +313,8 @@ class Interceptor:
     def _refuse_recycled(self, module: nn.Module) -> None:
         if getattr(slot_of(module), "is_recycling", False):
             raise CutError(
-                f"a part of the model ({type(module).__name__}) is recycled by itself already: detach that recycling first, "
-                "or cut the outer model after this part."
+                f"a part of the model ({type(module).__name__}) is recycled by itself already: detach that recycling "
+                "first, or cut the outer model after this part."
             )
 
     def free(self, modules: Sequence[nn.Module]) -> None:
@@ -389,8 +392,8 @@ class Interceptor:
         """A module of the prefix called outside of the model's own forward."""
         if any(isinstance(leaf, Absent) for leaf in pytree.tree_leaves((args, dict(kwargs)))):
             raise CutError(
-                "a checkpoint region reaches across the cut: it computes the frozen layers again during backward, after "
-                "the forward has returned, and would give wrong gradients. Checkpoint only after the cut."
+                "a checkpoint region reaches across the cut: it computes the frozen layers again during backward, "
+                "after the forward has returned, and would give wrong gradients. Checkpoint only after the cut."
             )
         if any(module in entry.mixed_modules for entry in self.entries):
             return module._call_impl(*args, **kwargs)

@@ -1,9 +1,9 @@
 """Which calls are skipped, which run after all, and which outputs are kept, for one cut of one model.
 
-BERT cut at ``encoder.layer.2``: ``embeddings``, ``encoder.layer.0`` and ``.1`` are skipped, ``encoder.layer.2`` is kept,
-``attention_mask`` stays real, since the suffix reads it. A Llama cut at ``layers.3``: the same, but ``rotary_emb`` runs
-after all, because what it gives reaches the later layers (a **side value**); a U-Net's skip connection is kept as a
-further leaf instead, because computing it again costs what recycling saves.
+BERT cut at ``encoder.layer.2``: ``embeddings``, ``encoder.layer.0`` and ``.1`` are skipped, ``encoder.layer.2`` is
+kept, ``attention_mask`` stays real, since the suffix reads it. A Llama cut at ``layers.3``: the same, but
+``rotary_emb`` runs after all, because what it gives reaches the later layers (a **side value**); a U-Net's skip
+connection is kept as a further leaf instead, because computing it again costs what recycling saves.
 
 `make_plan` finds this by trying: it runs the model with everything skipped, and whatever stops the run or reaches the
 output has a source, which is mended the cheaper way. Where neither works the cut is refused in words.
@@ -32,10 +32,10 @@ from torchrecycle.bypass.interceptor import (
     evaluating,
 )
 from torchrecycle.codec import Layout
-from torchrecycle.errors import CutError
+from torchrecycle.errors import CutError, RecycleError
 from torchrecycle.trace import Call, Trace, random_state, set_random_state, trace, undisturbed
 
-__all__ = ["Plan", "Probes", "make_plan", "pad_inputs", "take_rows"]
+__all__ = ["Plan", "Probes", "fails_without", "make_plan", "pad_inputs", "take_rows"]
 
 CHEAP = 0.05
 """A call without parameters that takes less than this share of the prefix's time is run again rather than kept."""
@@ -204,8 +204,8 @@ def _no_such_call(model: nn.Module, traced: Trace, cut: str, times: int) -> str:
         return "cannot cut at '', the model itself: nothing would be left to train. See cuts(model, example)."
     if times:
         return (
-            f"cannot cut at '{cut}': the model calls it {times} times in one forward, so that its output is no one place. "
-            "Cut at a module around it, or before it. See cuts(model, example)."
+            f"cannot cut at '{cut}': the model calls it {times} times in one forward, so that its output is no one "
+            "place. Cut at a module around it, or before it. See cuts(model, example)."
         )
     if cut in dict(model.named_modules()):
         return (
@@ -219,11 +219,18 @@ def _nearest(traced: Trace, cut: str) -> str:
     import difflib
 
     names = [call.name for call in traced.calls if call.name]
-    inside = [
-        name for name in names if cut and name.startswith(f"{cut}.") and "." not in name[len(cut) + 1 :]
-    ]
+    inside = [name for name in names if cut and name.startswith(f"{cut}.") and "." not in name[len(cut) + 1 :]]
     found = inside[-3:] or difflib.get_close_matches(cut, names, n=3, cutoff=0.3) or names[:3]
     return ", ".join(f"'{name}'" for name in found)
+
+
+def fails_without(cut: str, error: Exception) -> str:
+    """What to say where the model fails only if its prefix is skipped."""
+    return (
+        f"cannot cut at '{cut}': with the layers before it skipped, the model fails with {type(error).__name__}: "
+        f"{error}. A "
+        "skipped layer (or a hook on it) leaves something behind that a later one looks for. See cuts(model, example)."
+    )
 
 
 class _Planner:
@@ -269,9 +276,7 @@ class _Planner:
                 return "its output has no dimension that counts the objects of the batch, so it is no row of each"
             others = [d for d in dims if d.law != "fixed" and not (d.law == "batch" and d.number == 1)]
             if len(others) > 1 or any(d.law != "tokens" or d.number for d in others):
-                return (
-                    f"its output follows the length of the sequence in more than one way ({position}: {dims})"
-                )
+                return f"its output follows the length of the sequence in more than one way ({position}: {dims})"
             if sum(d.law == "batch" for d in dims) > 1:
                 return "its output has two dimensions that count the objects of the batch"
         return ""
@@ -280,9 +285,9 @@ class _Planner:
         if self.probes.mask is None:
             return ""
         return (
-            f" (the mask '{self.probes.mask}' counts {self.probes.sizes[0][1]} places, which the model shortens before the "
-            "cut; rows of unequal length are kept only where one place of the mask is one of the row. Bring all objects to "
-            "one length in the data set, and leave the mask out)"
+            f" (the mask '{self.probes.mask}' counts {self.probes.sizes[0][1]} places, which the model shortens "
+            "before the cut; rows of unequal length are kept only where one place of the mask is one of the row. "
+            "Bring all objects to one length in the data set, and leave the mask out)"
         )
 
     def steps(self) -> tuple[Step, ...]:
@@ -325,9 +330,7 @@ class _Planner:
             output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         sources = absent_sources(output)
         if sources:
-            raise AbsentRead(
-                "what a skipped layer would have computed reaches the output of the model", sources
-            )
+            raise AbsentRead("what a skipped layer would have computed reaches the output of the model", sources)
 
     def mend(self) -> None:
         """Skip all that can be skipped; run or keep what a later part of the model needs."""
@@ -336,6 +339,10 @@ class _Planner:
                 return self._bypass(self.inputs)
             except AbsentRead as stop:
                 self._mend(stop)
+            except RecycleError:
+                raise
+            except Exception as error:  # the model itself has run well before
+                raise CutError(fails_without(self.cut.name, error)) from error
 
     def _mend(self, stop: AbsentRead) -> None:
         runs = [s[1] for s in stop.sources if isinstance(s, tuple) and s[0] == "run"]
@@ -350,8 +357,8 @@ class _Planner:
                 self.actions[number] = "keep"
             else:
                 raise CutError(
-                    f"cannot cut at '{self.cut.name}': {stop.reason}. It comes from '{call.name}', which can neither run "
-                    f"without the prefix nor be kept ({self._why_unkeepable(call)}). See cuts(model, example)."
+                    f"cannot cut at '{self.cut.name}': {stop.reason}. It comes from '{call.name}', which can neither "
+                    f"run without the prefix nor be kept ({self._why_unkeepable(call)}). See cuts(model, example)."
                 )
         if not calls:
             raise CutError(f"cannot cut at '{self.cut.name}': {stop.reason}. See cuts(model, example).")
@@ -429,7 +436,7 @@ def _ambient_autocast(device: str) -> torch.dtype | None:
 
 
 def _leaf_forms(form: TreeForm, leaves: Sequence[torch.Tensor]) -> list[tuple[TensorForm, torch.Tensor]]:
-    return [(form.leaves[position], leaf) for position, leaf in zip(form.tensors, leaves)]
+    return [(form.leaves[position], leaf) for position, leaf in zip(form.tensors, leaves, strict=True)]
 
 
 def _layout(form: TensorForm, leaf: torch.Tensor, precision: torch.dtype | None) -> Layout:

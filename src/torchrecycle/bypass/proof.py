@@ -11,6 +11,7 @@ padding on either side, other values at padded places.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from typing import Any
 
 import torch
 
-from torchrecycle.absent import Absent
+from torchrecycle.absent import Absent, AbsentRead
 from torchrecycle.bypass.bypass import Bypass
 from torchrecycle.bypass.inputs import Inputs
-from torchrecycle.bypass.plan import pad_inputs, take_rows
-from torchrecycle.errors import CutError
+from torchrecycle.bypass.plan import fails_without, pad_inputs, take_rows
+from torchrecycle.errors import CutError, RecycleError
 from torchrecycle.trace import random_state, set_random_state, undisturbed
 
 __all__ = ["Padding", "first_difference", "noise", "positions", "prove", "prove_rows", "relative_difference"]
@@ -64,7 +65,7 @@ def first_difference(
     elif isinstance(want, (tuple, list)) and isinstance(got, (tuple, list)):
         if len(want) != len(got):
             return f"{where} has {len(got)} parts instead of {len(want)}"
-        pairs = ((f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(want, got)))
+        pairs = ((f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(want, got, strict=True)))
     elif type(want) is not type(got):
         return f"{where} is a {type(got).__name__} instead of a {type(want).__name__}"
     elif hasattr(want, "__dict__") and not isinstance(want, type) and depth < 4:
@@ -102,17 +103,21 @@ def prove(bypass: Bypass, inputs: Inputs) -> None:
     Raises:
         CutError: the halves do not compute what the whole does, with the flag or output named.
     """
+    try:
+        with bypass.interceptor.turns.take(alone=True):
+            _prove(bypass, inputs)
+    except AbsentRead as stop:
+        raise CutError(f"cannot cut at '{bypass.plan.cut}': {stop.reason}") from stop
+    bypass.proven.add(bypass.signature(inputs))
+
+
+def _prove(bypass: Bypass, inputs: Inputs) -> None:
     signature = bypass.signature(inputs)
     model = bypass.model
     with undisturbed(model):
         state = random_state()
         want = bypass.full(inputs)
-        after = bypass.flags()
-        moved = (
-            {(a[0], a[1]) for a, b in zip(bypass.flags(), signature[-1]) if a != b}
-            if after != signature[-1]
-            else set()
-        )
+        moved = _moved(signature[-1], bypass.flags())
         want_gradients = _gradients(bypass, want)
     bypass.volatile |= moved
     with undisturbed(model):
@@ -121,17 +126,18 @@ def prove(bypass: Bypass, inputs: Inputs) -> None:
     originals = [leaf.clone() for leaf in leaves]
     with undisturbed(model):
         set_random_state(state)
-        got = bypass.suffix(_as_on_a_hit(bypass, inputs), leaves)
+        got = _suffix_or_explain(bypass, _as_on_a_hit(bypass, inputs), leaves)
         got_gradients = _gradients(bypass, got)
     # By value too: ``x.data`` and NumPy write without moving a version.
     if _versions(leaves) != versions or any(
-        _tensor_difference(a, b, "", None) for a, b in zip(originals, leaves)
+        _tensor_difference(a, b, "", None) for a, b in zip(originals, leaves, strict=True)
     ):
         bypass.clones = True
         leaves = originals
     with undisturbed(model):
+        _run_another(bypass, inputs)
         set_random_state(state)
-        again = bypass.suffix(inputs, leaves)
+        again = _suffix_or_explain(bypass, inputs, leaves)
     for output in (got, again):
         difference = first_difference(want, output)
         if difference:
@@ -140,7 +146,35 @@ def prove(bypass: Bypass, inputs: Inputs) -> None:
     _look_for_lost_gradients(bypass, inputs, leaves, want_gradients)
     if model.training:
         _try_draws(bypass, inputs, originals)
-    bypass.proven.add(bypass.signature(inputs))
+
+
+def _moved(before: Sequence[tuple[int, str, Any]], after: Sequence[tuple[int, str, Any]]) -> set[tuple[int, str]]:
+    """The attributes that a forward has changed, made or removed."""
+    old, new = ({(at, name): value for at, name, value in flags} for flags in (before, after))
+    return {key for key in old.keys() | new.keys() if key not in old or key not in new or old[key] != new[key]}
+
+
+def _suffix_or_explain(bypass: Bypass, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> Any:
+    """The suffix, whose full forward has just run: what fails now fails for want of the prefix."""
+    try:
+        return bypass.suffix(inputs, leaves)
+    except RecycleError:
+        raise
+    except Exception as error:
+        raise CutError(fails_without(bypass.plan.cut, error)) from error
+
+
+def _run_another(bypass: Bypass, inputs: Inputs) -> None:
+    """Run the prefix on a batch of other size and order.
+
+    A layer that leaves something in an attribute for a later one (its attention map, the length of the sequence) leaves
+    that of the last batch that ran, not of the rows at hand. If it was this batch, nobody would notice.
+    """
+    other = take_rows(inputs, [*reversed(range(inputs.batch())), 0])
+    if bypass.plan.mask in other.tensors():
+        other = pad_inputs(other, str(bypass.plan.mask), 1, "right", bypass.plan.read_before)
+    with contextlib.suppress(Exception):  # one place too many for its table of positions, say
+        bypass.prefix(other)
 
 
 def _versions(leaves: Sequence[torch.Tensor]) -> list[int]:
@@ -181,9 +215,7 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
         yield from _tensors(vars(value), depth + 1)
 
 
-def _compare_gradients(
-    bypass: Bypass, want: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]
-) -> None:
+def _compare_gradients(bypass: Bypass, want: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> None:
     """Gradients may differ by rounding (sums over threads have no fixed order), but not by more."""
     wrong = [n for n in want if n not in got or relative_difference(want[n], got[n]) > noise(want[n].dtype)]
     wrong = [n for n in wrong if n not in bypass.prefix_parameters]
@@ -208,12 +240,11 @@ def _look_for_lost_gradients(
     with undisturbed(bypass.model), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         bypass.suffix(inputs, [leaf.clone() for leaf in leaves])
-    if any(
-        "None of the inputs have requires_grad" in str(one.message) for one in said
-    ):  # says torch.utils.checkpoint
+    if any("None of the inputs have requires_grad" in str(one.message) for one in said):  # says torch.utils.checkpoint
         raise CutError(
-            f"cannot cut at '{bypass.plan.cut}': '{without[0]}' would get no gradient, since it lies in or behind a reentrant "
-            "checkpoint region whose inputs ask for none once the prefix is frozen. Checkpoint with use_reentrant=False."
+            f"cannot cut at '{bypass.plan.cut}': '{without[0]}' would get no gradient, since it lies in or behind a "
+            "reentrant checkpoint region whose inputs ask for none once the prefix is frozen. Checkpoint with "
+            "use_reentrant=False."
         )
 
 
@@ -300,14 +331,14 @@ def prove_rows(bypass: Bypass) -> Padding:
         rows = _rows(bypass, example)
         torch.manual_seed(torch.initial_seed() % 2**31 + 1)
         again = _rows(bypass, example)
-        if any(not torch.equal(a, b) for a, b in zip(rows, again)):
+        if any(not torch.equal(a, b) for a, b in zip(rows, again, strict=True)):
             raise CutError(
-                f"cannot cut at '{bypass.plan.cut}': the prefix gives other values each time it runs, even in eval mode, "
-                "so one kept row would freeze one draw"
+                f"cannot cut at '{bypass.plan.cut}': the prefix gives other values each time it runs, even in eval "
+                "mode, so one kept row would freeze one draw"
             )
         for strength in (0.5, 8.0):
             others = _rows(bypass, _others_replaced(bypass, example, strength))
-            if any(not torch.equal(a[:1], b[:1]) for a, b in zip(rows, others)):
+            if any(not torch.equal(a[:1], b[:1]) for a, b in zip(rows, others, strict=True)):
                 _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced")
         turned = _rows(bypass, take_rows(example, [1, 0]))
         more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
@@ -324,16 +355,17 @@ def _refuse_mixing(
     *,
     rounding: bool = False,
 ) -> None:
-    difference, dtype = max((relative_difference(a, b), str(a.dtype)) for a, b in zip(want, got))
+    difference, dtype = max((relative_difference(a, b), str(a.dtype)) for a, b in zip(want, got, strict=True))
     if not rounding or difference > max(noise(a.dtype) for a in want):
         raise CutError(
-            f"cannot cut at '{bypass.plan.cut}': what the prefix gives for an object depends on the other objects of the "
-            f"batch (a difference of {difference:.1%} in {dtype} when they {when}), so it cannot be kept for the object"
+            f"cannot cut at '{bypass.plan.cut}': what the prefix gives for an object depends on the other objects of "
+            f"the batch (a difference of {difference:.1%} in {dtype} when they {when}), so it cannot be kept for the "
+            "object"
         )
 
 
 def _rows(bypass: Bypass, inputs: Inputs) -> list[torch.Tensor]:
-    return [layout.to_rows(leaf) for layout, leaf in zip(bypass.plan.layouts, bypass.prefix(inputs))]
+    return [layout.to_rows(leaf) for layout, leaf in zip(bypass.plan.layouts, bypass.prefix(inputs), strict=True)]
 
 
 def _others_replaced(bypass: Bypass, inputs: Inputs, strength: float) -> Inputs:
@@ -372,7 +404,7 @@ def _padding_matters(bypass: Bypass, side: str) -> str:
     long_mask = padded.tensors()[name].bool()
     other = pad_inputs(example, name, 3, side, plan.read_before, other_fill=True)
     long, filled = _rows(bypass, padded), _rows(bypass, other)
-    for i, (a, b, c) in enumerate(zip(short, long, filled)):
+    for i, (a, b, c) in enumerate(zip(short, long, filled, strict=True)):
         if i in ragged:
             a, b, c = a[mask], b[long_mask], c[long_mask]
         difference = relative_difference(a, b)
@@ -394,7 +426,7 @@ def _suffix_reads_padding(bypass: Bypass, inputs: Inputs, mask: torch.Tensor) ->
     leaves = bypass.prefix(inputs)
     state = random_state()
     emptied = []
-    for layout, leaf in zip(bypass.plan.layouts, leaves):
+    for layout, leaf in zip(bypass.plan.layouts, leaves, strict=True):
         rows = layout.to_rows(leaf).to(layout.dtype)
         if layout.ragged:
             rows = layout.pad(*layout.trim(rows, mask), mask)
