@@ -111,6 +111,16 @@ def test_each_setting_changes_it(model, change):
     assert _hex(model, **change) != _hex(model)
 
 
+def test_an_attribute_that_the_forward_itself_sets_does_not_count(model):
+    modules = {name: model.get_submodule(name) for name in PREFIX}
+    model.layer1[0].calls, model.layer1[0].cache = 1, torch.zeros(2)
+    written = frozenset({("layer1.0", "calls"), ("layer1.0", "cache")})
+    before = take_fingerprint(modules, {}, [], _settings(), written).hex
+    model.layer1[0].calls, model.layer1[0].cache = 2, torch.ones(3)
+    assert take_fingerprint(modules, {}, [], _settings(), written).hex == before
+    assert take_fingerprint(modules, {}, [], _settings()).hex != before
+
+
 def test_the_difference_of_two_fingerprints_names_the_tensor(model):
     modules = {name: model.get_submodule(name) for name in PREFIX}
     before = take_fingerprint(modules, {}, [], _settings())

@@ -104,6 +104,19 @@ def test_times_and_operations_grow_along_the_run():
     assert whole.flops[1] > first.flops[1]
 
 
+def test_attributes_that_the_forward_sets_are_named():
+    class Counting(nn.Module):
+        calls, table = 0, None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.table = x.clone()
+            return x
+
+    assert trace(nn.Sequential(Counting()), [torch.zeros(2)], {}).written == {("0", "calls"), ("0", "table")}
+    assert not trace(resnet(), [images(2)], {}).written
+
+
 def test_outputs_are_held_or_only_their_form():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     x = torch.randn(4, 2)

@@ -52,6 +52,7 @@ def take_fingerprint(
     parameters: Mapping[str, torch.Tensor],
     constants: Sequence[torch.Tensor],
     settings: Mapping[str, Any],
+    written: frozenset[tuple[str, str]] = frozenset(),
 ) -> Fingerprint:
     """Hash what the rows of one cut depend on.
 
@@ -60,6 +61,7 @@ def take_fingerprint(
         parameters: parameters of the prefix that lie outside of these modules, by name.
         constants: tensors that the prefix reads and that are neither parameter, buffer nor input.
         settings: cut, precision, autocast, key inputs: plain values.
+        written: attributes that the forward itself sets, as (module, attribute): a counter of calls is no setting.
     """
     whole = blake3(f"torchrecycle fingerprint {FINGERPRINT_VERSION}".encode())
     parts: dict[str, str] = {}
@@ -70,8 +72,9 @@ def take_fingerprint(
 
     add("settings", blake3(repr(sorted(settings.items())).encode()).hexdigest())
     for name, module in _all_modules(modules):
-        add(f"{name} ({type(module).__name__})", blake3(_describe(module).encode()).hexdigest())
-        for tensor_name, tensor in _own_tensors(module):
+        own = {attribute: v for attribute, v in module.__dict__.items() if (name, attribute) not in written}
+        add(f"{name} ({type(module).__name__})", blake3(_describe(module, own).encode()).hexdigest())
+        for tensor_name, tensor in _own_tensors(module, own):
             add(f"{name}.{tensor_name}", tensor_digest(tensor))
     for name, parameter in parameters.items():
         add(name, tensor_digest(parameter))
@@ -128,11 +131,11 @@ def _all_modules(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Mod
                 yield f"{outer}.{inner}" if inner else outer, part
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _own_tensors(module: nn.Module, own: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, buffers and plain tensor attributes of one module, without those of its children."""
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
-    for name, value in module.__dict__.items():
+    for name, value in own.items():
         if isinstance(value, torch.Tensor):
             yield name, value
 
@@ -140,11 +143,11 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_is_hf_initialized"}
 
 
-def _describe(module: nn.Module) -> str:
+def _describe(module: nn.Module, own: Mapping[str, Any]) -> str:
     """Class, ``extra_repr`` and plain attributes, in words."""
     kind = type(module)
     lines = [f"{kind.__module__}.{kind.__qualname__}", module.extra_repr()]
-    for name, value in sorted(module.__dict__.items()):
+    for name, value in sorted(own.items()):
         if name not in _OF_ANY_MODULE and (plain := _plain(value)) is not None:
             lines.append(f"{name}={plain}")
     return "\n".join(lines)

@@ -176,6 +176,8 @@ class Trace:
 
     calls: Sequence[Call]
     output: Any = field(repr=False)
+    written: frozenset[tuple[str, str]] = field(default=frozenset(), repr=False)
+    """Attributes that the forward itself sets, as (module, attribute): counters and caches, no settings."""
 
     def of(self, name: str) -> list[Call]:
         """The calls of the module of that name."""
@@ -231,8 +233,15 @@ def trace(
         for module in _watchable(model):
             set_slot(module, recorder.slot(module))
         with recorder.counting():
+            before = {module: dict(module.__dict__) for module in names}
             output = model(*args, **kwargs)
-    return Trace(recorder.calls, output)
+        written = {(names[m], attribute) for m, own in before.items() for attribute in _differing(own, m.__dict__)}
+    return Trace(recorder.calls, output, frozenset(written))
+
+
+def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    missing = object()
+    return [name for name in {**before, **after} if before.get(name, missing) is not after.get(name, missing)]
 
 
 def _watchable(model: nn.Module) -> Iterator[nn.Module]:

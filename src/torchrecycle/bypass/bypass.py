@@ -65,6 +65,8 @@ class Bypass:
         self.attached = False
         self._open = [call.module for call in traced.ancestors(traced.of(plan.cut)[0])]
         self._prefix_parts = {part for module in plan.modules for part in module.modules()}
+        self.written = traced.written
+        """Attributes that the forward itself sets: no part of the fingerprint."""
         self.ends = {call.name: call.end for call in traced.calls}
         """When each module's last call ends, in the order of running."""
         self.occurrences = {step.number: traced.calls[step.number].occurrence for step in plan.steps}
