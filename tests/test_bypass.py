@@ -1091,7 +1091,7 @@ def test_two_threads_may_train_through_one_recycled_model_without_losing_dropout
             for _ in range(60):
                 assert 0.3 < (model(x) == 0).float().mean() < 0.7
 
-        _in_threads(run, run)
+        _in_threads(run, run, run)
         assert all(part.training for part in model.modules())
         assert torch.equal(model[1].running_mean, mean)
 

@@ -7,7 +7,7 @@ example at attach, and again for each new signature (other ranks, arguments or f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -149,7 +149,7 @@ class Bypass:
         device = _device(inputs)
         # Rows are made under the declared autocast, whatever is ambient.
         cast = torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
-        with self._turn(alone=self.model.training):
+        with self._turn(lambda: self.model.training):
             state = random_state()
             try:
                 # What the glue writes into attributes is undone, since it runs again in the suffix.
@@ -205,9 +205,9 @@ class Bypass:
             "exit). Switch that off, or cut before it."
         )
 
-    def _turn(self, *, alone: bool = False) -> Any:
+    def _turn(self, alone: Callable[[], bool] = bool) -> Any:
         """One's turn among threads: alone where modules of the prefix must be switched to eval mode."""
-        return self.interceptor.turns.take(alone=alone or any(part.training for part in self._prefix_parts))
+        return self.interceptor.turns.take(lambda: alone() or any(part.training for part in self._prefix_parts))
 
     def _must_be_complete(self, run: Run) -> None:
         if run.position != len(run.steps):
@@ -291,7 +291,8 @@ class Bypass:
                     f"the model's argument '{name}' is a {type(value).__name__}; with recycling, arguments are "
                     "tensors, nests of tensors and plain values"
                 )
-        return tuple(arguments), self.shapes(inputs), torch.is_grad_enabled(), self.flags()
+        with self.interceptor.turns.take(bool):  # no flag is switched for a moment by another thread
+            return tuple(arguments), self.shapes(inputs), torch.is_grad_enabled(), self.flags()
 
     def flags(self) -> tuple[Any, ...]:
         """The plain attributes of the modules around the cut and of their configs."""

@@ -233,15 +233,18 @@ class Turns:
         self._alone: int | None = None
 
     @contextmanager
-    def take(self, *, alone: bool) -> Iterator[None]:
-        """Wait for one's turn; within it, the same thread may take more."""
+    def take(self, alone: Callable[[], bool]) -> Iterator[None]:
+        """Wait for one's turn; within it, the same thread may take more.
+
+        Args:
+            alone: whether nobody else may run meanwhile; asked when no flag is switched by another thread.
+        """
         me = threading.get_ident()
         with self._changed:
-            if me in self._running:  # within its own turn
-                alone = False
-            else:
-                self._changed.wait_for(lambda: self._alone is None and not (alone and self._others(me)))
-            if alone:
+            first = me not in self._running  # else within its own turn
+            if first:
+                self._changed.wait_for(lambda: self._alone is None and not (self._others(me) and alone()))
+            if first and alone():
                 self._alone = me
             self._running[me] = self._running.get(me, 0) + 1
         try:
@@ -251,8 +254,7 @@ class Turns:
                 self._running[me] -= 1
                 if not self._running[me]:
                     del self._running[me]
-                if alone:
-                    self._alone = None
+                    self._alone = None if self._alone == me else self._alone
                 self._changed.notify_all()
 
     def _others(self, me: int) -> bool:
@@ -397,5 +399,5 @@ class Interceptor:
             )
         if any(module in entry.mixed_modules for entry in self.entries):
             return module._call_impl(*args, **kwargs)
-        with self.turns.take(alone=any(part.training for part in module.modules())):
+        with self.turns.take(lambda: any(part.training for part in module.modules())):
             return frozen_call(module, args, kwargs)
