@@ -40,11 +40,20 @@ class Progress:
                 self._open_bar()
             elif now - self._last_line >= LINE_EVERY:
                 self._last_line = now
-                print(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {now - self._began:.0f} s", file=sys.stderr)
+                print(
+                    f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {now - self._began:.0f} s",
+                    file=sys.stderr,
+                )
 
     def _open_bar(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(self.unit))

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import IterableDataset, default_collate
 
 from torchrecycle.absent import Absent, RecycledTensor
 from torchrecycle.bypass import (
@@ -47,25 +47,21 @@ from torchrecycle.bypass import (
 from torchrecycle.codec import PRECISIONS
 from torchrecycle.cost import choose_cut, level_of
 from torchrecycle.data import (
+    KnownManifests,
     Manifest,
     RecycledCollate,
     RecycledDataset,
     RecycledLoader,
     RowSource,
-    identity_of,
-    quick_state_of,
-    state_of,
 )
+from torchrecycle.data.known import items_of
 from torchrecycle.errors import BatchError, CutError, StaleActivationError, StoreError
 from torchrecycle.fill import FillReport, fill_pass
 from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
-from torchrecycle.trace import random_state, set_random_state, slot_of, undisturbed
+from torchrecycle.trace import slot_of, undisturbed
 
 __all__ = ["CheckReport", "Recycling", "Stats", "fill_many", "recycle"]
-
-SAMPLES = 8
-"""How many items are read to see whether a manifest still fits its data set."""
 
 
 @dataclass(slots=True)
@@ -163,6 +159,8 @@ def recycle(
         raise ValueError(f"views={views}: this version keeps one view per object")
     if share not in ("refuse", "freeze"):
         raise ValueError(f"share={share!r} is neither 'refuse' nor 'freeze'")
+    if verify_every < 0:
+        raise ValueError(f"verify_every={verify_every} is negative; give a number of batches, or 0 for never")
     _refuse_wrapped(model)
     opened = open_store(store)
     return Recycling(
@@ -206,7 +204,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise CutError("a ScriptModule runs outside of Python, where no call can be skipped: recycle the Python module")
     if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-        raise CutError("the model is compiled already: recycle the module that was given to torch.compile, and compile after")
+        raise CutError(
+            "the model is compiled already: recycle the module that was given to torch.compile, and compile after"
+        )
     taken = slot_of(model)
     if taken is not None and Interceptor.of(model) is None:
         raise CutError("the model has been compiled in place (model.compile()): attach first, compile after")
@@ -226,7 +226,7 @@ class Recycling:
         self._mask = mask_name(self._example, options.mask)
         self._paused = 0
         self._attached = False
-        self._manifests: dict[Any, _Known] = {}
+        self._manifests: KnownManifests
         self._cut = options.cut
         self.bypass: Bypass
         self.source: RowSource
@@ -251,6 +251,7 @@ class Recycling:
         try:
             padding = self._prove()
             self.source = self._open(plan, padding)
+            self._manifests = KnownManifests(self.source, self._options.key, self._form())
         except BaseException:
             self.bypass.detach(self)
             raise
@@ -260,7 +261,9 @@ class Recycling:
         bypass, example = self.bypass, self._example
         flags = [(module, module.training) for module in self.model.modules()]
         cast = torch.autocast(
-            self.device.type, dtype=self._options.autocast or torch.bfloat16, enabled=self._options.autocast is not None
+            self.device.type,
+            dtype=self._options.autocast or torch.bfloat16,
+            enabled=self._options.autocast is not None,
         )
         try:
             with cast:
@@ -289,7 +292,7 @@ class Recycling:
         self._hashed_at = time.monotonic()
         row_bytes = self._row_bytes(plan)
         only_before = [name for name in key_inputs if name not in plan.read_after]
-        absent = frozenset(name for name in only_before if 8 * self._input_bytes(name) >= row_bytes)
+        absent = frozenset(n for n in only_before if 8 * self._input_bytes(n) >= row_bytes and not self._is_padded(n))
         rows = self._open_rows(plan)
         return RowSource(
             rows=rows,
@@ -320,8 +323,14 @@ class Recycling:
     def _row_bytes(self, plan: Plan) -> int:
         tokens = self._example.tensors()[self._mask].shape[1] if self._mask else 1
         return sum(
-            int(np.prod(layout.shape)) * layout.kept.itemsize * (tokens if layout.ragged else 1) for layout in plan.layouts
+            int(np.prod(layout.shape)) * layout.kept.itemsize * (tokens if layout.ragged else 1)
+            for layout in plan.layouts
         )
+
+    def _is_padded(self, name: str) -> bool:
+        """Whether an input is as long as the batch's longest object: its collate function must see it to pad it."""
+        example = self._example.tensors()
+        return self._mask is not None and example[name].shape[:2] == example[self._mask].shape
 
     def _input_bytes(self, name: str) -> int:
         tensor = self._example.tensors()[name]
@@ -344,6 +353,15 @@ class Recycling:
         rows = self.store.rows(self._fingerprint.hex, specs, about)
         self._compare_probe(rows)
         return rows
+
+    def _form(self) -> Any:
+        """What tells how model inputs are found in a batch; None where a function of the user's does."""
+        example = self._options.example
+        if self._options.inputs is not None:
+            return None
+        if isinstance(example, Mapping):
+            return ["dict", *map(str, example)]
+        return ["tuple", len(example)] if isinstance(example, (tuple, list)) else ["tensor"]
 
     # -- fingerprint ---------------------------------------------------------------------------------------------------
 
@@ -636,9 +654,16 @@ class Recycling:
             num_workers: reading processes at fill.
             name: see `fill`.
         """
+        arguments = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": collate_fn}
+        return self._wrapped(dataset, name, arguments)
+
+    def _wrapped(self, dataset: Any, name: str | None, fill_arguments: dict[str, Any]) -> RecycledDataset:
+        _refuse_no_map_style(dataset)
+        if self._options.key is not None and name is None:
+            raise BatchError(_NAMELESS)
         wrapped = RecycledDataset(dataset, self)
         wrapped.name = name
-        wrapped.fill_arguments = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": collate_fn}
+        wrapped.fill_arguments = fill_arguments
         self.renew(wrapped, made=True)
         return wrapped
 
@@ -656,13 +681,20 @@ class Recycling:
         """
         collate_fn = arguments.pop("collate_fn", None)
         size = arguments.get("batch_size", 1)
-        wrapped = self.dataset(
-            dataset,
-            collate_fn=collate_fn,
-            batch_size=size if isinstance(size, int) and size > 1 else 64,
-            num_workers=arguments.get("num_workers", 0),
-            name=name,
-        )
+        if size is None:
+            raise BatchError(
+                "batch_size=None gives single items or the data set's own batches, in which rows have no place: give "
+                "batch_size=, or batch_sampler= for batches of your own."
+            )
+        reading = {
+            "batch_size": size if isinstance(size, int) and size > 1 else 64,
+            "num_workers": arguments.get("num_workers", 0),
+            "collate_fn": collate_fn,
+            "loader_arguments": {
+                n: arguments[n] for n in ("multiprocessing_context", "worker_init_fn") if n in arguments
+            },
+        }
+        wrapped = self._wrapped(dataset, name, reading)
         return RecycledLoader(wrapped, collate_fn=self.collate(collate_fn), **arguments)
 
     def predict(self, dataset: Any, batch_size: int = 64, **arguments: Any) -> Any:
@@ -680,11 +712,18 @@ class Recycling:
             Where outputs of batches differ in length, a list with one output per batch.
         """
         outputs = []
-        with evaluating(self.model):
+        cast = torch.autocast(
+            self.device.type,
+            dtype=self._options.autocast or torch.bfloat16,
+            enabled=self._options.autocast is not None,
+        )
+        with evaluating(self.model), cast:
             for batch in self.loader(dataset, batch_size=batch_size, **arguments):
                 inputs = self._rule(batch).map_tensors(lambda tensor: tensor.to(self.device))
                 output = self.model(*inputs.args, **inputs.kwargs)
-                outputs.append(pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output))
+                outputs.append(
+                    pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output)
+                )
         return _joined(outputs)
 
     def check(self, batch: Any) -> CheckReport:
@@ -695,7 +734,9 @@ class Recycling:
         """
         inputs = self._rule(batch)
         if any(isinstance(tensor, RecycledTensor) for tensor in inputs.tensors().values()):
-            raise BatchError("check() compares rows with what the objects give: it needs a raw batch, from your own loader")
+            raise BatchError(
+                "check() compares rows with what the objects give: it needs a raw batch, from your own loader"
+            )
         if self._options.key is not None:
             raise BatchError("with key=, a batch does not tell the keys of its objects; use verify_every=")
         locations = self.source.rows.lookup(self.source.keys(inputs))
@@ -703,7 +744,11 @@ class Recycling:
         fresh = self._fresh_rows(inputs)
         alone = [self._fresh_rows(take_rows(inputs, [row])) for row in range(inputs.batch())]
         composition = max(
-            (relative_difference(leaf[r : r + 1], alone[r][n]) for n, leaf in enumerate(fresh) for r in range(len(leaf))),
+            (
+                relative_difference(leaf[r : r + 1], alone[r][n])
+                for n, leaf in enumerate(fresh)
+                for r in range(len(leaf))
+            ),
             default=0.0,
         )
         difference = 0.0
@@ -739,89 +784,35 @@ class Recycling:
             return
         if self._look_again():
             self._rebuild()
-        known = self._known(dataset, made=made)
-        if dataset.manifest is known.manifest and dataset.source is self.source and bool((dataset.locations >= 0).all()):
+        known = self._manifests.of(dataset, lambda: self._fill(dataset), made=made)
+        if (
+            dataset.manifest is known.manifest
+            and dataset.source is self.source
+            and bool((dataset.locations >= 0).all())
+        ):
             return
         dataset.renew(known.manifest, torch.from_numpy(known.locations), self.source)
 
+    def _fill(self, dataset: RecycledDataset) -> None:
+        fill_many([self], dataset.base, name=dataset.name, **dataset.fill_arguments)
+
     def _rebuild(self) -> None:
         """The prefix has moved: divide it anew and open the rows that belong to it now."""
-        self.bypass.detach(self)
+        before = self.bypass
+        before.detach(self)
         self._attached = False
-        self._manifests.clear()
-        self._build()
-
-    def _known(self, dataset: RecycledDataset, *, made: bool) -> _Known:
-        base, name = dataset.base, dataset.name
-        if self._options.key is not None and name is None:
-            raise BatchError(
-                "recycle(key=...) identifies objects without looking at them, so that another resize or tokenizer would not be "
-                "noticed. Give the preprocessing a name too: loader(dataset, name='resize 224, v1'), and change it when it "
-                "changes."
-            )
-        collate_fn = dataset.fill_arguments.get("collate_fn")
-        quick = (quick_state_of(base), name, id(collate_fn))
-        known = self._manifests.get(id(base))
-        if known is not None and known.quick == quick and not made:
-            return known
-        state = (identity_of(base, name) or state_of(base), state_of(collate_fn))
-        if known is None or known.state != state or (made and not self._still_fits(known.manifest, dataset)):
-            manifest = self._read_manifest(dataset) or self._fill(dataset)
-            known = _Known(base, quick, state, manifest, self._lookup(manifest))
-        if bool((known.locations < 0).any()):
-            known.locations = self._lookup(known.manifest)
-        if bool((known.locations < 0).any()):
-            manifest = self._fill(dataset)
-            known = _Known(base, quick, state, manifest, self._lookup(manifest))
-        known.quick = quick
-        self._manifests[id(base)] = known
-        return known
-
-    def _lookup(self, manifest: Manifest) -> np.ndarray:
-        self.source.rows.refresh()
-        return self.source.rows.lookup(manifest.keys)
-
-    def _fill(self, dataset: RecycledDataset) -> Manifest:
-        fill_many([self], dataset.base, name=dataset.name, **dataset.fill_arguments)
-        return self._manifests[id(dataset.base)].manifest
-
-    def _read_manifest(self, dataset: RecycledDataset) -> Manifest | None:
-        """What an earlier process wrote down about this very data set, if it still fits."""
-        identity = self._identity(dataset.base, dataset.name, dataset.fill_arguments.get("collate_fn"))
-        found = None if identity is None else self.source.rows.read_manifest(identity)
-        if found is None:
-            return None
         try:
-            manifest = Manifest.from_tensors(*found)
-        except (KeyError, ValueError, TypeError) as error:
-            raise StoreError(f"the manifest {identity} in {self.store.url} is damaged: {error}. Remove it.") from error
-        fits = len(manifest) == len(dataset.base) and self._still_fits(manifest, dataset)
-        return manifest if fits else None
-
-    def _identity(self, dataset: Any, name: str | None, collate_fn: Any) -> str | None:
-        """What a manifest is kept under; None if it serves this process only."""
-        if collate_fn is not None and name is None:
-            return None
-        return identity_of(dataset, name)
-
-    def _still_fits(self, manifest: Manifest, dataset: RecycledDataset) -> bool:
-        """Read a few items: are their keys and targets what the manifest says?"""
-        if self._options.key is not None or len(dataset.base) != len(manifest):
-            return len(dataset.base) == len(manifest)
-        state = random_state()
-        try:
-            return _sample_fits(manifest, dataset, self.source)
-        finally:
-            set_random_state(state)
+            self._build()
+        except BaseException:
+            # As it was: the prefix stays frozen, and each forward says that its rows are stale.
+            self.bypass = before
+            before.attach(self)
+            self._attached = True
+            raise
 
     def keep_manifest(self, dataset: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> None:
         """Remember what was read of a data set, in this process and, if its identity allows, beside the rows."""
-        quick = (quick_state_of(dataset), name, id(collate_fn))
-        state = (identity_of(dataset, name) or state_of(dataset), state_of(collate_fn))
-        self._manifests[id(dataset)] = _Known(dataset, quick, state, manifest, self._lookup(manifest))
-        identity = self._identity(dataset, name, collate_fn)
-        if identity is not None and manifest.template.is_plain:
-            self.source.rows.write_manifest(identity, *manifest.to_tensors())
+        self._manifests.keep(dataset, name, collate_fn, manifest)
 
     def watched(self, batches: Iterator[Any], loader: RecycledLoader) -> Iterator[Any]:
         """The batches, with one object in so many computed afresh and compared."""
@@ -837,14 +828,11 @@ class Recycling:
             yield batch
 
     def _canary(self, dataset: RecycledDataset, index: int) -> None:
-        state = random_state()
-        try:
-            collate_fn = dataset.fill_arguments.get("collate_fn")
-            inputs = self._rule(_collated(dataset.base, [index], collate_fn))
-            kept = self.source.gather(dataset.locations[index : index + 1], inputs)
-            fresh = self._fresh_rows(inputs)
-        finally:
-            set_random_state(state)
+        with self._manifests.reading(dataset.base):
+            collate_fn = dataset.fill_arguments.get("collate_fn") or default_collate
+            inputs = self._rule(collate_fn(items_of(dataset.base, [index])))
+        kept = self.source.gather(dataset.locations[index : index + 1], inputs)
+        fresh = self._fresh_rows(inputs)
         for layout, a, b in zip(self.bypass.plan.layouts, fresh, kept):
             difference = relative_difference(a, b)
             if difference > max(noise(layout.kept), noise(layout.dtype)):
@@ -882,20 +870,27 @@ class Recycling:
         self.detach()
 
 
-@dataclass(slots=True)
-class _Known:
-    """A data set whose manifest is at hand."""
-
-    dataset: Any
-    """Held, so that its id is not given again."""
-    quick: Any
-    state: Any
-    manifest: Manifest
-    locations: np.ndarray
-
-
 def _absent(name: str, tensor: RecycledTensor) -> Absent:
     return Absent(tensor.shape, tensor.dtype, tensor.device, [name])
+
+
+_NAMELESS = (
+    "recycle(key=...) identifies objects without looking at them, so that another resize or tokenizer would not be noticed. "
+    "Give data set and preprocessing a name too: loader(dataset, name='train, resize 224, v1'), and change it when they "
+    "change."
+)
+
+
+def _refuse_no_map_style(dataset: Any) -> None:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise BatchError(
+            f"a {type(dataset).__name__} is no map-style data set: with recycling it needs __len__ and __getitem__, so that an "
+            "index stands for an object"
+        )
+    if isinstance(dataset, RecycledDataset):
+        raise BatchError("this data set is recycled already: give the one that it was made of")
+    if len(dataset) == 0:
+        raise BatchError("the data set is empty: there is nothing to fill or to train on")
 
 
 def _stale(changed: Sequence[str]) -> str:
@@ -915,37 +910,6 @@ def _synthetic(tensor: torch.Tensor, is_mask: bool, generator: torch.Generator) 
         return (values * tensor.float().std() + tensor.float().mean()).to(tensor.dtype)
     low, high = int(tensor.min()), int(tensor.max())
     return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.dtype)
-
-
-def _collated(dataset: Any, indices: Sequence[int], collate_fn: Any) -> Any:
-    from torch.utils.data import default_collate
-
-    fetch = getattr(dataset, "__getitems__", None)
-    items = list(fetch(list(indices))) if fetch else [dataset[i] for i in indices]
-    return (collate_fn or default_collate)(items)
-
-
-def _sample_fits(manifest: Manifest, dataset: RecycledDataset, source: RowSource) -> bool:
-    base, count = dataset.base, len(dataset.base)
-    indices = sorted({round(i * (count - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
-    fetch = getattr(base, "__getitems__", None)
-    items = list(fetch(indices)) if fetch else [base[i] for i in indices]
-    from torch.utils.data import default_collate
-
-    batch = (dataset.fill_arguments.get("collate_fn") or default_collate)(items)
-    keys = source.keys(source.rule(batch))
-    trimmed = source.mask is None or (source.padding.right and source.padding.left)
-    if trimmed and not np.array_equal(keys, manifest.keys[indices]):
-        return False
-    for item, index in zip(items, indices):
-        try:
-            leaves = manifest.template.split(item)
-        except BatchError:
-            return False
-        for column, leaf in zip(manifest.columns, leaves):
-            if column.kind != "absent" and first_difference(column[index], leaf) is not None:
-                return False
-    return True
 
 
 def _joined(outputs: list[Any]) -> Any:
@@ -971,6 +935,7 @@ def fill_many(
     num_workers: int = 0,
     collate_fn: Callable[[Sequence[Any]], Any] | None = None,
     name: str | None = None,
+    loader_arguments: dict[str, Any] | None = None,
 ) -> list[FillReport]:
     """Fill several cuts in one pass over a data set: the deepest prefix runs once, and the others are taken on its way.
 
@@ -981,6 +946,7 @@ def fill_many(
         num_workers: reading processes.
         collate_fn: the user's.
         name: see `Recycling.fill`.
+        loader_arguments: further ones of the `DataLoader` that reads: ``worker_init_fn``.
 
     Returns:
         One report per recycling, in order.
@@ -988,13 +954,25 @@ def fill_many(
     Raises:
         CutError: the cuts do not lie one behind the other, or their models differ before them.
     """
+    if not recyclings:
+        raise BatchError("fill_many needs at least one recycling")
+    _refuse_no_map_style(dataset)
+    first = recyclings[0]
     for recycling in recyclings:
         if not recycling._attached:
             raise BatchError("a recycling that has been detached cannot be filled")
+        if recycling._options.key is not None and name is None:
+            raise BatchError(_NAMELESS)
+        if (
+            recycling._options.key is not first._options.key
+            or recycling._manifests.form != first._manifests.form
+            or (recycling._options.inputs is not first._options.inputs)
+        ):
+            raise BatchError(
+                "recyclings that are filled in one pass must have the same key=, inputs= and form of example"
+            )
         if recycling._look_again():
             recycling._rebuild()
-        if recycling._options.key is not None and name is None:
-            raise BatchError("recycle(key=...) needs a name for the preprocessing: fill(dataset, name='resize 224, v1')")
         recycling._write_probe()
     results = fill_pass(
         recyclings,
@@ -1002,8 +980,9 @@ def fill_many(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate_fn,
-        user_key=recyclings[0]._options.key,
+        user_key=first._options.key,
         key_name=name,
+        loader_arguments=loader_arguments,
         title="filling " + ", ".join(f"'{r.cut}'" for r in recyclings),
     )
     reports = []

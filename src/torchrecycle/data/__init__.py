@@ -2,13 +2,16 @@
 
 from torchrecycle.data.columns import Column, Template, absent_column, make_column
 from torchrecycle.data.dataset import Fetched, RecycledDataset
+from torchrecycle.data.known import KnownManifests
 from torchrecycle.data.loader import RecycledCollate, RecycledLoader
-from torchrecycle.data.manifest import Manifest, identity_of, quick_state_of, state_of
+from torchrecycle.data.manifest import Manifest, identity_of
 from torchrecycle.data.source import RowSource
+from torchrecycle.data.state import generators_of, state_of
 
 __all__ = [
     "Column",
     "Fetched",
+    "KnownManifests",
     "Manifest",
     "RecycledCollate",
     "RecycledDataset",
@@ -16,8 +19,8 @@ __all__ = [
     "RowSource",
     "Template",
     "absent_column",
+    "generators_of",
     "identity_of",
     "make_column",
-    "quick_state_of",
     "state_of",
 ]

@@ -8,6 +8,7 @@ stays a string, a NumPy array an array. `Template.split` takes an item apart, `T
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,9 @@ class Template:
             return [item]
         keys = tuple(item) if isinstance(item, Mapping) else tuple(range(len(item))) if _is_sequence(item) else None
         if keys is None or set(keys) != set(self.keys) or len(keys) != len(self.keys):
-            raise BatchError(f"an item has the entries {keys} where the first item has {self.keys}: items must be alike")
+            raise BatchError(
+                f"an item has the entries {keys} where the first item has {self.keys}: items must be alike"
+            )
         return [leaf for key, part in zip(self.keys, self.parts) for leaf in part.split(item[key])]
 
     def join(self, leaves: Sequence[Any], *, collated: bool = False) -> Any:
@@ -75,6 +78,8 @@ class Template:
         parts = []
         for part in self.parts:
             made, leaves = part._join(leaves, collated)
+            if collated and part.kind == "leaf" and isinstance(made, list) and not self._is_mapping:
+                made = tuple(made)  # as default_collate leaves strings
             parts.append(made)
         if self.kind == "dict":
             return dict(zip(self.keys, parts)), leaves
@@ -82,10 +87,17 @@ class Template:
             return self._make_other(parts), leaves
         return (parts if self.kind == "list" or collated else tuple(parts)), leaves
 
+    @property
+    def _is_mapping(self) -> bool:
+        return self.kind == "dict" or (self.kind == "other" and issubclass(self.make, Mapping))
+
     def _make_other(self, parts: list[Any]) -> Any:
         if issubclass(self.make, tuple):
             return self.make(*parts) if hasattr(self.make, "_fields") else self.make(parts)
-        return self.make(dict(zip(self.keys, parts)))
+        made = dict(zip(self.keys, parts))
+        if issubclass(self.make, defaultdict):  # what it makes for further keys cannot be kept
+            return self.make(None, made)
+        return self.make(made)
 
     def paths(self, at: Path = ()) -> list[Path]:
         """The path of each leaf, in order."""
@@ -122,6 +134,9 @@ def _is_plain_list(value: Any) -> bool:
     )
 
 
+_READ: dict[str, Any] = {"str": str, "str_": np.str_, "json": json.loads}
+"""From the text of an item, by the column's kind, to its leaf."""
+
 # -- columns -----------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +145,7 @@ class Column:
     """One leaf of all items."""
 
     kind: str
-    """``tensor``, ``ndarray``, ``numpy``, ``int``, ``float``, ``bool``, ``str``, ``json`` or ``absent`` (an input that
+    """``tensor``, ``ndarray``, ``numpy``, ``int``, ``float``, ``bool``, ``bytes``, ``str``, ``json`` or ``absent`` (an input that
     was not kept: `shapes` and `dtype` of its stand-in)."""
     values: torch.Tensor = field(repr=False)
     """``[items, ...]`` where all are of one shape, else all one after the other, flat."""
@@ -146,15 +161,15 @@ class Column:
         return len(self.values)
 
     def __getitem__(self, index: int) -> Any:
-        """The leaf of one item, as it was; a tensor may be a view."""
+        """The leaf of one item, as it was. A collate function may write into it."""
         if self.kind == "absent":
             return tuple(self.values[index].tolist())
         if self.kind in ("int", "float", "bool"):
             return self.values[index].item()
-        if self.kind in ("str", "json"):
-            text = bytes(self._piece(index).numpy()).decode()
-            return text if self.kind == "str" else json.loads(text)
-        piece = self._piece(index)
+        if self.kind in ("bytes", *_READ):
+            content = bytes(self._piece(index).numpy())
+            return content if self.kind == "bytes" else _READ[self.kind](content.decode())
+        piece = self._piece(index).clone()
         if self.kind == "tensor":
             return piece
         return piece.numpy() if self.kind == "ndarray" else piece.numpy()[()]
@@ -167,17 +182,11 @@ class Column:
 
     def batch(self, index: torch.Tensor) -> Any:
         """What ``default_collate`` gives for these items, or None where only the items themselves can tell."""
-        if self.kind == "str":
+        if self.kind in ("bytes", "str", "str_"):
             return [self[i] for i in index.tolist()]
         if self.offsets is None and self.kind in ("tensor", "ndarray", "numpy", "int", "float", "bool"):
             return self.values.index_select(0, index)
         return None
-
-    def share(self) -> None:
-        """Put it into shared memory, so that workers do not copy it."""
-        for tensor in (self.values, self.offsets, self.shapes):
-            if tensor is not None:
-                tensor.share_memory_()
 
 
 def make_column(leaves: Sequence[Any], where: str) -> Column:
@@ -188,7 +197,7 @@ def make_column(leaves: Sequence[Any], where: str) -> Column:
     """
     first = leaves[0]
     kinds = {type(leaf) for leaf in leaves}
-    if all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+    if all(isinstance(leaf, torch.Tensor) and not vars(leaf) for leaf in leaves):
         return _tensor_column("tensor", [leaf.detach().cpu() for leaf in leaves])
     if kinds == {np.ndarray} and first.dtype.kind in "biufc":
         return _tensor_column("ndarray", [torch.as_tensor(np.ascontiguousarray(leaf)) for leaf in leaves])
@@ -196,10 +205,12 @@ def make_column(leaves: Sequence[Any], where: str) -> Column:
         return Column("numpy", torch.as_tensor(np.asarray(leaves)))
     if kinds in ({bool}, {float}) or (kinds == {int} and all(-(2**63) <= leaf < 2**63 for leaf in leaves)):
         return Column(first.__class__.__name__, default_collate(list(leaves)))
-    if kinds == {str}:
-        return _text_column("str", leaves)
+    if kinds in ({str}, {np.str_}):
+        return _text_column(first.__class__.__name__, [leaf.encode() for leaf in leaves])
+    if kinds == {bytes}:
+        return _text_column("bytes", leaves)
     if kinds <= {bool, int, float, str, type(None), list} and all(_survives_json(leaf) for leaf in leaves):
-        return _text_column("json", [json.dumps(leaf) for leaf in leaves])
+        return _text_column("json", [json.dumps(leaf).encode() for leaf in leaves])
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     raise BatchError(
         f"{where} of the items is of type {names}, which cannot be kept beside the rows: targets are tensors, arrays, "
@@ -208,13 +219,19 @@ def make_column(leaves: Sequence[Any], where: str) -> Column:
 
 
 def _survives_json(leaf: Any) -> bool:
-    return isinstance(leaf, (bool, int, str, type(None))) or json.loads(json.dumps(leaf)) == leaf
+    """Whether it comes back as it was, types included (a NumPy number in a list would not)."""
+    try:
+        return repr(json.loads(json.dumps(leaf))) == repr(leaf)
+    except TypeError:
+        return False
 
 
 def _tensor_column(kind: str, tensors: Sequence[torch.Tensor]) -> Column:
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1 or len({tensor.dim() for tensor in tensors}) > 1:
-        raise BatchError(f"a target is a tensor of different dtypes or ranks from item to item: {sorted(map(str, dtypes))}")
+        raise BatchError(
+            f"a target is a tensor of different dtypes or ranks from item to item: {sorted(map(str, dtypes))}"
+        )
     if len({tensor.shape for tensor in tensors}) == 1:
         return Column(kind, torch.stack(list(tensors)))
     sizes = torch.tensor([tensor.numel() for tensor in tensors])
@@ -223,8 +240,7 @@ def _tensor_column(kind: str, tensors: Sequence[torch.Tensor]) -> Column:
     return Column(kind, torch.cat([tensor.reshape(-1) for tensor in tensors]), offsets, shapes)
 
 
-def _text_column(kind: str, texts: Sequence[str]) -> Column:
-    encoded = [text.encode() for text in texts]
+def _text_column(kind: str, encoded: Sequence[bytes]) -> Column:
     sizes = torch.tensor([len(one) for one in encoded])
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     joined = np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8) if offsets[-1] else np.zeros(0, np.uint8)

@@ -7,7 +7,6 @@ collate function turns into a batch at once, without making the items. The user'
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 from torchrecycle.absent import RecycledTensor
 from torchrecycle.data.manifest import Manifest
 from torchrecycle.data.source import RowSource
+from torchrecycle.errors import StaleActivationError
 
 __all__ = ["Fetched", "RecycledDataset"]
 
@@ -36,6 +36,9 @@ class RecycledDataset(Dataset[Any]):
         self.manifest: Manifest | None = None
         self.locations = torch.empty(0, dtype=torch.int64)
         self.source: RowSource | None = None
+        self.generation = 0
+        """How often it was given other rows: workers that were started before have the old ones."""
+        self._raw = False
         self.name: str | None = None
         self.fill_arguments: dict[str, Any] = {}
 
@@ -46,6 +49,7 @@ class RecycledDataset(Dataset[Any]):
 
     def renew(self, manifest: Manifest, locations: torch.Tensor, source: RowSource) -> None:
         """Take these rows from now on."""
+        self.generation += 1
         self.manifest, self.source = manifest, source
         self.locations = locations.share_memory_() if len(locations) else locations
 
@@ -53,12 +57,16 @@ class RecycledDataset(Dataset[Any]):
         return len(self.base)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_owner"] = None
-        return state
+        owner = self.owner
+        return {**self.__dict__, "_owner": None, "_raw": self._raw or (owner is not None and owner.off)}
+
+    def __copy__(self) -> RecycledDataset:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
 
     def __deepcopy__(self, memo: Any) -> RecycledDataset:
-        return copy.copy(self)
+        return self.__copy__()
 
     def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])[0]
@@ -66,15 +74,25 @@ class RecycledDataset(Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
         """Items for a batch: a `Fetched`, or the raw items where the recycling is off or a row is missing."""
         owner = self.owner
-        if owner is None or not owner.off:
-            index = torch.as_tensor([int(i) for i in indices], dtype=torch.int64)
-            index = torch.where(index < 0, index + len(self), index)
-            if len(index) and len(self.locations) and int(index.max()) < len(self.locations):
-                locations = self.locations[index]
-                if bool((locations >= 0).all()):
-                    return Fetched(self, index, locations)
+        if self.manifest is not None and not (self._raw if owner is None else owner.off):
+            index = torch.as_tensor([self._position(i) for i in indices], dtype=torch.int64)
+            locations = self.locations[index]
+            if bool((locations >= 0).all()):
+                return Fetched(self, index, locations)
         fetch = getattr(self.base, "__getitems__", None)
         return fetch(list(indices)) if fetch else [self.base[i] for i in indices]
+
+    def _position(self, index: Any) -> int:
+        count = len(self.locations)
+        if len(self.base) != count:
+            raise StaleActivationError(
+                f"the data set has {len(self.base)} items where its rows were found for {count}: it has changed since. Make a "
+                "new iterator of the recycling's loader, or call recycling.dataset(...) again."
+            )
+        position = int(index)
+        if not -count <= position < count:
+            raise IndexError(f"item {position} was asked of a data set of {count}")
+        return position % count
 
 
 class Fetched(Sequence[Any]):

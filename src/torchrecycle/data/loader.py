@@ -48,13 +48,14 @@ class RecycledCollate:
         assert self.collate_fn is not None
         try:
             return self.collate_fn(list(items))
-        except BatchError as error:
-            if not fetched:
+        except Exception as error:
+            if not fetched or self.source is None or not self.source.absent:
                 raise
             name = getattr(self.collate_fn, "__qualname__", type(self.collate_fn).__name__)
             raise BatchError(
-                f"the collate function {name} reads the values of a model input that was not loaded, since its rows are "
-                f"kept: {error} Do this work in the data set's __getitem__, so that it is part of the object."
+                f"the collate function {name} did not run on items whose model inputs {sorted(self.source.absent)} are "
+                f"stand-ins, since their rows are kept: {type(error).__name__}: {error} If it reads their values, do this work "
+                "in the data set's __getitem__, so that it is part of the object."
             ) from error
 
 
@@ -66,7 +67,17 @@ class RecycledLoader(DataLoader[Any]):
         owner = dataset.owner if isinstance(dataset, RecycledDataset) else None
         if owner is None:
             return super().__iter__()
+        assert isinstance(dataset, RecycledDataset)
         owner.renew(dataset)
         if isinstance(self.collate_fn, RecycledCollate):
             self.collate_fn.source = None if owner.off else owner.source
+        self._end_old_workers((dataset.generation, owner.off))
         return owner.watched(super().__iter__(), self)
+
+    def _end_old_workers(self, now: tuple[int, bool]) -> None:
+        """Persistent workers hold the rows that they were started with."""
+        workers = self._iterator
+        if workers is not None and self.__dict__.get("_started_with") != now:
+            workers._shutdown_workers()  # pyright: ignore
+            self._iterator = None
+        self.__dict__["_started_with"] = now

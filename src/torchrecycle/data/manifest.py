@@ -2,7 +2,7 @@
 
 It is what lets an epoch run without reading the data set: 8,144 keys of 16 bytes, one column of labels. It outlives the
 process only for data sets whose identity covers objects *and* targets in full (`identity_of`); for any other it serves
-this process, as long as `state_of` finds the data set unchanged, and the next run reads every item once.
+this process, as long as `state_of` (in ``state.py``) finds the data set unchanged, and the next run reads every item once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from torchrecycle.data.columns import Column, Template
 from torchrecycle.errors import KeyTypeError
 from torchrecycle.keys import key
 
-__all__ = ["Manifest", "identity_of", "quick_state_of", "state_of"]
+__all__ = ["Manifest", "identity_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +120,37 @@ def _hugging_face(dataset: Any) -> Any:
     shape = dataset.format
     if shape["type"] == "custom":  # a Python function makes the items
         return None
+    if not all(_is_in_the_table(dataset, name, feature) for name, feature in dataset.features.items()):
+        return None
     words = [shape["type"] or "python", sorted(shape["columns"]), shape["output_all_columns"]]
     options = _content(shape["format_kwargs"])
     return None if options is None else ("hugging face", dataset._fingerprint, words, options, len(dataset))
+
+
+def _is_in_the_table(dataset: Any, name: str, feature: Any) -> bool:
+    """Whether a column's values lie in the table itself: an image may be a path, whose file the fingerprint leaves out."""
+    if not _is_decoded(feature):
+        return True
+    column = dataset.data.column(name)
+    if not hasattr(column.type, "get_field_index") or column.type.get_field_index("bytes") < 0:
+        return False
+    return all(chunk.field("bytes").null_count == 0 for chunk in column.chunks)
+
+
+def _is_decoded(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(_is_decoded(part) for part in feature.values())
+    if isinstance(feature, (list, tuple)):
+        return any(_is_decoded(part) for part in feature)
+    inner = getattr(feature, "feature", None)
+    return (
+        hasattr(feature, "decode_example")
+        and type(feature).__name__ in _DECODED
+        or (inner is not None and _is_decoded(inner))
+    )
+
+
+_DECODED = frozenset({"Image", "Audio", "Video", "Pdf", "Nifti"})
 
 
 def _image_folder(dataset: Any) -> Any:
@@ -162,105 +189,19 @@ def _transform_part(value: Any) -> Any:
     if isinstance(value, (list, tuple)) or (isinstance(value, dict) and not value):
         parts = [_transform_part(part) for part in value]
         return None if None in parts else parts
-    if type(value).__module__.startswith(_KNOWN_TRANSFORMS) and not isinstance(value, type) and hasattr(value, "__dict__"):
+    if (
+        type(value).__module__.startswith(_KNOWN_TRANSFORMS)
+        and not isinstance(value, type)
+        and hasattr(value, "__dict__")
+    ):
         import enum
 
         return f"{value!r}" if isinstance(value, enum.Enum) else _transform(value)
     if isinstance(value, (torch.dtype, types.FunctionType, types.BuiltinFunctionType, type)):
         module = getattr(value, "__module__", "torch") or "torch"
-        known = isinstance(value, torch.dtype) or module.startswith(("torch", "timm.")) and "<" not in value.__qualname__
+        known = (
+            isinstance(value, torch.dtype) or module.startswith(("torch", "timm.")) and "<" not in value.__qualname__
+        )
         return str(value) if isinstance(value, torch.dtype) else f"{module}.{value.__qualname__}" if known else None
     content = _content(value)
     return None if content is None else content.hex()
-
-
-# -- has it changed since, in this process -----------------------------------------------------------------------------
-
-
-def state_of(*objects: Any) -> str:
-    """A digest of the present state of objects, as far as it can be seen: for one process, and for good.
-
-    Follows attributes, containers, functions with what they close over and the globals that they name. What it cannot
-    look into counts by identity. It finds a relabelled target, a swapped transform, a changed variable in a closure.
-    """
-    hasher = blake3()
-    seen: dict[int, int] = {}
-    for one in objects:
-        _digest(one, hasher, seen, 0)
-    return hasher.hexdigest(length=16)
-
-
-_DEPTH = 6
-
-
-def _digest(value: Any, hasher: Any, seen: dict[int, int], depth: int) -> None:
-    if id(value) in seen:
-        hasher.update(f"again {seen[id(value)]};".encode())
-        return
-    content = _content(value) if not isinstance(value, (dict, list, tuple, set)) or depth > 0 else None
-    if content is not None:
-        hasher.update(content)
-        return
-    seen[id(value)] = len(seen)
-    kind = type(value)
-    hasher.update(f"{kind.__module__}.{kind.__qualname__};".encode())
-    if depth > _DEPTH:
-        hasher.update(f"id {id(value)};".encode())
-    elif isinstance(value, Mapping):
-        for name, part in value.items():
-            hasher.update(f"{name!r}:".encode())
-            _digest(part, hasher, seen, depth + 1)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        hasher.update(f"{len(value)}:".encode())
-        for part in value:
-            _digest(part, hasher, seen, depth + 1)
-    elif isinstance(value, types.FunctionType):
-        _digest_function(value, hasher, seen, depth)
-    elif isinstance(value, (types.ModuleType, type)):
-        hasher.update(f"{getattr(value, '__qualname__', value.__name__)};".encode())
-    elif isinstance(value, types.MethodType):
-        _digest(value.__func__, hasher, seen, depth + 1)
-        _digest(value.__self__, hasher, seen, depth + 1)
-    elif kind.__module__ == "datasets.arrow_dataset":
-        hasher.update(f"{value._fingerprint} {len(value)};".encode())
-        _digest(value.format, hasher, seen, depth + 1)
-    elif hasattr(value, "__dict__"):
-        _digest(dict(vars(value)), hasher, seen, depth + 1)
-    else:
-        hasher.update(f"id {id(value)};".encode())
-
-
-def _digest_function(function: types.FunctionType, hasher: Any, seen: dict[int, int], depth: int) -> None:
-    code = function.__code__
-    hasher.update(code.co_code)
-    hasher.update(repr([c for c in code.co_consts if not isinstance(c, types.CodeType)]).encode())
-    for cell in function.__closure__ or ():
-        try:
-            _digest(cell.cell_contents, hasher, seen, depth + 1)
-        except ValueError:  # an empty cell
-            hasher.update(b"empty;")
-    _digest(function.__defaults__, hasher, seen, depth + 1)
-    for name in code.co_names:
-        if name in function.__globals__:
-            _digest(function.__globals__[name], hasher, seen, depth + 2)
-
-
-def quick_state_of(dataset: Any) -> tuple[Any, ...]:
-    """A look at whether a data set may have changed that costs microseconds: identities and versions, no content."""
-    parts: list[Any] = [id(dataset), len(dataset)]
-    attributes = vars(dataset) if hasattr(dataset, "__dict__") else {"": dataset}
-    for value in attributes.values():
-        parts.append(_quick(value, 0))
-    return tuple(parts)
-
-
-def _quick(value: Any, depth: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return id(value), value._version, value.data_ptr(), value.shape
-    if isinstance(value, (list, tuple)) and depth < 2:
-        if any(isinstance(part, (torch.Tensor, list, tuple)) for part in value[:1]) and len(value) < 10_000:
-            return tuple(_quick(part, depth + 1) for part in value)
-        return hash(tuple(map(id, value)))
-    if isinstance(value, np.ndarray):
-        return id(value), value.shape, value.__array_interface__["data"][0]
-    return id(value)

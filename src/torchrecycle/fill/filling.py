@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from torchrecycle.bypass import Bypass, Inputs, relative_difference, take_rows
+from torchrecycle.bypass import Bypass, Inputs, first_difference, relative_difference, take_rows
 from torchrecycle.data import Manifest, RowSource, Template, absent_column, make_column
 from torchrecycle.errors import BatchError, CutError, RandomInputError
 from torchrecycle.fill.reading import AbsentLeaf, Reading, Watched
@@ -20,6 +20,9 @@ from torchrecycle.progress import progress
 from torchrecycle.trace import random_state, set_random_state
 
 __all__ = ["FillReport", "Fillable", "fill_pass"]
+
+SAMPLES = 8
+"""How many items are read twice before all are read: a flip of a coin passes with a chance of 1 in 256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +90,13 @@ def fill_pass(
         title: what the progress bar says.
 
     Raises:
-        BatchError: the data set is empty, or its batches do not fit the example.
+        BatchError: the data set's batches do not fit the example.
         RandomInputError: an item is different each time it is read.
     """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise BatchError(f"a {type(dataset).__name__} is no map-style data set: it needs __len__ and __getitem__")
-    if len(dataset) == 0:
-        raise BatchError("the data set is empty: there is nothing to fill or to train on")
     state = random_state()
     absent = frozenset.intersection(*(r.source.absent for r in recyclings))
-    reading = Reading(collate_fn, recyclings[0].source.rule, absent, user_key, key_name)
+    some = frozenset().union(*(r.source.absent for r in recyclings))
+    reading = Reading(collate_fn, recyclings[0].source.rule, some, absent, user_key, key_name)
     try:
         _read_twice(dataset, reading, recyclings[0].source)
         fill = _Pass(recyclings, len(dataset))
@@ -120,17 +120,25 @@ def fill_pass(
 
 
 def _read_twice(dataset: Any, reading: Reading, source: RowSource) -> None:
-    """Private generators leave no trace in the public ones: read two items twice and compare."""
-    indices = [0, len(dataset) - 1] if len(dataset) > 1 else [0]
+    """Generators that cannot be reached leave no trace: read some items twice and compare."""
+    count = len(dataset)
+    indices = sorted({round(i * (count - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
     watched = Watched(dataset)
     first, second = watched.__getitems__(indices), watched.__getitems__(indices)
-    keys = [source.keys(source.rule(reading.collate_fn(items))) for items in (first, second)]
+    batches = [reading.collate_fn(items) for items in (first, second)]
+    keys = [source.keys(source.rule(batch)) for batch in batches]
     if not np.array_equal(*keys):
         again = source.keys(source.rule(reading.collate_fn(second)))
         who = "collate function" if not np.array_equal(keys[1], again) else "data set"
         raise RandomInputError(
             f"the {who} gives other model inputs each time it is asked for the same item: a random transform would be "
             "frozen at the moment of filling. Take it out, or seed it by item."
+        )
+    difference = first_difference(*batches)
+    if difference:
+        raise RandomInputError(
+            f"the data set gives other targets each time it is asked for the same item ({difference}): one draw would be "
+            "frozen at the moment of filling. Draw them in the loop, or seed them by item."
         )
 
 
@@ -194,7 +202,14 @@ class _Pass:
         for number, recycling in enumerate(self.recyclings):
             if missing[number]:
                 digests = self.keys[number][-1][missing[number]]
-                self._append(number, recycling, activations[number], inputs, [place[r] for r in missing[number]], digests)
+                self._append(
+                    number,
+                    recycling,
+                    activations[number],
+                    inputs,
+                    [place[r] for r in missing[number]],
+                    digests,
+                )
 
     def _append(
         self,
@@ -234,15 +249,16 @@ class _Pass:
             leaves = [one[position] for one in self.leaves]
             where = "item" + "".join(f"[{step!r}]" for step in path)
             if self.inputs_at.get(position) in recycling.source.absent:
-                columns.append(absent_column([tuple(leaf.shape) for leaf in leaves], _dtype(leaves[0])))
+                columns.append(absent_column([_form(leaf)[0] for leaf in leaves], _form(leaves[0])[1]))
             else:
                 columns.append(make_column(leaves, where))
         keys = np.concatenate(self.keys[number])
         return Manifest(keys, self.template, tuple(columns), dict(self.inputs_at))
 
 
-def _dtype(leaf: Any) -> torch.dtype:
-    return leaf.dtype if isinstance(leaf, (AbsentLeaf, torch.Tensor)) else torch.as_tensor(leaf).dtype
+def _form(leaf: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    given = leaf if isinstance(leaf, (AbsentLeaf, torch.Tensor)) else torch.as_tensor(leaf)
+    return tuple(given.shape), given.dtype
 
 
 # -- many cuts in one prefix run ---------------------------------------------------------------------------------------

@@ -1,0 +1,221 @@
+"""The manifests of a recycling's data sets: found in this process, read from the store, or made by reading the items.
+
+A loader asks at each iteration. If the data set is what it was (`state_of`), its manifest is at hand, and no item is
+read. A new loader also reads 8 items, and compares their keys and targets: what the digest cannot see (a database
+behind the data set) is found there. Whatever does not fit is read anew, item by item; the prefix runs only for objects
+whose rows are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from torchrecycle.bypass import first_difference
+from torchrecycle.data.dataset import RecycledDataset
+from torchrecycle.data.manifest import Manifest, identity_of
+from torchrecycle.data.source import RowSource
+from torchrecycle.data.state import state_of
+from torchrecycle.errors import BatchError, StoreError
+from torchrecycle.keys import key
+from torchrecycle.trace import random_state, set_random_state
+
+__all__ = ["Known", "KnownManifests", "items_of", "user_key_of"]
+
+SAMPLES = 8
+"""How many items are read to see whether a manifest still fits its data set."""
+
+REMEMBERED = 16
+"""How many data sets a recycling remembers; they are held, with their manifests."""
+
+
+@dataclass(slots=True)
+class Known:
+    """A data set whose manifest is at hand."""
+
+    base: Any
+    name: str | None
+    collate_fn: Any
+    collate_state: str
+    state: str
+    manifest: Manifest
+    locations: np.ndarray
+
+
+def items_of(base: Any, indices: list[int]) -> list[Any]:
+    """Items of a data set, read as `DataLoader` does."""
+    fetch = getattr(base, "__getitems__", None)
+    return list(fetch(indices)) if fetch else [base[i] for i in indices]
+
+
+def user_key_of(item: Any, name: str | None, function: Callable[[Any], Any]) -> bytes:
+    """The key of an item under the user's own ``key=``; the name of the preprocessing is part of it."""
+    return key((name, function(item)), where="key(item)")
+
+
+class KnownManifests:
+    """See the module.
+
+    Args:
+        source: of the recycling, as its prefix now is.
+        user_key: what the user gave as ``key=``.
+        form: what tells how model inputs are found in a batch; None where a function of the user's does.
+    """
+
+    def __init__(self, source: RowSource, user_key: Callable[[Any], Any] | None, form: Any) -> None:
+        self.source = source
+        self.user_key = user_key
+        self.form = form
+        self._known: list[Known] = []
+
+    def of(self, dataset: RecycledDataset, fill: Callable[[], None], *, made: bool) -> Known:
+        """The manifest of a data set as it is now, and where its rows are.
+
+        Args:
+            dataset: the data set.
+            fill: reads all items and calls `keep`.
+            made: whether a loader was made just now: then a few items are read and compared.
+        """
+        base = dataset.base
+        known = self._find(dataset)
+        if known is None or known.state != state_of(base) or (made and not self._still_fits(known.manifest, dataset)):
+            known = self._read(dataset)
+            if known is None:
+                fill()
+                known = self._found(dataset)
+        if bool((known.locations < 0).any()):
+            known.locations = self._lookup(known.manifest)
+        if bool((known.locations < 0).any()):
+            fill()
+            known = self._found(dataset)
+        return known
+
+    def keep(self, base: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> None:
+        """Remember what was read of a data set, in this process and, if its identity allows, beside the rows."""
+        self._add(base, name, collate_fn, manifest)
+        identity = self._identity(base, name, collate_fn)
+        if identity is not None and manifest.template.is_plain:
+            self.source.rows.write_manifest(identity, *manifest.to_tensors())
+
+    @contextmanager
+    def reading(self, base: Any) -> Iterator[None]:
+        """Within this context items may be read: generators are as before, and counters of the data set may move."""
+        before = state_of(base)
+        random = random_state()
+        try:
+            yield
+        finally:
+            set_random_state(random)
+            after = state_of(base)
+            for known in self._known:
+                if known.base is base and known.state == before:
+                    known.state = after
+
+    # -- in this process -----------------------------------------------------------------------------------------------
+
+    def _find(self, dataset: RecycledDataset) -> Known | None:
+        collate_fn = dataset.fill_arguments.get("collate_fn")
+        same = [known for known in self._known if known.base is dataset.base and known.name == dataset.name]
+        found = next((known for known in same if known.collate_fn is collate_fn), None)
+        if found is None and same:
+            state = state_of(collate_fn)
+            found = next((known for known in same if known.collate_state == state), None)
+        return found
+
+    def _found(self, dataset: RecycledDataset) -> Known:
+        known = self._find(dataset)
+        if known is None or bool((known.locations < 0).any()):
+            raise StoreError(f"rows that were just written are not found in {self.source.rows.url}")
+        return known
+
+    def _add(self, base: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> Known:
+        collate_state = state_of(collate_fn)
+        known = Known(base, name, collate_fn, collate_state, state_of(base), manifest, self._lookup(manifest))
+        others = [
+            k
+            for k in self._known
+            if not (
+                k.base is base and k.name == name and (k.collate_fn is collate_fn or k.collate_state == collate_state)
+            )
+        ]
+        self._known = [*others, known][-REMEMBERED:]
+        return known
+
+    def _lookup(self, manifest: Manifest) -> np.ndarray:
+        self.source.rows.refresh()
+        return self.source.rows.lookup(manifest.keys)
+
+    # -- of an earlier process -----------------------------------------------------------------------------------------
+
+    def _identity(self, base: Any, name: str | None, collate_fn: Any) -> str | None:
+        """What a manifest is kept under; None if it serves this process only."""
+        if name is None and (collate_fn is not None or self.form is None or self.user_key is not None):
+            return None
+        identity = identity_of(base, name)
+        return None if identity is None else key((identity, self.form)).hex()
+
+    def _read(self, dataset: RecycledDataset) -> Known | None:
+        """What an earlier process wrote down about this very data set, if it still fits."""
+        base, name, collate_fn = dataset.base, dataset.name, dataset.fill_arguments.get("collate_fn")
+        identity = self._identity(base, name, collate_fn)
+        found = None if identity is None else self.source.rows.read_manifest(identity)
+        if found is None:
+            return None
+        try:
+            manifest = Manifest.from_tensors(*found)
+        except (KeyError, ValueError, TypeError) as error:
+            raise StoreError(
+                f"the manifest {identity} in {self.source.rows.url} is damaged: {error}. Remove it."
+            ) from error
+        return self._add(base, name, collate_fn, manifest) if self._still_fits(manifest, dataset) else None
+
+    # -- a few items ---------------------------------------------------------------------------------------------------
+
+    def _still_fits(self, manifest: Manifest, dataset: RecycledDataset) -> bool:
+        """Read a few items: are their keys and targets what the manifest says?"""
+        base, count = dataset.base, len(dataset.base)
+        if count != len(manifest):
+            return False
+        indices = sorted({round(i * (count - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
+        with self.reading(base):
+            items = items_of(base, indices)
+            keys = self._keys(items, dataset)
+        if keys is not None and not np.array_equal(keys, manifest.keys[indices]):
+            return False
+        return all(_same_leaves(manifest, index, item) for index, item in zip(indices, items))
+
+    def _keys(self, items: list[Any], dataset: RecycledDataset) -> np.ndarray | None:
+        """The keys of a few items; None where a key depends on how long the batch is padded."""
+        if self.user_key is not None:
+            found = [user_key_of(item, dataset.name, self.user_key) for item in items]
+            return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
+        if self.source.mask is not None and not (self.source.padding.right and self.source.padding.left):
+            return None
+        batch = (dataset.fill_arguments.get("collate_fn") or default_collate)(items)
+        return self.source.keys(self.source.rule(batch))
+
+
+def _same_leaves(manifest: Manifest, index: int, item: Any) -> bool:
+    try:
+        leaves = manifest.template.split(item)
+    except BatchError:
+        return False
+    return all(column.kind == "absent" or _same(column[index], leaf) for column, leaf in zip(manifest.columns, leaves))
+
+
+def _same(kept: Any, leaf: Any) -> bool:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return (
+            type(kept) is type(leaf)
+            and kept.dtype == leaf.dtype
+            and first_difference(*map(torch.as_tensor, (kept, leaf))) is None
+        )
+    if isinstance(leaf, torch.Tensor):
+        return first_difference(kept, leaf) is None
+    return type(kept) is type(leaf) and repr(kept) == repr(leaf)
