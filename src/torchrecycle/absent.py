@@ -286,7 +286,7 @@ class RecycledTensor(torch.Tensor):
     ) -> RecycledTensor:
         """The same, with `per_row` applied to all that it holds."""
         own = self.value
-        return RecycledTensor(
+        return RecycledTensor(  # pyright: ignore
             self.shape if shape is None else shape,
             dtype or self.dtype,
             locations=per_row(self.locations) if locations is None else locations,
@@ -531,7 +531,7 @@ _ROW_WISE: dict[Any, Callable[..., Any]] = {
 
 
 def _collate(batch: list[RecycledTensor], *, collate_fn_map: Any = None) -> torch.Tensor:
-    return torch.stack(batch)
+    return torch.stack(list[torch.Tensor](batch))
 
 
 # `default_collate` stacks tensors into shared memory inside a worker, which a tensor without storage does not have.

@@ -118,7 +118,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
     hasher = blake3(max_threads=blake3.AUTO if data.nbytes > 1 << 20 else 1)
     hasher.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
-    hasher.update(data)
+    hasher.update(data)  # pyright: ignore (an array is a buffer)
     return hasher.hexdigest()
 
 

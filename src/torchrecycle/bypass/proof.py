@@ -192,7 +192,7 @@ def _gradients(bypass: Bypass, output: Any) -> dict[str, torch.Tensor]:
     """Run backward from everything in the output that has a gradient."""
     if not torch.is_grad_enabled():
         return {}
-    total = 0
+    total: Any = 0
     for tensor in _tensors(output):
         if tensor.requires_grad and tensor.is_floating_point():
             weights = torch.cos(torch.arange(tensor.numel(), device=tensor.device, dtype=torch.float32))
