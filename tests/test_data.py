@@ -1,4 +1,5 @@
-"""A recycled loader's batches are the plain loader's: type, keys, order, dtypes and targets, for every form of data set."""
+"""A recycled loader's batches are the plain loader's: type, keys, order, dtypes and targets, for every form of data
+set."""
 
 from __future__ import annotations
 

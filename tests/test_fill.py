@@ -276,7 +276,7 @@ def test_random_torchvision_transforms_are_named(tmp_path):
 
     folder = ImageFolder(write_pictures(tmp_path / "files"), Compose([RandomHorizontalFlip(), ToTensor()]))
     recycling = recycle(residual(), torch.zeros(2, 3, SIDE, SIDE), cut=CUT, store="memory://flip")
-    with pytest.raises(RandomInputError, match="torch's generator.*RandomHorizontalFlip"):
+    with pytest.raises(RandomInputError, match=r"torch's generator.*RandomHorizontalFlip"):
         recycling.fill(folder)
 
 
@@ -338,7 +338,7 @@ def test_in_one_pass_each_cut_computes_only_what_it_lacks(tmp_path):
 def test_models_of_different_weights_are_not_filled_in_one_pass():
     one = recycle(residual(0), X[:2], cut="stem", store="memory://a")
     two = recycle(residual(1), X[:2], cut=CUT, store="memory://b")
-    with pytest.raises(CutError, match="different weights before the cut.*one by one"):
+    with pytest.raises(CutError, match=r"different weights before the cut.*one by one"):
         fill_many([one, two], TensorDataset(X, Y))
 
 

@@ -102,8 +102,8 @@ class CheckReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.found} of {self.objects} objects are kept; they differ from fresh ones by {self.difference:.1e}, where "
-            f"another batch composition alone makes {self.composition:.1e}"
+            f"{self.found} of {self.objects} objects are kept; they differ from fresh ones by {self.difference:.1e}, "
+            f"where another batch composition alone makes {self.composition:.1e}"
         )
 
 
@@ -290,6 +290,7 @@ class Recycling:
         modules = self._modules(self.model)
         self._watch = Watch(modules, self._loose_parameters(self.model, modules))
         self._hashed_at = time.monotonic()
+        self._changed: list[str] = []
         row_bytes = self._row_bytes(plan)
         only_before = [name for name in key_inputs if name not in plan.read_after]
         absent = frozenset(n for n in only_before if 8 * self._input_bytes(n) >= row_bytes and not self._is_padded(n))
@@ -346,8 +347,8 @@ class Recycling:
             "autocast": str(self._options.autocast),
             "modules": {s.name: s.action for s in plan.steps},
             "key inputs": self._settings["inputs"],
-            "covers": "class, extra_repr, plain attributes, and dtype, shape and bytes of every parameter and buffer of "
-            "these modules, and of every other parameter and constant that they read",
+            "covers": "class, extra_repr, plain attributes, and dtype, shape and bytes of every parameter and buffer "
+            "of these modules, and of every other parameter and constant that they read",
             "parts": dict(self._fingerprint.parts),
         }
         rows = self.store.rows(self._fingerprint.hex, specs, about)
@@ -391,13 +392,16 @@ class Recycling:
         self._hashed_at = time.monotonic()
         now = self._take_fingerprint(self.model)
         self._watch.renew()
-        return [] if now.hex == self._fingerprint.hex else now.difference(self._fingerprint)
+        self._changed = [] if now.hex == self._fingerprint.hex else now.difference(self._fingerprint)
+        return self._changed
 
     def _refuse_moved(self) -> None:
         """At each forward: has the prefix moved since the rows were found?"""
         due = time.monotonic() - self._hashed_at > max(1.0, 100 * self._hash_seconds)
-        if (due or self._watch.moved()) and (changed := self._look_again()):
-            raise StaleActivationError(_stale(changed))
+        if due or self._watch.moved():
+            self._look_again()
+        if self._changed:
+            raise StaleActivationError(_stale(self._changed))
 
     # -- probe ---------------------------------------------------------------------------------------------------------
 
@@ -411,14 +415,15 @@ class Recycling:
         inputs = self._probe_call(kept)
         with undisturbed(self.model):
             leaves = self.bypass.prefix(inputs)
-        for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves)):
+        for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves, strict=True)):
             want, got = tensors[f"row.{number}"], layout.to_rows(leaf).cpu()
             difference = relative_difference(want, got) if want.shape == got.shape else float("inf")
             if difference > noise(layout.kept):
                 raise StoreError(
-                    f"the store at {self.store.url} holds rows of this very prefix, but what it computes has changed: its "
-                    f"probe differs by {difference:.2g} where {noise(layout.kept):.0e} is rounding. A library was upgraded, or "
-                    "the forward around the frozen layers changed. Use another folder, or remove this one."
+                    f"the store at {self.store.url} holds rows of this very prefix, but what it computes has changed: "
+                    f"its probe differs by {difference:.2g} where {noise(layout.kept):.0e} is rounding. A library was "
+                    "upgraded, or the forward around the frozen layers changed. Use another folder, or remove this "
+                    "one."
                 )
 
     def _probe_call(self, tensors: Mapping[str, torch.Tensor]) -> Inputs:
@@ -445,7 +450,7 @@ class Recycling:
         with undisturbed(self.model):
             leaves = self.bypass.prefix(self._probe_call(made))
         tensors = {f"input.{name}": tensor for name, tensor in made.items()}
-        for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves)):
+        for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves, strict=True)):
             tensors[f"row.{number}"] = layout.to_rows(leaf).cpu().contiguous()
         self.source.rows.write_probe(tensors)
 
@@ -487,8 +492,8 @@ class Recycling:
 
     def __repr__(self) -> str:
         return (
-            f"Recycling({type(self.model).__name__} cut at '{self.cut}', level {self.level:.2f}, {len(self.source.rows):,} rows "
-            f"in {self.store.url})"
+            f"Recycling({type(self.model).__name__} cut at '{self.cut}', level {self.level:.2f}, "
+            f"{len(self.source.rows):,} rows in {self.store.url})"
         )
 
     # -- the model's own call ------------------------------------------------------------------------------------------
@@ -523,13 +528,13 @@ class Recycling:
     def _recycled(self, inputs: Inputs, carriers: Mapping[str, RecycledTensor], main: RecycledTensor) -> Any:
         if self.off:
             raise BatchError(
-                "a recycled batch came while recycling is off: it holds no objects. Make a new iterator of the loader within "
-                "recycling.paused(), which then reads the data set."
+                "a recycled batch came while recycling is off: it holds no objects. Make a new iterator of the "
+                "loader within recycling.paused(), which then reads the data set."
             )
         if main.fingerprint != self.source.fingerprint:
             raise StaleActivationError(
-                f"this batch holds rows of {main.fingerprint}, but the model's prefix now is {self.source.fingerprint}. Make a "
-                "new iterator of the loader: it fills anew."
+                f"this batch holds rows of {main.fingerprint}, but the model's prefix now is "
+                f"{self.source.fingerprint}. Make a new iterator of the loader: it fills anew."
             )
         self._refuse_moved()
         if main.locations.dim() == 0:
@@ -541,7 +546,7 @@ class Recycling:
         self._compare_witnesses(main, given)
         self._prove_signature(given, lambda: self._example_like(given))
         layouts = self.bypass.plan.layouts
-        leaves = [layout.to_model(leaf) for layout, leaf in zip(layouts, rows)]
+        leaves = [layout.to_model(leaf) for layout, leaf in zip(layouts, rows, strict=True)]
         began = time.perf_counter()
         output = self.bypass.suffix(given, leaves)
         self.stats.suffix_seconds += time.perf_counter() - began
@@ -554,8 +559,9 @@ class Recycling:
         for name, witness in main.witnesses.items():
             if name not in tensors or not torch.equal(witness, tensors[name]):
                 raise StaleActivationError(
-                    f"the model input '{name}' is not the one that the kept rows were computed with: it was changed between "
-                    "loader and model, or belongs to other objects. Change it in the data set, before the rows are made."
+                    f"the model input '{name}' is not the one that the kept rows were computed with: it was changed "
+                    "between loader and model, or belongs to other objects. Change it in the data set, before the "
+                    "rows are made."
                 )
         missing = [name for name in self.source.key_inputs if name not in tensors]
         if missing:
@@ -577,8 +583,8 @@ class Recycling:
         for name in news:
             if self.bypass.prefix_reads(call, name):
                 raise CutError(
-                    f"the model is called with '{name}', which the prefix reads and the example does not have: the kept rows "
-                    "were computed without it. Make the recycling with an example that has it."
+                    f"the model is called with '{name}', which the prefix reads and the example does not have: the "
+                    "kept rows were computed without it. Make the recycling with an example that has it."
                 )
         with undisturbed(self.model):
             kept = {name: tensor for name, tensor in call.tensors().items() if name not in example}
@@ -590,8 +596,9 @@ class Recycling:
         difference = first_difference(self.reference, fresh)
         if difference:
             raise StaleActivationError(
-                f"an argument or a flag of the model (see its config and attributes) was changed since the recycling was made, "
-                f"and it changes what the prefix computes ({difference}). Put it back, or make another recycling."
+                "an argument or a flag of the model (see its config and attributes) was changed since the recycling "
+                f"was made, and it changes what the prefix computes ({difference}). Put it back, or make another "
+                "recycling."
             )
 
     def _example_like(self, inputs: Inputs) -> Inputs:
@@ -755,7 +762,7 @@ class Recycling:
         if len(found):
             kept = self.source.gather(torch.from_numpy(locations[found]), take_rows(inputs, found.tolist()))
             index = torch.from_numpy(found)
-            difference = max(relative_difference(a.index_select(0, index), b) for a, b in zip(fresh, kept))
+            difference = max(relative_difference(a.index_select(0, index), b) for a, b in zip(fresh, kept, strict=True))
         return CheckReport(inputs.batch(), len(found), difference, composition)
 
     def _fresh_rows(self, inputs: Inputs) -> list[torch.Tensor]:
@@ -764,7 +771,7 @@ class Recycling:
             leaves = self.bypass.prefix(inputs.map_tensors(lambda tensor: tensor.to(self.device)))
         kept = self.source.positions(inputs)
         rows = []
-        for layout, leaf in zip(self.bypass.plan.layouts, leaves):
+        for layout, leaf in zip(self.bypass.plan.layouts, leaves, strict=True):
             dense = leaf.detach().permute(layout.permutation).cpu()
             if layout.ragged and kept is not None:
                 dense = dense * kept.cpu().reshape(*kept.shape, *[1] * (dense.dim() - 2)).to(dense.dtype)
@@ -798,16 +805,15 @@ class Recycling:
 
     def _rebuild(self) -> None:
         """The prefix has moved: divide it anew and open the rows that belong to it now."""
-        before = self.bypass
-        before.detach(self)
+        before = dict(self.__dict__)
+        self.bypass.detach(self)
         self._attached = False
         try:
             self._build()
         except BaseException:
             # As it was: the prefix stays frozen, and each forward says that its rows are stale.
-            self.bypass = before
-            before.attach(self)
-            self._attached = True
+            self.__dict__.update(before)
+            self.bypass.attach(self)
             raise
 
     def keep_manifest(self, dataset: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> None:
@@ -833,13 +839,13 @@ class Recycling:
             inputs = self._rule(collate_fn(items_of(dataset.base, [index])))
         kept = self.source.gather(dataset.locations[index : index + 1], inputs)
         fresh = self._fresh_rows(inputs)
-        for layout, a, b in zip(self.bypass.plan.layouts, fresh, kept):
+        for layout, a, b in zip(self.bypass.plan.layouts, fresh, kept, strict=True):
             difference = relative_difference(a, b)
             if difference > max(noise(layout.kept), noise(layout.dtype)):
                 raise StaleActivationError(
-                    f"item {index} of the data set gives an activation that differs from its kept row by {difference:.2g} of its "
-                    "size: the data set or the model is not what it was when the rows were made. Remove the store's folder "
-                    f"{self.fingerprint} and fill again."
+                    f"item {index} of the data set gives an activation that differs from its kept row by "
+                    f"{difference:.2g} of its size: the data set or the model is not what it was when the rows were "
+                    f"made. Remove the store's folder {self.fingerprint} and fill again."
                 )
 
     # -- pausing and detaching -----------------------------------------------------------------------------------------
@@ -875,17 +881,17 @@ def _absent(name: str, tensor: RecycledTensor) -> Absent:
 
 
 _NAMELESS = (
-    "recycle(key=...) identifies objects without looking at them, so that another resize or tokenizer would not be noticed. "
-    "Give data set and preprocessing a name too: loader(dataset, name='train, resize 224, v1'), and change it when they "
-    "change."
+    "recycle(key=...) identifies objects without looking at them, so that another resize or tokenizer would not be "
+    "noticed. Give data set and preprocessing a name too: loader(dataset, name='train, resize 224, v1'), and change "
+    "it when they change."
 )
 
 
 def _refuse_no_map_style(dataset: Any) -> None:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise BatchError(
-            f"a {type(dataset).__name__} is no map-style data set: with recycling it needs __len__ and __getitem__, so that an "
-            "index stands for an object"
+            f"a {type(dataset).__name__} is no map-style data set: with recycling it needs __len__ and __getitem__, "
+            "so that an index stands for an object"
         )
     if isinstance(dataset, RecycledDataset):
         raise BatchError("this data set is recycled already: give the one that it was made of")
@@ -896,8 +902,8 @@ def _refuse_no_map_style(dataset: Any) -> None:
 def _stale(changed: Sequence[str]) -> str:
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     return (
-        f"the frozen prefix has moved: '{changed[0]}'{more} is not what it was when the rows were made. Make a new iterator of "
-        "the loader: it fills anew."
+        f"the frozen prefix has moved: '{changed[0]}'{more} is not what it was when the rows were made. Make a new "
+        "iterator of the loader: it fills anew."
     )
 
 
@@ -917,7 +923,7 @@ def _joined(outputs: list[Any]) -> Any:
         return outputs
     flat = [pytree.tree_flatten(output) for output in outputs]
     leaves = []
-    for parts in zip(*(one for one, _ in flat)):
+    for parts in zip(*(one for one, _ in flat), strict=True):
         if isinstance(parts[0], torch.Tensor) and parts[0].dim():
             if len({part.shape[1:] for part in parts}) > 1:
                 return outputs
@@ -986,7 +992,7 @@ def fill_many(
         title="filling " + ", ".join(f"'{r.cut}'" for r in recyclings),
     )
     reports = []
-    for recycling, (report, manifest) in zip(recyclings, results):
+    for recycling, (report, manifest) in zip(recyclings, results, strict=True):
         recycling.keep_manifest(dataset, name, collate_fn, manifest)
         recycling.stats.misses += report.computed
         recycling.stats.bytes_written += report.bytes_written

@@ -64,7 +64,7 @@ class Template:
             raise BatchError(
                 f"an item has the entries {keys} where the first item has {self.keys}: items must be alike"
             )
-        return [leaf for key, part in zip(self.keys, self.parts) for leaf in part.split(item[key])]
+        return [leaf for key, part in zip(self.keys, self.parts, strict=True) for leaf in part.split(item[key])]
 
     def join(self, leaves: Sequence[Any], *, collated: bool = False) -> Any:
         """The inverse of `split`; with `collated`, the containers that ``default_collate`` makes of them."""
@@ -82,7 +82,7 @@ class Template:
                 made = tuple(made)  # as default_collate leaves strings
             parts.append(made)
         if self.kind == "dict":
-            return dict(zip(self.keys, parts)), leaves
+            return dict(zip(self.keys, parts, strict=True)), leaves
         if self.kind == "other":
             return self._make_other(parts), leaves
         return (parts if self.kind == "list" or collated else tuple(parts)), leaves
@@ -94,7 +94,7 @@ class Template:
     def _make_other(self, parts: list[Any]) -> Any:
         if issubclass(self.make, tuple):
             return self.make(*parts) if hasattr(self.make, "_fields") else self.make(parts)
-        made = dict(zip(self.keys, parts))
+        made = dict(zip(self.keys, parts, strict=True))
         if issubclass(self.make, defaultdict):  # what it makes for further keys cannot be kept
             return self.make(None, made)
         return self.make(made)
@@ -103,7 +103,7 @@ class Template:
         """The path of each leaf, in order."""
         if self.kind == "leaf":
             return [at]
-        return [path for key, part in zip(self.keys, self.parts) for path in part.paths((*at, key))]
+        return [path for key, part in zip(self.keys, self.parts, strict=True) for path in part.paths((*at, key))]
 
     @property
     def is_plain(self) -> bool:
@@ -145,7 +145,8 @@ class Column:
     """One leaf of all items."""
 
     kind: str
-    """``tensor``, ``ndarray``, ``numpy``, ``int``, ``float``, ``bool``, ``bytes``, ``str``, ``json`` or ``absent`` (an input that
+    """``tensor``, ``ndarray``, ``numpy``, ``int``, ``float``, ``bool``, ``bytes``, ``str``, ``json`` or ``absent``
+    (an input that
     was not kept: `shapes` and `dtype` of its stand-in)."""
     values: torch.Tensor = field(repr=False)
     """``[items, ...]`` where all are of one shape, else all one after the other, flat."""

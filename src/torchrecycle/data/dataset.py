@@ -86,8 +86,8 @@ class RecycledDataset(Dataset[Any]):
         count = len(self.locations)
         if len(self.base) != count:
             raise StaleActivationError(
-                f"the data set has {len(self.base)} items where its rows were found for {count}: it has changed since. Make a "
-                "new iterator of the recycling's loader, or call recycling.dataset(...) again."
+                f"the data set has {len(self.base)} items where its rows were found for {count}: it has changed "
+                "since. Make a new iterator of the recycling's loader, or call recycling.dataset(...) again."
             )
         position = int(index)
         if not -count <= position < count:

@@ -188,7 +188,7 @@ class KnownManifests:
             keys = self._keys(items, dataset)
         if keys is not None and not np.array_equal(keys, manifest.keys[indices]):
             return False
-        return all(_same_leaves(manifest, index, item) for index, item in zip(indices, items))
+        return all(_same_leaves(manifest, index, item) for index, item in zip(indices, items, strict=True))
 
     def _keys(self, items: list[Any], dataset: RecycledDataset) -> np.ndarray | None:
         """The keys of a few items; None where a key depends on how long the batch is padded."""
@@ -206,7 +206,10 @@ def _same_leaves(manifest: Manifest, index: int, item: Any) -> bool:
         leaves = manifest.template.split(item)
     except BatchError:
         return False
-    return all(column.kind == "absent" or _same(column[index], leaf) for column, leaf in zip(manifest.columns, leaves))
+    return all(
+        column.kind == "absent" or _same(column[index], leaf)
+        for column, leaf in zip(manifest.columns, leaves, strict=True)
+    )
 
 
 def _same(kept: Any, leaf: Any) -> bool:

@@ -53,9 +53,9 @@ class RecycledCollate:
                 raise
             name = getattr(self.collate_fn, "__qualname__", type(self.collate_fn).__name__)
             raise BatchError(
-                f"the collate function {name} did not run on items whose model inputs {sorted(self.source.absent)} are "
-                f"stand-ins, since their rows are kept: {type(error).__name__}: {error} If it reads their values, do this work "
-                "in the data set's __getitem__, so that it is part of the object."
+                f"the collate function {name} did not run on items whose model inputs {sorted(self.source.absent)} "
+                f"are stand-ins, since their rows are kept: {type(error).__name__}: {error} If it reads their values, "
+                "do this work in the data set's __getitem__, so that it is part of the object."
             ) from error
 
 

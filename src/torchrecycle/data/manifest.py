@@ -2,7 +2,8 @@
 
 It is what lets an epoch run without reading the data set: 8,144 keys of 16 bytes, one column of labels. It outlives the
 process only for data sets whose identity covers objects *and* targets in full (`identity_of`); for any other it serves
-this process, as long as `state_of` (in ``state.py``) finds the data set unchanged, and the next run reads every item once.
+this process, as long as `state_of` (in ``state.py``) finds the data set unchanged, and the next run reads every item
+once.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def _hugging_face(dataset: Any) -> Any:
 
 
 def _is_in_the_table(dataset: Any, name: str, feature: Any) -> bool:
-    """Whether a column's values lie in the table itself: an image may be a path, whose file the fingerprint leaves out."""
+    """Whether a column's values lie in the table itself: an image may be a path, whose file the fingerprint leaves
+    out."""
     if not _is_decoded(feature):
         return True
     column = dataset.data.column(name)
@@ -143,10 +145,8 @@ def _is_decoded(feature: Any) -> bool:
     if isinstance(feature, (list, tuple)):
         return any(_is_decoded(part) for part in feature)
     inner = getattr(feature, "feature", None)
-    return (
-        hasattr(feature, "decode_example")
-        and type(feature).__name__ in _DECODED
-        or (inner is not None and _is_decoded(inner))
+    return (hasattr(feature, "decode_example") and type(feature).__name__ in _DECODED) or (
+        inner is not None and _is_decoded(inner)
     )
 
 
@@ -199,8 +199,8 @@ def _transform_part(value: Any) -> Any:
         return f"{value!r}" if isinstance(value, enum.Enum) else _transform(value)
     if isinstance(value, (torch.dtype, types.FunctionType, types.BuiltinFunctionType, type)):
         module = getattr(value, "__module__", "torch") or "torch"
-        known = (
-            isinstance(value, torch.dtype) or module.startswith(("torch", "timm.")) and "<" not in value.__qualname__
+        known = isinstance(value, torch.dtype) or (
+            module.startswith(("torch", "timm.")) and "<" not in value.__qualname__
         )
         return str(value) if isinstance(value, torch.dtype) else f"{module}.{value.__qualname__}" if known else None
     content = _content(value)

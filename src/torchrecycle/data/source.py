@@ -77,7 +77,7 @@ class RowSource:
         """The activation of a batch as rows. `decode` is the inverse."""
         kept = self.positions(inputs)
         rows: list[Leaf] = []
-        for layout, leaf in zip(self.layouts, leaves):
+        for layout, leaf in zip(self.layouts, leaves, strict=True):
             dense = layout.to_rows(leaf).cpu()
             if layout.ragged:
                 if kept is None:
@@ -91,7 +91,7 @@ class RowSource:
         """The rows at these places, ``[batch, (tokens,) ...]`` in kept dtype, padded as the batch is."""
         kept = self.positions(inputs)
         dense = []
-        for layout, leaf in zip(self.layouts, self.rows.gather(locations)):
+        for layout, leaf in zip(self.layouts, self.rows.gather(locations), strict=True):
             if isinstance(leaf, Ragged):
                 if kept is None:
                     raise BatchError(f"the batch has no '{self.mask}', without which its rows cannot be padded")
@@ -134,8 +134,8 @@ class RowSource:
             path = path_of(batch, given)
             if path is None:
                 raise BatchError(
-                    f"inputs= makes a new tensor for '{name}'; it must hand on the batch's own, so that the rows can take "
-                    "its place"
+                    f"inputs= makes a new tensor for '{name}'; it must hand on the batch's own, so that the rows can "
+                    "take its place"
                 )
             value = given.value if isinstance(given, RecycledTensor) else None if name in self.absent else given
             recycled = RecycledTensor(

@@ -1,9 +1,9 @@
 """One pass over a data set that fills the rows of one or many cuts.
 
-``recycling.fill(dataset)`` reads 8,144 photos once, in the user's own collate function and workers, hashes each (0.1 ms),
-runs the prefix for those that the store does not have, and publishes the rows in whole segments. Stopped at any moment,
-it goes on where it was: what is published is found by its key. ``fill_many([half, three_quarters], dataset)`` does so
-for several cuts while the deepest prefix runs once.
+``recycling.fill(dataset)`` reads 8,144 photos once, in the user's own collate function and workers, hashes each (0.1
+ms), runs the prefix for those that the store does not have, and publishes the rows in whole segments. Stopped at any
+moment, it goes on where it was: what is published is found by its key. ``fill_many([half, three_quarters], dataset)``
+does so for several cuts while the deepest prefix runs once.
 
 Every item is read between two looks at the random generators: a flip that is drawn at fill time would be frozen into
 the row for ever.

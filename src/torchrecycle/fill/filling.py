@@ -137,8 +137,8 @@ def _read_twice(dataset: Any, reading: Reading, source: RowSource) -> None:
     difference = first_difference(*batches)
     if difference:
         raise RandomInputError(
-            f"the data set gives other targets each time it is asked for the same item ({difference}): one draw would be "
-            "frozen at the moment of filling. Draw them in the loop, or seed them by item."
+            f"the data set gives other targets each time it is asked for the same item ({difference}): one draw would "
+            "be frozen at the moment of filling. Draw them in the loop, or seed them by item."
         )
 
 
@@ -167,8 +167,8 @@ class _Pass:
             self.template, self.inputs_at = template, at
         elif template != self.template or at != self.inputs_at:
             raise BatchError(
-                f"an item is of another form than the first: {template.paths()} instead of {self.template.paths()}. All "
-                "items of a data set must be nests of the same form."
+                f"an item is of another form than the first: {template.paths()} instead of {self.template.paths()}. "
+                "All items of a data set must be nests of the same form."
             )
         self.leaves.extend(leaves)
         missing: list[list[int]] = []
@@ -224,7 +224,9 @@ class _Pass:
         if len(rows) < inputs.batch():
             index = torch.tensor(rows)
             dims = [layout.batch_dim for layout in source.layouts]
-            activation = [leaf.index_select(dim, index.to(leaf.device)) for leaf, dim in zip(activation, dims)]
+            activation = [
+                leaf.index_select(dim, index.to(leaf.device)) for leaf, dim in zip(activation, dims, strict=True)
+            ]
             inputs = take_rows(inputs, rows)
         source.rows.append(digests, source.encode(activation, inputs))
         self.computed[number] += len(rows)
@@ -295,9 +297,9 @@ class _Several:
         finally:
             self.bypass.interceptor.free(modules)
         results = []
-        for recycling, places in zip(self.recyclings, self.places):
+        for recycling, places in zip(self.recyclings, self.places, strict=True):
             plan = recycling.bypass.plan
-            results.append(plan.taken({n: tapped[place] for n, place in zip(plan.kept, places)}))
+            results.append(plan.taken({n: tapped[place] for n, place in zip(plan.kept, places, strict=True)}))
         return results
 
     def _check(self) -> None:
@@ -309,14 +311,16 @@ class _Several:
                 raise CutError("recyclings under different autocast cannot be filled in one pass")
             if recycling.fingerprint_on(self.bypass.model) != recycling.source.fingerprint:
                 raise CutError(
-                    f"the models of the cuts '{recycling.bypass.plan.cut}' and '{self.bypass.plan.cut}' have different weights "
-                    "before the cut, so that their rows cannot be filled in one pass. Fill them one by one."
+                    f"the models of the cuts '{recycling.bypass.plan.cut}' and '{self.bypass.plan.cut}' have "
+                    "different weights before the cut, so that their rows cannot be filled in one pass. Fill them "
+                    "one by one."
                 )
             found = self.run(recycling.bypass.plan.example)[number]
-            if any(relative_difference(a, b) > 0 for a, b in zip(recycling.reference, found)):
+            if any(relative_difference(a, b) > 0 for a, b in zip(recycling.reference, found, strict=True)):
                 raise CutError(
-                    f"the models of the cuts '{recycling.bypass.plan.cut}' and '{self.bypass.plan.cut}' compute different "
-                    "things before the cut, so that their rows cannot be filled in one pass. Fill them one by one."
+                    f"the models of the cuts '{recycling.bypass.plan.cut}' and '{self.bypass.plan.cut}' compute "
+                    "different things before the cut, so that their rows cannot be filled in one pass. Fill them one "
+                    "by one."
                 )
 
 

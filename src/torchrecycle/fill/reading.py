@@ -46,8 +46,9 @@ class Watched(Dataset[Any]):
         self._compare(before, indices)
         if [_state_of_generator(one) for one in self._private] != private:
             raise RandomInputError(
-                f"reading the items {list(indices)[:3]} of the data set drew from a random generator that it holds: a random "
-                f"transform ({_suspects(self.base)}) would be frozen at the moment of filling. Take it out of the data set."
+                f"reading the items {list(indices)[:3]} of the data set drew from a random generator that it holds: a "
+                f"random transform ({_suspects(self.base)}) would be frozen at the moment of filling. Take it out of "
+                "the data set."
             )
         return items
 
@@ -62,8 +63,9 @@ class Watched(Dataset[Any]):
             drawn.append("torch's")
         if drawn:
             raise RandomInputError(
-                f"reading the items {list(indices)[:3]} of the data set drew from {' and '.join(drawn)} generator: a random "
-                f"transform ({_suspects(self.base)}) would be frozen at the moment of filling. Take it out of the data set."
+                f"reading the items {list(indices)[:3]} of the data set drew from {' and '.join(drawn)} generator: a "
+                f"random transform ({_suspects(self.base)}) would be frozen at the moment of filling. Take it out of "
+                "the data set."
             )
 
 
@@ -137,8 +139,8 @@ class Reading:
         for name, tensor in tensors.items():
             if tensor.dim() == 0 or tensor.shape[0] != len(items):
                 raise BatchError(
-                    f"the model input '{name}' is {list(tensor.shape)} for {len(items)} items: its first dimension must "
-                    "count the objects of the batch"
+                    f"the model input '{name}' is {list(tensor.shape)} for {len(items)} items: its first dimension "
+                    "must count the objects of the batch"
                 )
         template = Template.of(items[0])
         leaves = [template.split(item) for item in items]
@@ -165,9 +167,9 @@ class Reading:
             if found is None:
                 function = getattr(self.collate_fn, "__qualname__", type(self.collate_fn).__name__)
                 raise BatchError(
-                    f"the collate function {function} computes the model input '{name}' from the items; with recycling it "
-                    "would have nothing to compute from. Do this work in the data set's __getitem__, so that it is part of "
-                    "the object."
+                    f"the collate function {function} computes the model input '{name}' from the items; with "
+                    "recycling it would have nothing to compute from. Do this work in the data set's __getitem__, so "
+                    "that it is part of the object."
                 )
             at[found] = name
         return at
