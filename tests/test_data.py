@@ -4,6 +4,7 @@ set."""
 from __future__ import annotations
 
 import collections
+import logging
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -688,3 +689,19 @@ def test_a_number_at_the_address_of_an_older_one_is_a_change():
     for value in np.linspace(0.6, 0.9, 50).tolist():
         dataset[0] = (X[0], value)
         assert state_of(dataset) != before
+
+
+LOGGER = logging.getLogger(__name__)
+
+
+def noisy(item: Any) -> Any:
+    LOGGER.debug("reading")
+    return item
+
+
+def test_a_logger_in_a_data_sets_code_is_no_part_of_its_state():
+    dataset = Counted([(X[0], 1)], noisy)
+    before = state_of(dataset)
+    assert dataset[0][1] == 1
+    logging.getLogger("another one of a library").info("imported later")
+    assert state_of(dataset) == before

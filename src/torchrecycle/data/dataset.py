@@ -99,10 +99,10 @@ class Fetched(Sequence[Any]):
     """The items of one batch, made when somebody looks at them."""
 
     def __init__(self, dataset: RecycledDataset, index: torch.Tensor, locations: torch.Tensor) -> None:
-        self.dataset, self.index, self.locations = dataset, index, locations
+        self.dataset, self.places, self.locations = dataset, index, locations
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.places)
 
     @overload
     def __getitem__(self, at: int) -> Any: ...
@@ -114,12 +114,12 @@ class Fetched(Sequence[Any]):
         manifest, source = self.dataset.manifest, self.dataset.source
         assert manifest is not None
         assert source is not None
-        item, location = int(self.index[at]), self.locations[at]
+        item, location = int(self.places[at]), self.locations[at]
         leaves = []
         for column in manifest.columns:
             leaf = column[item]
             if column.kind == "absent":
-                leaf = RecycledTensor(
+                leaf = RecycledTensor(  # pyright: ignore[reportCallIssue]
                     leaf, getattr(torch, column.dtype), locations=location, fingerprint=source.fingerprint
                 )
             leaves.append(leaf)
@@ -138,16 +138,16 @@ class Fetched(Sequence[Any]):
         assert source is not None
         leaves = []
         for column in manifest.columns:
-            leaf = self._stand_ins(column, source) if column.kind == "absent" else column.batch(self.index)
+            leaf = self._stand_ins(column, source) if column.kind == "absent" else column.batch(self.places)
             if leaf is None:
                 return None
             leaves.append(leaf)
         return manifest.template.join(leaves, collated=True)
 
     def _stand_ins(self, column: Any, source: RowSource) -> RecycledTensor | None:
-        shapes = column.values.index_select(0, self.index)
+        shapes = column.values.index_select(0, self.places)
         if bool((shapes != shapes[:1]).any()):
             return None
         shape = (len(self), *shapes[0].tolist())
         dtype = getattr(torch, column.dtype)
-        return RecycledTensor(shape, dtype, locations=self.locations, fingerprint=source.fingerprint)
+        return RecycledTensor(shape, dtype, locations=self.locations, fingerprint=source.fingerprint)  # pyright: ignore[reportCallIssue]

@@ -213,12 +213,10 @@ def _same_leaves(manifest: Manifest, index: int, item: Any) -> bool:
 
 
 def _same(kept: Any, leaf: Any) -> bool:
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return (
-            type(kept) is type(leaf)
-            and kept.dtype == leaf.dtype
-            and first_difference(*map(torch.as_tensor, (kept, leaf))) is None
-        )
+    if type(kept) is not type(leaf) and not isinstance(leaf, torch.Tensor):
+        return False
+    if isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, (np.str_, np.bytes_)):
+        kept, leaf = torch.as_tensor(kept), torch.as_tensor(leaf)
     if isinstance(leaf, torch.Tensor):
         return first_difference(kept, leaf) is None
-    return type(kept) is type(leaf) and repr(kept) == repr(leaf)
+    return repr(kept) == repr(leaf)

@@ -138,7 +138,7 @@ class RowSource:
                     "take its place"
                 )
             value = given.value if isinstance(given, RecycledTensor) else None if name in self.absent else given
-            recycled = RecycledTensor(
+            recycled = RecycledTensor(  # pyright: ignore[reportCallIssue]
                 given.shape,
                 given.dtype,
                 locations=locations,

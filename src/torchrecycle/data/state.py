@@ -236,6 +236,9 @@ class _Walk:
 
     def _other(self, value: Any) -> None:
         kind = type(value)
+        if kind.__module__.split(".")[0] in _OPAQUE:
+            self.say("id", id(value))
+            return
         if kind.__module__ == "datasets.arrow_dataset" and kind.__name__ == "Dataset":
             self._hugging_face(value)
             return
@@ -272,6 +275,12 @@ class _Walk:
                     self.say(name)
                     self.visit(getattr(value, name))
         return found
+
+
+_OPAQUE = frozenset(
+    {"logging", "threading", "_thread", "_io", "io", "socket", "multiprocessing", "concurrent", "ctypes"}
+)
+"""Packages whose objects lead to the whole process, or change with each use: a logger knows all loggers."""
 
 
 def _is_image_folder(kind: type) -> bool:

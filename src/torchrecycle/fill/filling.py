@@ -57,7 +57,9 @@ class Fillable(Protocol):
     bypass: Bypass
     source: RowSource
     reference: list[torch.Tensor]
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def fingerprint_on(self, model: nn.Module) -> str: ...
 
@@ -127,7 +129,7 @@ def _read_twice(dataset: Any, reading: Reading, source: RowSource) -> None:
     first, second = watched.__getitems__(indices), watched.__getitems__(indices)
     batches = [reading.collate_fn(items) for items in (first, second)]
     keys = [source.keys(source.rule(batch)) for batch in batches]
-    if not np.array_equal(*keys):
+    if not np.array_equal(keys[0], keys[1]):
         again = source.keys(source.rule(reading.collate_fn(second)))
         who = "collate function" if not np.array_equal(keys[1], again) else "data set"
         raise RandomInputError(

@@ -37,7 +37,7 @@ class Watched(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+    def __getitems__(self, indices: list[int]) -> list[Any]:
         if self._private is None:
             self._private = generators_of(self.base)
         before = random_state()
@@ -131,7 +131,7 @@ class Reading:
     def __call__(
         self, items: Sequence[Any]
     ) -> tuple[Any, Template, dict[int, str], list[list[Any]], np.ndarray | None]:
-        batch = self.collate_fn(items)
+        batch = self.collate_fn(list(items))
         inputs = self.rule(batch)
         tensors = inputs.tensors()
         if not tensors:
@@ -161,7 +161,8 @@ class Reading:
         places = {path: position for position, path in enumerate(template.paths())}
         at: dict[int, str] = {}
         for name in sorted(self.some):
-            there = places.get(path_of(batch, tensors[name]))
+            path = path_of(batch, tensors[name])
+            there = None if path is None else places.get(path)
             candidates = range(len(places)) if there is None else [there]
             found = next((p for p in candidates if p not in at and _is_that(leaves, p, tensors[name])), None)
             if found is None:
