@@ -1178,7 +1178,6 @@ class Pair(nn.Module):
         return self.last(self.first(a - 2 * b))
 
 
-@pytest.mark.xfail(reason="the forward compares the places of only one of the inputs", raises=pytest.fail.Exception)
 def test_two_inputs_of_one_batch_that_were_ordered_differently_are_not_taken_for_a_pair():
     model = Pair().eval()
     a, b = torch.randn(6, 40), torch.randn(6, 40)

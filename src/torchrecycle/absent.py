@@ -235,6 +235,7 @@ class RecycledTensor(torch.Tensor):
         dtype: of the model input.
         locations: int64 ``[batch]`` on the CPU: where the store has each row.
         fingerprint: of the recycling that the rows belong to.
+        input_name: of the model input that it stands for; a forward refuses it in another place.
         leaves: the activation's leaves, each ``[batch, ...]``; None as long as they have not been gathered.
         value: the real input, if it came along.
         witnesses: other model inputs that the rows were found under, by name; a forward compares them with what it is
@@ -244,6 +245,7 @@ class RecycledTensor(torch.Tensor):
 
     locations: torch.Tensor
     fingerprint: str
+    input_name: str
     leaves: tuple[torch.Tensor, ...] | None
     value: torch.Tensor | None
     witnesses: dict[str, torch.Tensor]
@@ -256,6 +258,7 @@ class RecycledTensor(torch.Tensor):
         *,
         locations: torch.Tensor,
         fingerprint: str,
+        input_name: str = "",
         leaves: Sequence[torch.Tensor] | None = None,
         value: torch.Tensor | None = None,
         witnesses: Mapping[str, torch.Tensor] | None = None,
@@ -264,6 +267,7 @@ class RecycledTensor(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device(device))
         made.locations = locations
         made.fingerprint = fingerprint
+        made.input_name = input_name
         made.leaves = None if leaves is None else tuple(leaves)
         made.value = value
         made.witnesses = dict(witnesses or {})
@@ -291,6 +295,7 @@ class RecycledTensor(torch.Tensor):
             dtype or self.dtype,
             locations=per_row(self.locations) if locations is None else locations,
             fingerprint=self.fingerprint,
+            input_name=self.input_name,
             leaves=None if self.leaves is None else [per_row(leaf) for leaf in self.leaves],
             value=value if value is not None else None if own is None else per_row(own),
             witnesses={name: per_row(witness) for name, witness in self.witnesses.items()},
@@ -319,6 +324,7 @@ class RecycledTensor(torch.Tensor):
         return {
             "locations": self.locations,
             "fingerprint": self.fingerprint,
+            "input_name": self.input_name,
             "leaves": self.leaves,
             "value": self.value,
             "witnesses": self.witnesses,
@@ -476,6 +482,8 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
     first = tensors[0]
     if any(t.fingerprint != first.fingerprint for t in tensors):
         raise BatchError("cannot join rows of different recyclings: their fingerprints differ")
+    if any(t.input_name != first.input_name for t in tensors):
+        raise BatchError(f"cannot join the model inputs {sorted({t.input_name for t in tensors})} with one another")
     if any(
         (t.leaves is None) != (first.leaves is None) or t.witnesses.keys() != first.witnesses.keys() for t in tensors
     ):
@@ -495,6 +503,7 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
         first.dtype,
         locations=join([t.locations for t in tensors]),
         fingerprint=first.fingerprint,
+        input_name=first.input_name,
         leaves=None
         if first.leaves is None
         else [join(list(parts)) for parts in zip(*(t.leaves for t in tensors), strict=True)],  # pyright: ignore

@@ -209,6 +209,10 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
     taken = slot_of(model)
     if taken is not None and Interceptor.of(model) is None:
+        if getattr(taken, "is_recycling", False):
+            raise CutError(
+                "this module is frozen by the recycling of a model around it: detach that first, or recycle a deepcopy"
+            )
         raise CutError("the model has been compiled in place (model.compile()): attach first, compile after")
 
 
@@ -379,7 +383,8 @@ class Recycling:
     def _take_fingerprint(self, model: nn.Module) -> Fingerprint:
         modules = self._modules(model)
         began = time.monotonic()
-        taken = take_fingerprint(modules, self._loose_parameters(model, modules), self.bypass.constants, self._settings)
+        loose = self._loose_parameters(model, modules)
+        taken = take_fingerprint(modules, loose, self.bypass.constants, self._settings, self.bypass.written)
         self._hash_seconds = time.monotonic() - began
         return taken
 
@@ -504,11 +509,11 @@ class Recycling:
         carriers = {name: value for name, value in inputs.items() if isinstance(value, RecycledTensor)}
         if not carriers:
             return self.bypass.full(inputs) if self.off else self._raw(inputs)
-        main = next((value for value in carriers.values() if value.leaves is not None), next(iter(carriers.values())))
+        fingerprint = next(iter(carriers.values())).fingerprint
         for entry in self.bypass.interceptor.entries:
-            if isinstance(entry, Recycling) and entry.fingerprint == main.fingerprint:
-                return entry._recycled(inputs, carriers, main)
-        return self._recycled(inputs, carriers, main)
+            if isinstance(entry, Recycling) and entry.fingerprint == fingerprint:
+                return entry._recycled(inputs, carriers)
+        return self._recycled(inputs, carriers)
 
     def _raw(self, inputs: Inputs) -> Any:
         if torch.is_grad_enabled() and any(
@@ -525,17 +530,19 @@ class Recycling:
         self.stats.suffix_seconds += time.perf_counter() - middle
         return output
 
-    def _recycled(self, inputs: Inputs, carriers: Mapping[str, RecycledTensor], main: RecycledTensor) -> Any:
+    def _recycled(self, inputs: Inputs, carriers: Mapping[str, RecycledTensor]) -> Any:
         if self.off:
             raise BatchError(
                 "a recycled batch came while recycling is off: it holds no objects. Make a new iterator of the "
                 "loader within recycling.paused(), which then reads the data set."
             )
-        if main.fingerprint != self.source.fingerprint:
+        fingerprint = next(iter(carriers.values())).fingerprint
+        if fingerprint != self.source.fingerprint:
             raise StaleActivationError(
-                f"this batch holds rows of {main.fingerprint}, but the model's prefix now is "
+                f"this batch holds rows of {fingerprint}, but the model's prefix now is "
                 f"{self.source.fingerprint}. Make a new iterator of the loader: it fills anew."
             )
+        main = self._compare_carriers(carriers)
         self._refuse_moved()
         if main.locations.dim() == 0:
             raise BatchError("a single item came where a batch was expected: collate items into a batch first")
@@ -553,6 +560,27 @@ class Recycling:
         self.stats.hits += main.rows
         self.stats.bytes_read += sum(leaf.numel() * leaf.itemsize for leaf in rows)
         return output
+
+    def _compare_carriers(self, carriers: Mapping[str, RecycledTensor]) -> RecycledTensor:
+        """The one that carries the rows. All must stand for the same objects, each for its own input."""
+        names = {self.source.carrier, *self.source.absent}
+        main = carriers.get(self.source.carrier)
+        for name in names | carriers.keys():
+            other = carriers.get(name)
+            if (
+                main is None
+                or other is None
+                or name not in names
+                or other.input_name != name
+                or other.fingerprint != main.fingerprint
+                or not (other is main or torch.equal(other.locations, main.locations))
+            ):
+                raise StaleActivationError(
+                    f"the model input '{name}' does not belong to the same objects as the kept rows: it was replaced, "
+                    "reordered or put in another place between loader and model. Change it in the data set."
+                )
+        assert main is not None
+        return main
 
     def _compare_witnesses(self, main: RecycledTensor, given: Inputs) -> None:
         tensors = given.tensors()

@@ -116,11 +116,15 @@ class Fetched(Sequence[Any]):
         assert source is not None
         item, location = int(self.places[at]), self.locations[at]
         leaves = []
-        for column in manifest.columns:
+        for position, column in enumerate(manifest.columns):
             leaf = column[item]
             if column.kind == "absent":
                 leaf = RecycledTensor(  # pyright: ignore[reportCallIssue]
-                    leaf, getattr(torch, column.dtype), locations=location, fingerprint=source.fingerprint
+                    leaf,
+                    getattr(torch, column.dtype),
+                    locations=location,
+                    fingerprint=source.fingerprint,
+                    input_name=manifest.inputs[position],
                 )
             leaves.append(leaf)
         return manifest.template.join(leaves)
@@ -137,17 +141,24 @@ class Fetched(Sequence[Any]):
         assert manifest is not None
         assert source is not None
         leaves = []
-        for column in manifest.columns:
-            leaf = self._stand_ins(column, source) if column.kind == "absent" else column.batch(self.places)
+        for position, column in enumerate(manifest.columns):
+            if column.kind == "absent":
+                leaf = self._stand_ins(column, source, manifest.inputs[position])
+            else:
+                leaf = column.batch(self.places)
             if leaf is None:
                 return None
             leaves.append(leaf)
         return manifest.template.join(leaves, collated=True)
 
-    def _stand_ins(self, column: Any, source: RowSource) -> RecycledTensor | None:
+    def _stand_ins(self, column: Any, source: RowSource, name: str) -> RecycledTensor | None:
         shapes = column.values.index_select(0, self.places)
         if bool((shapes != shapes[:1]).any()):
             return None
-        shape = (len(self), *shapes[0].tolist())
-        dtype = getattr(torch, column.dtype)
-        return RecycledTensor(shape, dtype, locations=self.locations, fingerprint=source.fingerprint)  # pyright: ignore[reportCallIssue]
+        return RecycledTensor(  # pyright: ignore[reportCallIssue]
+            (len(self), *shapes[0].tolist()),
+            getattr(torch, column.dtype),
+            locations=self.locations,
+            fingerprint=source.fingerprint,
+            input_name=name,
+        )

@@ -143,6 +143,7 @@ class RowSource:
                 given.dtype,
                 locations=locations,
                 fingerprint=self.fingerprint,
+                input_name=given.input_name if isinstance(given, RecycledTensor) else name,
                 leaves=leaves if name == self.carrier else None,
                 value=value,
                 witnesses=self.witnesses(tensors) if name == self.carrier else None,
