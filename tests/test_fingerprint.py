@@ -15,7 +15,7 @@ from torch import nn
 from small_models import bert, efficientnet, images, resnet, texts
 from torchrecycle import recycle
 from torchrecycle.codec import Layout
-from torchrecycle.fingerprint import Watch, settings_of, take_fingerprint, tensor_digest
+from torchrecycle.fingerprint import Watch, checksum, settings_of, take_fingerprint, tensor_digest
 
 PREFIX = ["conv1", "bn1", "layer1"]
 
@@ -218,3 +218,51 @@ def test_the_watch_ignores_the_suffix_and_sees_loose_parameters(model):
     assert not watch.moved()
     _nudge(token)
     assert watch.moved()
+
+
+def test_every_word_of_a_large_tensor_enters_its_checksum():
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(300, 333, generator=generator)  # no whole number of rows of 512 words
+    before = checksum(tensor)
+    assert before == checksum(tensor.clone())
+    for place in torch.randint(tensor.numel(), (300,), generator=generator).tolist() + [0, tensor.numel() - 1]:
+        changed = tensor.clone()
+        changed.view(-1).view(torch.int32)[place] ^= 1
+        assert checksum(changed) != before
+    assert checksum(tensor.roll(1, 0)) != before
+    assert checksum(tensor.flip(0)) != before
+    assert checksum(tensor[torch.randperm(300, generator=generator)]) != before
+    assert checksum(tensor.view(333, 300)) != before
+    assert checksum(tensor.half()) != checksum(tensor.half().view(torch.bfloat16))
+
+
+def test_a_remembered_digest_is_used_only_while_the_checksum_is_the_same():
+    model = nn.Sequential(nn.Linear(512, 512))
+    known: dict = {}
+    before = take_fingerprint({"0": model[0]}, {}, [], {}, frozenset(), known).hex
+    assert "0.weight" in known
+    assert take_fingerprint({"0": model[0]}, {}, [], {}, frozenset(), known).hex == before
+    model[0].weight.data[17, 3] += 1
+    after = take_fingerprint({"0": model[0]}, {}, [], {}, frozenset(), known).hex
+    assert after != before
+    assert after == take_fingerprint({"0": model[0]}, {}, [], {}).hex
+
+
+def test_a_remembered_description_is_used_only_while_the_attributes_are_the_same():
+    module = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    module[1].steps = [1, 2]  # may be written in place
+    known: dict = {}
+
+    def taken() -> str:
+        return take_fingerprint({"0": module}, {}, [], {}, frozenset(), known).hex
+
+    before = taken()
+    assert taken() == before
+    module[0].eps = 1e-6
+    changed = taken()
+    assert changed != before
+    module[1].steps[0] = 5
+    assert taken() not in (before, changed)
+    module[1].steps[0] = 1
+    module[0].eps = 1e-5
+    assert taken() == before

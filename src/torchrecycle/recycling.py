@@ -290,9 +290,10 @@ class Recycling:
         if not key_inputs:
             raise CutError(f"cannot cut at '{plan.cut}': nothing before it depends on the batch")
         self._settings = self._make_settings(plan, padding, key_inputs)
-        self._fingerprint = self._take_fingerprint(self.model)
-        modules = self._modules(self.model)
-        self._watch = Watch(modules, self._loose_parameters(self.model, modules))
+        self._digests: dict[str, tuple[Any, str]] = {}
+        self._loose = self._find_loose()
+        self._fingerprint = self._take_fingerprint(self.model, self._digests)
+        self._watch = Watch(self._modules(self.model), self._loose_parameters(self.model))
         self._hashed_at = time.monotonic()
         self._changed: list[str] = []
         row_bytes = self._row_bytes(plan)
@@ -371,31 +372,35 @@ class Recycling:
     # -- fingerprint ---------------------------------------------------------------------------------------------------
 
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        named = dict(model.named_modules())
-        return {name: named[name] for name in dict.fromkeys(self.bypass.plan.modules.values())}
+        return {name: model.get_submodule(name) for name in dict.fromkeys(self.bypass.plan.modules.values())}
 
-    def _loose_parameters(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-        """Parameters of the prefix outside of its modules: class tokens, position embeddings."""
-        inside = {id(p) for module in modules.values() for p in module.parameters()}
-        named = dict(model.named_parameters(remove_duplicate=False))
-        return {name: named[name] for name in self.bypass.prefix_parameters if id(named[name]) not in inside}
+    def _find_loose(self) -> list[str]:
+        """The names of parameters of the prefix outside of its modules: class tokens, position embeddings."""
+        inside = {id(p) for module in self._modules(self.model).values() for p in module.parameters()}
+        return [name for name, parameter in self.bypass.prefix_parameters.items() if id(parameter) not in inside]
 
-    def _take_fingerprint(self, model: nn.Module) -> Fingerprint:
+    def _loose_parameters(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: model.get_parameter(name) for name in self._loose}
+
+    def _take_fingerprint(self, model: nn.Module, known: dict[str, tuple[Any, str]] | None = None) -> Fingerprint:
         modules = self._modules(model)
         began = time.monotonic()
-        loose = self._loose_parameters(model, modules)
-        taken = take_fingerprint(modules, loose, self.bypass.constants, self._settings, self.bypass.written)
+        loose = self._loose_parameters(model)
+        taken = take_fingerprint(modules, loose, self.bypass.constants, self._settings, self.bypass.written, known)
         self._hash_seconds = time.monotonic() - began
         return taken
 
     def fingerprint_on(self, model: nn.Module) -> str:
-        """The fingerprint that this cut has on another model with the same names."""
-        return self._take_fingerprint(model).hex
+        """The fingerprint that this cut has on another model with the same names; empty where it has not these."""
+        try:
+            return self._take_fingerprint(model).hex
+        except AttributeError:
+            return ""
 
     def _look_again(self) -> list[str]:
         """Hash the prefix again: the names of what has changed."""
         self._hashed_at = time.monotonic()
-        now = self._take_fingerprint(self.model)
+        now = self._take_fingerprint(self.model, self._digests)
         self._watch.renew()
         self._changed = [] if now.hex == self._fingerprint.hex else now.difference(self._fingerprint)
         return self._changed

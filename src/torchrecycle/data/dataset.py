@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -75,24 +76,25 @@ class RecycledDataset(Dataset[Any]):
         """Items for a batch: a `Fetched`, or the raw items where the recycling is off or a row is missing."""
         owner = self.owner
         if self.manifest is not None and not (self._raw if owner is None else owner.off):
-            index = torch.as_tensor([self._position(i) for i in indices], dtype=torch.int64)
+            index = self._positions(indices)
             locations = self.locations[index]
             if bool((locations >= 0).all()):
                 return Fetched(self, index, locations)
         fetch = getattr(self.base, "__getitems__", None)
         return fetch(list(indices)) if fetch else [self.base[i] for i in indices]
 
-    def _position(self, index: Any) -> int:
+    def _positions(self, indices: Sequence[Any]) -> torch.Tensor:
         count = len(self.locations)
         if len(self.base) != count:
             raise StaleActivationError(
                 f"the data set has {len(self.base)} items where its rows were found for {count}: it has changed "
                 "since. Make a new iterator of the recycling's loader, or call recycling.dataset(...) again."
             )
-        position = int(index)
-        if not -count <= position < count:
-            raise IndexError(f"item {position} was asked of a data set of {count}")
-        return position % count
+        index = torch.from_numpy(np.array(indices, dtype=np.int64).reshape(-1))
+        wrong = (index < -count) | (index >= count)
+        if bool(wrong.any()):
+            raise IndexError(f"item {int(index[wrong][0])} was asked of a data set of {count}")
+        return torch.where(index < 0, index + count, index)
 
 
 class Fetched(Sequence[Any]):
