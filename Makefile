@@ -46,7 +46,7 @@ test-slow: $(VENV)/.installed-test
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/python -m pytest $(ARGS)
 
 format: $(VENV)/.installed-dev

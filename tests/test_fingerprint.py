@@ -225,7 +225,7 @@ def test_every_word_of_a_large_tensor_enters_its_checksum():
     tensor = torch.randn(300, 333, generator=generator)  # no whole number of rows of 512 words
     before = checksum(tensor)
     assert before == checksum(tensor.clone())
-    for place in torch.randint(tensor.numel(), (300,), generator=generator).tolist() + [0, tensor.numel() - 1]:
+    for place in [*torch.randint(tensor.numel(), (300,), generator=generator).tolist(), 0, tensor.numel() - 1]:
         changed = tensor.clone()
         changed.view(-1).view(torch.int32)[place] ^= 1
         assert checksum(changed) != before

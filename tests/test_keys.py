@@ -329,18 +329,9 @@ GROUPS: list[list[Any]] = [
     [lambda: np.arange(1, 50_001)],
     # Tensors
     *[[lambda dtype=dtype: bits(dtype)] for dtype in (torch.uint8, torch.int8, torch.bool)],
-    *[
-        [lambda dtype=dtype: bits(dtype)]
-        for dtype in (torch.int16, torch.uint16, torch.float16, torch.bfloat16)
-    ],
-    *[
-        [lambda dtype=dtype: bits(dtype)]
-        for dtype in (torch.int32, torch.uint32, torch.float32, torch.complex32)
-    ],
-    *[
-        [lambda dtype=dtype: bits(dtype)]
-        for dtype in (torch.int64, torch.uint64, torch.float64, torch.complex64)
-    ],
+    *[[lambda dtype=dtype: bits(dtype)] for dtype in (torch.int16, torch.uint16, torch.float16, torch.bfloat16)],
+    *[[lambda dtype=dtype: bits(dtype)] for dtype in (torch.int32, torch.uint32, torch.float32, torch.complex32)],
+    *[[lambda dtype=dtype: bits(dtype)] for dtype in (torch.int64, torch.uint64, torch.float64, torch.complex64)],
     *[
         [lambda dtype=dtype: bits(dtype)]
         for dtype in (
@@ -387,9 +378,7 @@ GROUPS: list[list[Any]] = [
         sparse,
         *[lambda layout=layout: sparse(layout) for layout in ("csr", "csc")],
         lambda: torch.sparse_coo_tensor([[1, 0], [0, 1]], [3.0, 2.0], (2, 2), check_invariants=True),
-        lambda: torch.sparse_coo_tensor(
-            [[1, 0, 0], [0, 1, 1]], [3.0, 1.0, 1.0], (2, 2), check_invariants=True
-        ),
+        lambda: torch.sparse_coo_tensor([[1, 0, 0], [0, 1, 1]], [3.0, 1.0, 1.0], (2, 2), check_invariants=True),
     ],
     [lambda: sparse().to_dense()],
     [lambda: sparse().double()],
@@ -398,10 +387,7 @@ GROUPS: list[list[Any]] = [
     [lambda: [torch.zeros(3), torch.zeros(3)]],
     [lambda: torch.zeros(2, 3)],
     # Images and files
-    *[
-        [lambda mode=mode: image_of(mode)]
-        for mode in ("1", "L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "HSV", "YCbCr")
-    ],
+    *[[lambda mode=mode: image_of(mode)] for mode in ("1", "L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "HSV", "YCbCr")],
     *[[lambda mode=mode: image_of(mode)] for mode in ("I", "F", "I;16")],
     [lambda: image_of("L", fill=1), lambda: reloaded(image_of("L", fill=1), "png")],
     [lambda: image_of("RGB", fill=1), lambda: reloaded(image_of("RGB", fill=1), "bmp")],
@@ -410,10 +396,7 @@ GROUPS: list[list[Any]] = [
     [
         lambda: palette_image([1, 2, 3, 4, 5, 6]),
         lambda: palette_image([1, 2, 3, 4, 5, 6, 9, 9, 9]),
-        *[
-            lambda name=name: reloaded(palette_image([1, 2, 3, 4, 5, 6]), name)
-            for name in ("png", "gif", "tiff")
-        ],
+        *[lambda name=name: reloaded(palette_image([1, 2, 3, 4, 5, 6]), name) for name in ("png", "gif", "tiff")],
     ],
     [lambda: palette_image([1, 2, 3, 4, 5, 7])],
     [lambda: palette_image([1, 2, 3, 4, 5, 6]).convert("PA")],
@@ -538,9 +521,7 @@ def test_keys_are_the_same_in_processes_with_other_hash_seeds():
     orders = []
     for seed in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONWARNINGS": "ignore"}
-        out = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env
-        )
+        out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
         order, *there = json.loads(out.stdout)
         orders.append(order)
         assert there == here
@@ -830,9 +811,7 @@ def test_lists_of_strings_cannot_be_shifted_into_each_other(one, other):
 def one_at_a_time(inputs, masks=None, ragged=()):
     rows = []
     for i in range(len(next(iter(inputs.values())))):
-        row = {
-            n: t[i][masks[i].bool()] if masks is not None and n in ragged else t[i] for n, t in inputs.items()
-        }
+        row = {n: t[i][masks[i].bool()] if masks is not None and n in ragged else t[i] for n, t in inputs.items()}
         rows.append(np.frombuffer(key(row), np.uint8))
     return np.stack(rows)
 
@@ -887,9 +866,7 @@ def test_rows_under_a_mask_have_the_keys_of_their_objects(name, dtype, width):
         "image": torch.randn(3, 2, 2),
     }
     ragged = {"input_ids", "frames"}
-    np.testing.assert_array_equal(
-        tensor_row_keys(inputs, masks, ragged), one_at_a_time(inputs, masks, ragged)
-    )
+    np.testing.assert_array_equal(tensor_row_keys(inputs, masks, ragged), one_at_a_time(inputs, masks, ragged))
 
 
 def test_the_width_of_the_padding_does_not_count():

@@ -20,7 +20,10 @@ def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert found
     torch.manual_seed(0)
     model = nn.Sequential(
-        *(nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for i in range(4)),
+        *(
+            nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+            for i in range(4)
+        ),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(8, 2),

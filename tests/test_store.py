@@ -134,11 +134,7 @@ def test_the_golden_store_of_format_1_is_read():
 
 def test_the_golden_store_is_what_is_written_today_to_the_byte(store: FolderStore, rows: Rows):
     write_golden(rows)
-    written = {
-        path.relative_to(store.url): path.read_bytes()
-        for path in Path(store.url).rglob("*")
-        if path.is_file()
-    }
+    written = {path.relative_to(store.url): path.read_bytes() for path in Path(store.url).rglob("*") if path.is_file()}
     golden = {path.relative_to(GOLDEN): path.read_bytes() for path in GOLDEN.rglob("*") if path.is_file()}
     assert sorted(written.values()) == sorted(golden.values())
     assert sum(map(len, golden.values())) < 50_000
@@ -147,9 +143,7 @@ def test_the_golden_store_is_what_is_written_today_to_the_byte(store: FolderStor
 def write_golden(rows: Rows) -> None:
     fill(rows, range(12))
     targets = torch.tensor([number % 3 for number in range(12)])
-    rows.write_manifest(
-        "train", {"keys": torch.from_numpy(keys_of(range(12))), "targets": targets}, {"name": "train"}
-    )
+    rows.write_manifest("train", {"keys": torch.from_numpy(keys_of(range(12))), "targets": targets}, {"name": "train"})
     rows.write_probe({"input": torch.arange(4.0)}, {"seed": "0"})
 
 
@@ -297,17 +291,13 @@ def test_a_segment_of_a_newer_format_is_neither_read_nor_set_aside(rows: Rows):
     (path,) = segments_of(Path(rows.url))
     path.write_bytes(path.read_bytes().replace(b'"torchrecycle.format":"1"', b'"torchrecycle.format":"2"', 1))
     for read in (lambda: again(rows).lookup(keys_of([1])), lambda: again(rows).verify()):
-        with pytest.raises(
-            StoreError, match=r"format 2; this version reads 1; upgrade torchrecycle"
-        ) as caught:
+        with pytest.raises(StoreError, match=r"format 2; this version reads 1; upgrade torchrecycle") as caught:
             read()
         assert not isinstance(caught.value, DamagedRowError)
     assert path.exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 1}', '{"format": true, "leaves": [], "about": {}}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": true, "leaves": [], "about": {}}'])
 def test_an_about_that_is_not_readable_is_an_error_with_the_next_step(rows: Rows, text: str):
     fill(rows, range(3))
     (Path(rows.url) / "about.json").write_text(text)
@@ -370,9 +360,7 @@ def test_a_full_disk_is_an_error_in_words_and_the_rows_still_wait(rows: Rows):
     assert_holds(again(rows), range(200))
 
 
-def test_an_interrupted_publish_leaves_no_file_and_keeps_the_rows(
-    rows: Rows, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_publish_leaves_no_file_and_keeps_the_rows(rows: Rows, monkeypatch: pytest.MonkeyPatch):
     fill(rows, range(4))
     rows.append(keys_of([4]), leaves_of([4]))
     before = sorted(Path(rows.url).iterdir())
@@ -679,9 +667,7 @@ def mutations(draw: st.DrawFn, data: bytes) -> bytes:
         return bytes(found)
     if kind == "length":
         length = draw(
-            st.one_of(
-                st.integers(0, 2**64 - 1), st.integers(0, len(data)), st.sampled_from([start - 16, start])
-            )
+            st.one_of(st.integers(0, 2**64 - 1), st.integers(0, len(data)), st.sampled_from([start - 16, start]))
         )
         return length.to_bytes(8, "little") + data[8:]
     if kind == "size":
@@ -707,14 +693,10 @@ def mutations(draw: st.DrawFn, data: bytes) -> bytes:
     elif kind == "swap":
         header[name][field], header[other][field] = header[other][field], header[name][field]
     else:
-        sizes = st.one_of(
-            st.integers(-2, 20), st.integers(-(2**70), 2**70), st.sampled_from([0, 1, 2**31, 2**63 - 1])
-        )
+        sizes = st.one_of(st.integers(-2, 20), st.integers(-(2**70), 2**70), st.sampled_from([0, 1, 2**31, 2**63 - 1]))
         values = st.one_of(
             st.lists(sizes, max_size=4),
-            st.sampled_from(
-                ["F32", "U8", "I64", "BF16", "F128", "", None, True, 1.5, [1e9, 2], {}, [True, True]]
-            ),
+            st.sampled_from(["F32", "U8", "I64", "BF16", "F128", "", None, True, 1.5, [1e9, 2], {}, [True, True]]),
         )
         header[name][field] = draw(values)
         if draw(st.booleans()):

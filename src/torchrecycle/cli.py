@@ -57,7 +57,9 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Less data and fewer epochs: 90 seconds on two cores.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Less data and fewer epochs: 90 seconds on two cores.")
+    ] = False,
     task: Annotated[TaskName | None, typer.Option(help="Only this task; both if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every figure.")] = False,
     store: Annotated[

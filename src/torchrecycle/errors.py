@@ -53,4 +53,4 @@ class StoreError(RecycleError, OSError):
 
 
 class DamagedRowError(StoreError):
-    """A kept row does not match its checksum. Run ``torchrecycle store verify``: it is set aside, to be computed again."""
+    """A kept row does not match its checksum. ``torchrecycle store verify`` sets it aside, to be computed again."""

@@ -131,7 +131,7 @@ def _known_digest(name: str, tensor: torch.Tensor, known: dict[str, tuple[Any, s
 def checksum(tensor: torch.Tensor) -> Any:
     """A number that every byte of a tensor enters, five times as fast as its digest; None where there is none.
 
-    The tensor's 8-byte words as a matrix of 512 columns: the sums (modulo 2**64) of all its rows and of all its columns.
+    The 8-byte words as a matrix of 512 columns: the sums (modulo 2**64) of all its rows and of all its columns.
     Any change of one word changes two of them; an optimiser's step, a copy of other weights or a permutation changes
     thousands. It notices accidents, as the digest does; it is no proof against a forger.
     """

@@ -601,7 +601,7 @@ def _unreadable(tensor: torch.Tensor, error: Exception) -> _RefusedError:
 
 def _check_has_content(tensor: torch.Tensor) -> None:
     cls = type(tensor)
-    if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # pyright: ignore
         raise _RefusedError(tensor, "it stands for a tensor and does not hold its values")
     if tensor.device.type == "meta":
         raise _RefusedError(tensor, "a tensor on the meta device has no values")

@@ -66,8 +66,7 @@ def read_form(shelf: Shelf) -> tuple[dict[str, Any], list[LeafSpec]] | None:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StoreError(
-            f"{file} is not readable ({error!r}): restore it, or delete that folder, "
-            "whose rows are then computed again"
+            f"{file} is not readable ({error!r}): restore it, or delete that folder, whose rows are then computed again"
         ) from None
     return about, kept
 

@@ -173,9 +173,7 @@ def _metadata(found: Any) -> dict[str, str]:
 def _refuse_newer(metadata: Mapping[str, str], file: str) -> None:
     found = metadata.get(FORMAT_FIELD, "")
     if not (found.isascii() and found.isdigit() and 0 < len(found) < 10 and int(found) > 0):
-        raise _HeaderError(
-            f"its metadata do not say the format ({FORMAT_FIELD!r}), so torchrecycle has not written it"
-        )
+        raise _HeaderError(f"its metadata do not say the format ({FORMAT_FIELD!r}), so torchrecycle has not written it")
     refuse_newer(int(found), file)
 
 
@@ -207,9 +205,7 @@ def _place(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
         raise _HeaderError(f"{name!r} has shape {shape!r} and place {offsets!r}")
     nbytes = math.prod(shape) * DTYPES[code].itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise _HeaderError(
-            f"{name!r} takes {nbytes} bytes by its shape, and {offsets[1] - offsets[0]} by its place"
-        )
+        raise _HeaderError(f"{name!r} takes {nbytes} bytes by its shape, and {offsets[1] - offsets[0]} by its place")
     return DTYPES[code], tuple(shape), offsets[0], offsets[1]
 
 

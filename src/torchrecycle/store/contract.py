@@ -51,9 +51,7 @@ class LeafSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         if self.ragged and 0 in self.shape:
-            raise StoreError(
-                f"a ragged leaf of shape {self.shape} holds no values: leave it out of what is kept"
-            )
+            raise StoreError(f"a ragged leaf of shape {self.shape} holds no values: leave it out of what is kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +208,7 @@ class Rows(ABC):
         """The tensors and metadata written under this name, or None. They are the caller's own."""
 
     @abstractmethod
-    def write_manifest(
-        self, identity: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-    ) -> None:
+    def write_manifest(self, identity: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Keep tensors and metadata under a name; what was there is replaced in one step.
 
         Args:
@@ -225,9 +221,7 @@ class Rows(ABC):
         """The probe of this fingerprint, or None. The tensors are the caller's own."""
 
     @abstractmethod
-    def write_probe(
-        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def write_probe(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Keep the probe of this fingerprint. If there is one already, that one stays."""
 
 

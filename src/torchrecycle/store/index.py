@@ -99,9 +99,7 @@ class Index:
             return
         while self._runs and len(self._runs[-1]) < 2 * len(run):
             other = self._runs.pop()
-            run = _sorted_run(
-                *(np.concatenate(pair) for pair in zip(_columns(other), _columns(run), strict=True))
-            )
+            run = _sorted_run(*(np.concatenate(pair) for pair in zip(_columns(other), _columns(run), strict=True)))
         self._runs.append(run)
 
 

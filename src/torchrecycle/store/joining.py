@@ -66,9 +66,7 @@ def _join_ragged(number: int, spec: LeafSpec, parts: Sequence[Part], rows: int) 
     dtype, width = carrier(spec)
     out = torch.empty((int(lengths.sum()), width), dtype=dtype)
     for part, (starts, found) in zip(parts, bounds, strict=True):
-        _place(
-            part.segment.columns[number].values, ranges(starts, found), out, ranges(begins[part.at], found)
-        )
+        _place(part.segment.columns[number].values, ranges(starts, found), out, ranges(begins[part.at], found))
     return Ragged(uncarried(spec, out), torch.from_numpy(lengths))
 
 

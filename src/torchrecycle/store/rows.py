@@ -77,17 +77,13 @@ def _locations(number: int, segment: Segment) -> np.ndarray:
 def _as_locations(locations: np.ndarray | torch.Tensor) -> np.ndarray:
     found = locations.cpu().numpy() if isinstance(locations, torch.Tensor) else np.asarray(locations)
     if found.ndim != 1 or found.dtype != np.int64:
-        raise StoreError(
-            f"locations are [n] int64, as lookup gives them, not {list(found.shape)} {found.dtype}"
-        )
+        raise StoreError(f"locations are [n] int64, as lookup gives them, not {list(found.shape)} {found.dtype}")
     return found
 
 
 def _check_rows(segment: Segment, highest: int) -> None:
     if highest >= segment.rows:
-        raise StoreError(
-            f"no such location: {segment.file} has {segment.rows} rows, and row {highest} is asked for"
-        )
+        raise StoreError(f"no such location: {segment.file} has {segment.rows} rows, and row {highest} is asked for")
 
 
 def _empty(spec: LeafSpec) -> Leaf:
@@ -211,20 +207,12 @@ class ShelfRows(Rows):
 
     def _reopen(self, number: int) -> Segment:
         if not 0 <= number < len(self._names):
-            what = (
-                "lookup gives -1 for a key that is not there"
-                if number < 0
-                else f"there is no segment {number}"
-            )
-            raise StoreError(
-                f"no such location in {self.url}: {what}; gather takes what lookup of this object gave"
-            )
+            what = "lookup gives -1 for a key that is not there" if number < 0 else f"there is no segment {number}"
+            raise StoreError(f"no such location in {self.url}: {what}; gather takes what lookup of this object gave")
         name = self._names[number]
         segment = None if number in self._aside else self._open(name)
         if segment is None:
-            raise StoreError(
-                f"{self.url}/{name} is no longer there: it was set aside. Look the keys up again"
-            )
+            raise StoreError(f"{self.url}/{name} is no longer there: it was set aside. Look the keys up again")
         return segment
 
     def _open(self, name: str) -> Segment | None:
@@ -346,17 +334,13 @@ class ShelfRows(Rows):
     def read_manifest(self, identity: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
         return self._read_document(_manifest_name(identity))
 
-    def write_manifest(
-        self, identity: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-    ) -> None:
+    def write_manifest(self, identity: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         self._write_document(_manifest_name(identity), tensors, metadata, keep=False)
 
     def read_probe(self) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
         return self._read_document(PROBE)
 
-    def write_probe(
-        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def write_probe(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
         self._write_document(PROBE, tensors, metadata or {}, keep=True)
 
     def _read_document(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
@@ -375,13 +359,9 @@ class ShelfRows(Rows):
         self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, keep: bool
     ) -> None:
         if any(key.startswith(_OURS) for key in metadata):
-            raise BatchError(
-                f"names of metadata that start with {_OURS!r} are the store's own: {sorted(metadata)}"
-            )
+            raise BatchError(f"names of metadata that start with {_OURS!r} are the store's own: {sorted(metadata)}")
         ordered = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
-        entries = [
-            Entry(key, tensors[key].dtype, tuple(tensors[key].shape), [tensors[key]]) for key in ordered
-        ]
+        entries = [Entry(key, tensors[key].dtype, tuple(tensors[key].shape), [tensors[key]]) for key in ordered]
         packed = pack(entries, {**metadata, _CONTENT_FIELD: _content(tensors, metadata)})
         write_about(self._shelf, self.leaves, self.about)
         self._shelf.write(name, packed, keep=keep)

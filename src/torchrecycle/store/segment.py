@@ -81,9 +81,7 @@ def _leaf_entries(name: str, spec: LeafSpec, rows: int, pieces: Sequence[Leaf]) 
     torch.cumsum(torch.cat([piece.lengths for piece in ragged]), 0, out=offsets[1:])
     return [
         Entry(f"{name}.offsets", torch.int64, (rows + 1,), [offsets]),
-        Entry(
-            f"{name}.values", spec.dtype, (int(offsets[-1]), *spec.shape), [piece.values for piece in ragged]
-        ),
+        Entry(f"{name}.values", spec.dtype, (int(offsets[-1]), *spec.shape), [piece.values for piece in ragged]),
     ]
 
 
@@ -249,9 +247,7 @@ def _expect(
 ) -> torch.Tensor:
     found = tensors[name]
     if found.dtype != dtype or tuple(found.shape) != shape:
-        raise damaged(
-            file, f"{name!r} is {found.dtype} {list(found.shape)}, where {dtype} {list(shape)} was expected"
-        )
+        raise damaged(file, f"{name!r} is {found.dtype} {list(found.shape)}, where {dtype} {list(shape)} was expected")
     return found
 
 

@@ -89,9 +89,7 @@ class FolderShelf(Shelf):
                 return None
             if not stat.S_ISREG(found.st_mode):
                 # A link could lead out of the folder, and opening a pipe would wait for ever.
-                raise DamagedRowError(
-                    f"{path} is no plain file. Run `torchrecycle store verify`: it sets it aside"
-                )
+                raise DamagedRowError(f"{path} is no plain file. Run `torchrecycle store verify`: it sets it aside")
             if not found.st_size:
                 return torch.empty(0, dtype=torch.uint8)
             try:

@@ -57,9 +57,7 @@ class FolderStore(Store):
 
     def rows(self, fingerprint: str, leaves: Sequence[LeafSpec], about: Mapping[str, Any]) -> ShelfRows:
         shelf = FolderShelf(self._folder / check_fingerprint(fingerprint))
-        return ShelfRows(
-            shelf, leaves, about, segment_bytes=self._segment_bytes, publish_seconds=self._publish_seconds
-        )
+        return ShelfRows(shelf, leaves, about, segment_bytes=self._segment_bytes, publish_seconds=self._publish_seconds)
 
     def existing(self, fingerprint: str) -> ShelfRows:
         return _existing(FolderShelf(self._folder / check_fingerprint(fingerprint)))
@@ -90,9 +88,7 @@ def _refuse_other_things(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise StoreError(
-            f"{folder} is a file, and a store is a folder: give another path, or move that file away"
-        )
+        raise StoreError(f"{folder} is a file, and a store is a folder: give another path, or move that file away")
     foreign = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     if any(_is_of_a_store(folder / name) for name in foreign):
         return
@@ -137,9 +133,7 @@ class MemoryStore(Store):
     def rows(self, fingerprint: str, leaves: Sequence[LeafSpec], about: Mapping[str, Any]) -> ShelfRows:
         name = check_fingerprint(fingerprint)
         shelf = self._shelves.setdefault(name, MemoryShelf(f"{self.url}/{name}"))
-        return ShelfRows(
-            shelf, leaves, about, segment_bytes=self._segment_bytes, publish_seconds=self._publish_seconds
-        )
+        return ShelfRows(shelf, leaves, about, segment_bytes=self._segment_bytes, publish_seconds=self._publish_seconds)
 
     def existing(self, fingerprint: str) -> ShelfRows:
         name = check_fingerprint(fingerprint)
