@@ -312,6 +312,11 @@ class RecycledTensor(torch.Tensor):
             result = handler(func, args, kwargs)
             if result is not NotImplemented:
                 return result
+        elif func not in _ROW_WISE and func.namespace == "aten":
+            # Under inference mode composite operations (``aten.to``) arrive whole.
+            result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return _on_values(func, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -361,7 +366,8 @@ def _unreadable(what: Any, tensor: RecycledTensor) -> str:
         f"{what} reads the values of a batch input that was not loaded: this RecycledTensor of shape "
         f"{list(tensor.shape)} holds the kept rows of {tensor.rows} objects in its place. Between loader and model "
         "only moves, slices and concatenations along the batch are possible. To work on the values, do it in the "
-        "data set (before the rows are made), or use `with recycling.paused():` around the loop."
+        "data set (before the rows are made), or use `with recycling.paused():` around the loop. "
+        "A copy of a recycled model takes raw batches."
     )
 
 

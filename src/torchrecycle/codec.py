@@ -88,7 +88,13 @@ class Layout:
                 "have another size than those of the example. Bring all objects to one size, or make another "
                 "recycling with an example of this size."
             )
-        return rows.to(self.kept)
+        kept = rows.to(self.kept)
+        if kept.dtype != rows.dtype and bool((rows.isfinite() & ~kept.isfinite()).any()):
+            raise BatchError(
+                f"a row holds values up to {rows.abs().max().item():.3g}, which {self.kept} cannot: use "
+                "precision='bfloat16' or keep the activation's own"
+            )
+        return kept
 
     def to_model(self, rows: torch.Tensor) -> torch.Tensor:
         """``[batch, (tokens,) ...]`` as the model gives it: dtype, dimensions and strides. May be a view of `rows`."""

@@ -135,6 +135,8 @@ def cuts(model: nn.Module, example: Any, *, inputs: Any = None, mask: str | None
         >>> [(cut.name, cut.bytes_per_object) for cut in cuts(model, torch.randn(2, 4)) if cut.valid]
         [('0', 32), ('1', 32)]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     rule = BatchRule(parameter_names(model), example, inputs)
     call = example_inputs(model, rule, example)
     probes = run_or_explain(model, lambda: Probes.of(model, call, mask_name(call, mask)))

@@ -59,11 +59,12 @@ def take_fingerprint(
 
     Args:
         modules: the outermost modules of the prefix, by qualified name; all below them count.
-        parameters: parameters of the prefix that lie outside of these modules, by name.
+        parameters: parameters and buffers of the prefix that lie outside of these modules, by name.
         constants: tensors that the prefix reads and that are neither parameter, buffer nor input.
         settings: cut, precision, autocast, key inputs: plain values.
         written: attributes that the forward itself sets, as (module, attribute): a counter of calls is no setting.
-        known: digests of earlier calls, by name; a large tensor whose checksum is the same is not hashed again.
+        known: descriptions of earlier calls, by name; a module whose attributes are the same objects is not described
+            again. Tensors always are: their bytes can change unseen.
     """
     known = {} if known is None else known
     whole = blake3(f"torchrecycle fingerprint {FINGERPRINT_VERSION}".encode())
@@ -78,9 +79,9 @@ def take_fingerprint(
         own = {attribute: v for attribute, v in module.__dict__.items() if (name, attribute) not in written}
         add(f"{name} ({type(module).__name__})", _known_description(name, module, own, known))
         for tensor_name, tensor in _own_tensors(module, own):
-            add(f"{name}.{tensor_name}", _known_digest(f"{name}.{tensor_name}", tensor, known))
+            add(f"{name}.{tensor_name}", tensor_digest(tensor))
     for name, parameter in parameters.items():
-        add(name, _known_digest(name, parameter, known))
+        add(name, tensor_digest(parameter))
     for number, constant in enumerate(constants):
         add(f"constant {number}", tensor_digest(constant))
     return Fingerprint(whole.hexdigest(length=16), parts)
@@ -110,41 +111,6 @@ def settings_of(
         "padding": padding,
         "key": key,
     }
-
-
-_LARGE = 1 << 18
-_WORDS = 512
-
-
-def _known_digest(name: str, tensor: torch.Tensor, known: dict[str, tuple[Any, str]]) -> str:
-    """The digest of a tensor; of a large one from memory, if its checksum is what it was."""
-    if tensor.numel() * tensor.itemsize < _LARGE:
-        return tensor_digest(tensor)
-    seen = checksum(tensor)
-    if seen is None:
-        return tensor_digest(tensor)
-    if name not in known or known[name][0] != seen:
-        known[name] = (seen, tensor_digest(tensor))
-    return known[name][1]
-
-
-def checksum(tensor: torch.Tensor) -> Any:
-    """A number that every byte of a tensor enters, five times as fast as its digest; None where there is none.
-
-    The 8-byte words as a matrix of 512 columns: the sums (modulo 2**64) of all its rows and of all its columns.
-    Any change of one word changes two of them; an optimiser's step, a copy of other weights or a permutation changes
-    thousands. It notices accidents, as the digest does; it is no proof against a forger.
-    """
-    if not tensor.is_contiguous() or tensor.layout is not torch.strided or tensor.is_quantized:
-        return None
-    data = tensor.detach().reshape(-1).view(torch.uint8)
-    whole = len(data) // (8 * _WORDS) * (8 * _WORDS)
-    if data.storage_offset() % 8 or not whole:
-        return None
-    words = data[:whole].view(torch.int64).view(-1, _WORDS)
-    parts = [words.sum(0).view(torch.uint8), words.sum(1).view(torch.uint8), data[whole:]]
-    sums = torch.cat(parts).cpu().numpy()
-    return tensor.dtype, tuple(tensor.shape), blake3(sums.data).digest()
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -221,28 +187,39 @@ def _plain(value: Any) -> str | None:
 
 
 class Watch:
-    """A cheap look at whether the prefix has moved: identity, version and place of each of its tensors.
+    """A cheap look at whether the prefix has moved: identity, version, dtype and place of each of its
+    tensors, and the number of its hooks.
 
     A write through ``p.data`` or NumPy moves none of these; for that the bytes are hashed at every iteration.
 
     Args:
         modules: the outermost modules of the prefix.
-        parameters: parameters of the prefix outside of them.
+        loose: parameters and buffers of the prefix outside of them, as (table of a module, name in it).
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], loose: Sequence[tuple[Mapping[str, Any], str]]) -> None:
         parts = [module for _, module in _all_modules(modules)]
         self._tables = [table for part in parts for table in (part._parameters, part._buffers) if table]
         self._children = [part._modules for part in parts if part._modules]
-        self._parameters = dict(parameters)
+        self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._loose = list(loose)
         self._seen = self._look()
 
-    def _look(self) -> list[int]:
+    def _look(self) -> list[Any]:
         tensors = [t for table in self._tables for t in table.values() if t is not None]
-        tensors += self._parameters.values()
-        children = [id(child) for table in self._children for child in table.values()]
-        # A dtype cannot change without another place or object: `p.data = p.data.half()` is new storage.
-        return [*map(id, tensors), *children, *[t._version for t in tensors], *[t.data_ptr() for t in tensors]]
+        tensors += [t for table, name in self._loose if (t := table.get(name)) is not None]
+        return [
+            *map(id, tensors),
+            *[id(child) for table in self._children for child in table.values()],
+            *[t._version for t in tensors],
+            *[t.data_ptr() for t in tensors],
+            *[t.dtype for t in tensors],
+            *self.hooks(),
+        ]
+
+    def hooks(self) -> list[int]:
+        """The forward hooks on the prefix, by number: one that changes what a module gives changes the rows."""
+        return [number for hooks in self._hooks for number in hooks]
 
     def moved(self) -> bool:
         """Whether any tensor was replaced, written or moved since the last `renew`."""

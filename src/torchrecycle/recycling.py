@@ -151,6 +151,7 @@ def recycle(
         BatchError: the model does not run on the example.
         StoreError: the folder is no store, or holds rows of a model that computes something else.
     """
+    _refuse_arguments(model, cut, level, store, autocast, inputs, key, verify_every)
     if (cut is None) == (level is None):
         raise CutError("give either cut='layer2' or level=0.5. See cuts(model, example).")
     if precision is not None and precision not in PRECISIONS:
@@ -159,14 +160,33 @@ def recycle(
         raise ValueError(f"views={views}: this version keeps one view per object")
     if share not in ("refuse", "freeze"):
         raise ValueError(f"share={share!r} is neither 'refuse' nor 'freeze'")
-    if verify_every < 0:
-        raise ValueError(f"verify_every={verify_every} is negative; give a number of batches, or 0 for never")
     _refuse_wrapped(model)
     opened = open_store(store)
     return Recycling(
         model,
         _Options(example, cut, level, opened, precision, autocast, inputs, mask, key, share, verify_every),
     )
+
+
+def _refuse_arguments(
+    model: Any, cut: Any, level: Any, store: Any, autocast: Any, inputs: Any, key: Any, verify_every: Any
+) -> None:
+    """Arguments of a wrong type, each in words."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if cut is not None and not isinstance(cut, str):
+        raise CutError(f"cut={cut!r} is not the name of a module, such as 'layer2'. See cuts(model, example).")
+    if level is not None and (isinstance(level, bool) or not isinstance(level, (int, float))):
+        raise CutError(f"level={level!r} is not a number from 0 to 1, such as 0.5")
+    if not isinstance(store, (str, os.PathLike, Store)) or not str(store):
+        raise TypeError(f"store={store!r} is no place for rows: give a folder, 'memory://name' or a Store")
+    if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast={autocast!r} is no dtype of autocast: give torch.bfloat16, torch.float16 or None")
+    for name, function in (("inputs", inputs), ("key", key)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r} is no function")
+    if isinstance(verify_every, bool) or not isinstance(verify_every, int) or verify_every < 0:
+        raise ValueError(f"verify_every={verify_every!r} is no number of batches; 0 for never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +261,12 @@ class Recycling:
 
     def _build(self) -> None:
         """Divide the model, prove it, and open its rows; nothing is left behind if that fails."""
+        with torch.inference_mode(False):  # what is made here is used in training too
+            self._divide()
+
+    def _divide(self) -> None:
         device = device_of(self.model)
-        self._example = self._example.map_tensors(lambda tensor: tensor.to(device))
+        self._example = self._example.map_tensors(lambda tensor: tensor.to(device).clone())
         probes = run_or_explain(self.model, lambda: Probes.of(self.model, self._example, self._mask))
         if self._cut is None:
             assert self._options.level is not None
@@ -290,10 +314,11 @@ class Recycling:
         if not key_inputs:
             raise CutError(f"cannot cut at '{plan.cut}': nothing before it depends on the batch")
         self._settings = self._make_settings(plan, padding, key_inputs)
-        self._digests: dict[str, tuple[Any, str]] = {}
+        self._described: dict[str, tuple[Any, str]] = {}
         self._loose = self._find_loose()
-        self._fingerprint = self._take_fingerprint(self.model, self._digests)
-        self._watch = Watch(self._modules(self.model), self._loose_parameters(self.model))
+        self._fingerprint = self._take_fingerprint(self.model, self._described)
+        self._watch = Watch(self._modules(self.model), self._loose_tables(self.model))
+        self._hooks = self._watch.hooks()
         self._hashed_at = time.monotonic()
         self._changed: list[str] = []
         row_bytes = self._row_bytes(plan)
@@ -375,17 +400,25 @@ class Recycling:
         return {name: model.get_submodule(name) for name in dict.fromkeys(self.bypass.plan.modules.values())}
 
     def _find_loose(self) -> list[str]:
-        """The names of parameters of the prefix outside of its modules: class tokens, position embeddings."""
-        inside = {id(p) for module in self._modules(self.model).values() for p in module.parameters()}
-        return [name for name, parameter in self.bypass.prefix_parameters.items() if id(parameter) not in inside]
+        """The names of what the prefix reads outside of its modules: class tokens, position buffers, a mean image."""
+        modules = self._modules(self.model).values()
+        inside = {id(t) for module in modules for t in (*module.parameters(), *module.buffers())}
+        loose = [name for name, parameter in self.bypass.prefix_parameters.items() if id(parameter) not in inside]
+        return loose + [name for name in self.bypass.buffers if id(self.model.get_buffer(name)) not in inside]
 
-    def _loose_parameters(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {name: model.get_parameter(name) for name in self._loose}
+    def _loose_tables(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+        found = []
+        for name in self._loose:
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
+            found.append((module._parameters if own in module._parameters else module._buffers, own))
+        return found
 
     def _take_fingerprint(self, model: nn.Module, known: dict[str, tuple[Any, str]] | None = None) -> Fingerprint:
         modules = self._modules(model)
         began = time.monotonic()
-        loose = self._loose_parameters(model)
+        tables = zip(self._loose, self._loose_tables(model), strict=True)
+        loose = {name: table[own] for name, (table, own) in tables if table.get(own) is not None}
         taken = take_fingerprint(modules, loose, self.bypass.constants, self._settings, self.bypass.written, known)
         self._hash_seconds = time.monotonic() - began
         return taken
@@ -400,9 +433,16 @@ class Recycling:
     def _look_again(self) -> list[str]:
         """Hash the prefix again: the names of what has changed."""
         self._hashed_at = time.monotonic()
-        now = self._take_fingerprint(self.model, self._digests)
+        now = self._take_fingerprint(self.model, self._described)
         self._watch.renew()
         self._changed = [] if now.hex == self._fingerprint.hex else now.difference(self._fingerprint)
+        if not self._changed and self._watch.hooks() != self._hooks:
+            with undisturbed(self.model), torch.inference_mode(False):
+                fresh = self.bypass.prefix(self._example)
+            if first_difference(self.reference, fresh):
+                self._changed = ["a forward hook on a frozen layer"]
+            else:  # it only looks
+                self._hooks = self._watch.hooks()
         return self._changed
 
     def _refuse_moved(self) -> None:
@@ -720,6 +760,8 @@ class Recycling:
             **arguments: of ``torch.utils.data.DataLoader``.
         """
         collate_fn = arguments.pop("collate_fn", None)
+        if collate_fn is not None and not callable(collate_fn):
+            raise TypeError(f"collate_fn={collate_fn!r} is no function")
         size = arguments.get("batch_size", 1)
         if size is None:
             raise BatchError(
@@ -727,7 +769,7 @@ class Recycling:
                 "batch_size=, or batch_sampler= for batches of your own."
             )
         reading = {
-            "batch_size": size if isinstance(size, int) and size > 1 else 64,
+            "batch_size": size if "batch_size" in arguments and isinstance(size, int) else 64,
             "num_workers": arguments.get("num_workers", 0),
             "collate_fn": collate_fn,
             "loader_arguments": {
@@ -921,7 +963,11 @@ _NAMELESS = (
 
 
 def _refuse_no_map_style(dataset: Any) -> None:
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if (
+        isinstance(dataset, (IterableDataset, Mapping))
+        or not hasattr(dataset, "__len__")
+        or not hasattr(dataset, "__getitem__")
+    ):
         raise BatchError(
             f"a {type(dataset).__name__} is no map-style data set: with recycling it needs __len__ and __getitem__, "
             "so that an index stands for an object"
@@ -997,6 +1043,8 @@ def fill_many(
         raise BatchError("fill_many needs at least one recycling")
     _refuse_no_map_style(dataset)
     first = recyclings[0]
+    if isinstance(recyclings, Recycling):
+        raise TypeError("recyclings is one recycling: give a list, fill_many([a, b], dataset), or call a.fill(dataset)")
     for recycling in recyclings:
         if not recycling._attached:
             raise BatchError("a recycling that has been detached cannot be filled")

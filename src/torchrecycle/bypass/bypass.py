@@ -7,7 +7,9 @@ example at attach, and again for each new signature (other ranks, arguments or f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import types
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -75,6 +77,8 @@ class Bypass:
         with self.slotted(), undisturbed(model):
             reads = _read_parameters(self)
         self.constants = reads.constants
+        self.buffers = reads.buffers
+        """Names of buffers that the prefix reads, whichever module they belong to."""
         self.prefix_parameters, self.untouched = self._divide(reads, share)
 
     @property
@@ -304,13 +308,46 @@ class Bypass:
                 found.extend(self._scalars(position, config.__dict__))
         return tuple(found)
 
-    def _scalars(self, position: int, attributes: dict[str, Any]) -> Iterable[tuple[int, str, Any]]:
+    def _scalars(self, position: int, attributes: dict[str, Any]) -> list[tuple[int, str, Any]]:
         volatile = self.volatile
-        return [
-            (position, name, value)
-            for name, value in attributes.items()
-            if isinstance(value, SCALARS) and (position, name) not in volatile
-        ]
+        found = []
+        for name, value in attributes.items():
+            if name in _OF_ANY_MODULE or (position, name) in volatile:
+                continue
+            if not isinstance(value, SCALARS):
+                value = _in_words(value, 0)
+                if value is None:
+                    continue
+            found.append((position, name, value))
+        return found
+
+
+_OF_ANY_MODULE = frozenset(nn.Module().__dict__) - {"training", "_forward_hooks", "_forward_pre_hooks"}
+
+
+def _in_words(value: Any, depth: int) -> Any:
+    """A nest of plain values, hooks, or a tensor's identity and version as something to compare; None for all else."""
+    if isinstance(value, SCALARS):
+        return (type(value).__name__, value)
+    if isinstance(value, torch.Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if depth > 3:
+        return None
+    if isinstance(value, dict):
+        if not value:
+            return None
+        return tuple((str(name), _in_words(part, depth + 1)) for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_in_words(part, depth + 1) for part in value) if len(value) <= 256 else None
+    if isinstance(value, types.FunctionType):
+        return id(value)
+    if isinstance(value, types.SimpleNamespace) or dataclasses.is_dataclass(value):
+        return (
+            tuple((name, _in_words(part, depth + 1)) for name, part in vars(value).items())
+            if hasattr(value, "__dict__")
+            else None
+        )
+    return None
 
 
 def _device(inputs: Inputs) -> torch.device:
@@ -339,6 +376,8 @@ class _Reads(TorchDispatchMode):
         self.constants: list[torch.Tensor] = []
         self.run: Run | None = None
         """The bypass run under way; None in the prefix run."""
+        self.buffers: list[str] = []
+        self._buffers = {id(buffer): name for name, buffer in model.named_buffers()}
         self._known = {id(t) for t in (*model.parameters(), *model.buffers(), *inputs.tensors().values())}
         self._from: dict[int, frozenset[torch.Tensor]] = {id(p): frozenset([p]) for p in model.parameters()}
         self._made: dict[int, Any] = {}
@@ -364,6 +403,9 @@ class _Reads(TorchDispatchMode):
 
     def _note_constants(self, given: Sequence[torch.Tensor]) -> None:
         for tensor in given:
+            name = self._buffers.get(id(tensor))
+            if name is not None and name not in self.buffers:
+                self.buffers.append(name)
             if id(tensor) not in self._known and id(tensor) not in self._made:
                 self._made[id(tensor)] = tensor
                 self.constants.append(tensor)

@@ -54,8 +54,14 @@ class BatchRule:
             BatchError: the batch does not fit the example.
         """
         if self._inputs is not None:
-            args, kwargs = self._inputs(batch)
-            return Inputs(self.names, args, kwargs)
+            found = self._inputs(batch)
+            if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+                raise BatchError(
+                    f"inputs= gives a {type(found).__name__}; it must give (args, kwargs): a tuple and a dict, such as "
+                    "lambda batch: ((batch[0],), {})"
+                )
+            args = found[0] if isinstance(found[0], (tuple, list)) else (found[0],)
+            return Inputs(self.names, args, found[1])
         if self._keys:
             return self._from_mapping(batch)
         if self._count:

@@ -316,7 +316,8 @@ def positions(mask: torch.Tensor, padding: Padding) -> torch.Tensor:
     steps = mask[:, 1:].int() - mask[:, :-1].int()
     right = (steps <= 0).all(dim=1)
     left = (steps >= 0).all(dim=1)
-    trimmed = (right & padding.right) | (left & ~right & padding.left)
+    # A row without any token (an empty text) is padding throughout, and what it gives may be read all the same.
+    trimmed = mask.any(dim=1) & ((right & padding.right) | (left & ~right & padding.left))
     return mask | ~trimmed[:, None]
 
 

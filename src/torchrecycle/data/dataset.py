@@ -7,7 +7,6 @@ collate function turns into a batch at once, without making the items. The user'
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -33,7 +32,7 @@ class RecycledDataset(Dataset[Any]):
 
     def __init__(self, base: Any, owner: Any) -> None:
         self.base = base
-        self._owner = weakref.ref(owner)
+        self._owner = owner
         self.manifest: Manifest | None = None
         self.locations = torch.empty(0, dtype=torch.int64)
         self.source: RowSource | None = None
@@ -45,8 +44,8 @@ class RecycledDataset(Dataset[Any]):
 
     @property
     def owner(self) -> Any:
-        """The recycling; None in a worker, or when it is gone."""
-        return self._owner() if self._owner is not None else None
+        """The recycling; None in a worker."""
+        return self._owner
 
     def renew(self, manifest: Manifest, locations: torch.Tensor, source: RowSource) -> None:
         """Take these rows from now on."""

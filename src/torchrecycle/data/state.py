@@ -36,7 +36,7 @@ _PLAIN = (str, int, float, bool, type(None), bytes, complex)
 _PLAIN_TYPES = frozenset(_PLAIN)
 _FULL_BYTES = 1 << 30
 """So many bytes of tensors and arrays are hashed in full (0.3 s); what comes after counts by version and in places."""
-_MOST_PARTS = 200_000
+_MOST_PARTS = 5_000_000
 """How many parts are looked into; a data set that holds half of the process must not stop it."""
 
 
@@ -108,10 +108,29 @@ class _Walk:
         self.say(len(value))
         if type(value) in (list, tuple) and _is_plain(value):
             self.hasher.update(marshal.dumps(list(value), 2))
+            self._files_among(value)
             return
         for part in value:
             self.visit(part)
         self._attributes(value)
+
+    def _files_among(self, values: Any) -> None:
+        """Where the first entry names a file, all entries are looked at: a file may change under its path."""
+        first = values[0] if len(values) else None
+        places = [0] if isinstance(first, str) else range(len(first)) if isinstance(first, tuple) else []
+        for place in places:
+            name = first if isinstance(first, str) else first[place]
+            if isinstance(name, str) and len(name) < 4096 and "\0" not in name and os.path.isfile(name):
+                for value in values:
+                    self._file(value if isinstance(value, str) else value[place])
+
+    def _file(self, path: Any) -> None:
+        try:
+            stat = os.stat(path)
+        except (OSError, ValueError, TypeError, IndexError):
+            self.say("no file")
+        else:
+            self.say(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
     def _set(self, value: Any) -> None:
         self.say(len(value))
@@ -159,6 +178,7 @@ class _Walk:
 
     def _path(self, value: PurePath) -> None:
         self.say(value)
+        self._file(value)
 
     def _generator(self, value: Any) -> None:
         # What it will draw is no state of the data set: reading items moves it.

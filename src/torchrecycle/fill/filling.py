@@ -158,6 +158,7 @@ class _Pass:
         self.keys: list[list[np.ndarray]] = [[] for _ in recyclings]
         self.pending: list[set[bytes]] = [set() for _ in recyclings]
         self.leaves: list[list[Any]] = []
+        self.contents: dict[bytes, bytes] = {}
         self.template: Template | None = None
         self.inputs_at: dict[int, str] = {}
 
@@ -172,6 +173,9 @@ class _Pass:
                 f"an item is of another form than the first: {template.paths()} instead of {self.template.paths()}. "
                 "All items of a data set must be nests of the same form."
             )
+        self._compare_arguments(inputs)
+        if user_keys is not None:
+            self._compare_contents(user_keys, self.recyclings[0].source.keys(inputs))
         self.leaves.extend(leaves)
         missing: list[list[int]] = []
         for number, recycling in enumerate(self.recyclings):
@@ -181,6 +185,27 @@ class _Pass:
         wanted = sorted(set().union(*missing))
         if wanted:
             self._compute(inputs, wanted, missing)
+
+    def _compare_arguments(self, inputs: Inputs) -> None:
+        """Arguments that are no tensors are part of the fingerprint, as the example has them."""
+        plain = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
+        for recycling in self.recyclings:
+            items = recycling.bypass.plan.example.items()
+            expected = {name: value for name, value in items if not isinstance(value, torch.Tensor)}
+            if repr(plain) != repr(expected):
+                raise BatchError(
+                    f"a batch calls the model with {plain} where the example has {expected}: rows computed with other "
+                    "arguments would be kept under the example's. Make the recycling with an example of these."
+                )
+
+    def _compare_contents(self, user_keys: np.ndarray, contents: np.ndarray) -> None:
+        """With keys of the user's, one key must be one object."""
+        for user, content in zip(user_keys, contents, strict=True):
+            if self.contents.setdefault(user.tobytes(), content.tobytes()) != content.tobytes():
+                raise BatchError(
+                    "key= gives the same key for two objects of the data set that differ, so that one would get the "
+                    "row of the other. Give a key that tells every object from every other."
+                )
 
     def _missing(self, number: int, source: RowSource, keys: np.ndarray) -> list[int]:
         found = source.rows.lookup(keys)
