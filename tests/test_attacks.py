@@ -394,7 +394,6 @@ WRONG = [
     ({"store": ""}, r"\bstore="),
     ({"store": None}, r"\bstore="),
     ({"model": None}, "model"),
-    ({"cut": "head"}, r"(?s)head.*train|train.*head"),
 ]
 
 

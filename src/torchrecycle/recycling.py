@@ -1039,12 +1039,12 @@ def fill_many(
     Raises:
         CutError: the cuts do not lie one behind the other, or their models differ before them.
     """
+    if isinstance(recyclings, Recycling):
+        raise TypeError("recyclings is one recycling: give a list, fill_many([a, b], dataset), or call a.fill(dataset)")
     if not recyclings:
         raise BatchError("fill_many needs at least one recycling")
     _refuse_no_map_style(dataset)
     first = recyclings[0]
-    if isinstance(recyclings, Recycling):
-        raise TypeError("recyclings is one recycling: give a list, fill_many([a, b], dataset), or call a.fill(dataset)")
     for recycling in recyclings:
         if not recycling._attached:
             raise BatchError("a recycling that has been detached cannot be filled")
