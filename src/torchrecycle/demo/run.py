@@ -226,6 +226,10 @@ def _run_task(task: Task, store: Path, tell: Callable[[Any], None]) -> TaskResul
         tell(table)
     for line in _notes(done):
         tell(line)
+    if task.quick:
+        tell(
+            "  quick: a quarter of the data and a third of the epochs, too little to rank the levels; run without --quick"
+        )
     return done
 
 
