@@ -227,9 +227,7 @@ def _run_task(task: Task, store: Path, tell: Callable[[Any], None]) -> TaskResul
     for line in _notes(done):
         tell(line)
     if task.quick:
-        tell(
-            "  quick: a quarter of the data and a third of the epochs, too little to rank the levels; run without --quick"
-        )
+        tell("  quick: a quarter of the data and a third of the epochs, too little to rank the levels")
     return done
 
 
