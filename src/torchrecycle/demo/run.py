@@ -355,10 +355,10 @@ def _tables(done: TaskResult, width: int) -> list[Any]:
     """One table, or one for quality and one for time where the terminal is narrow."""
     quality = [("level", "left"), ("cut", "left"), *((metric, "right") for metric in done.untrained)]
     names = (
-        "fill s",
-        "epoch s",
-        "total s",
-        "speed-\nup",
+        "fill\ns",
+        "epoch\ns",
+        "total\ns",
+        "speed\nup",
         "with\nfilling",
         "against\nfrozen",
         "MB\nkept",
@@ -381,7 +381,8 @@ def _table(title: str, columns: Sequence[tuple[str, Any]], rows: Sequence[Sequen
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.collapse_padding = True
     for name, justify in columns:
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
@@ -413,7 +414,7 @@ def _row(result: LevelResult, full: LevelResult) -> list[str]:
 def _notes(done: TaskResult) -> Iterator[str]:
     yield "  speed-up: total seconds of full training, by those of the level, without and with filling"
     yield "  against frozen: an epoch with the same prefix frozen but computed again, by one from the store"
-    yield "  fill: one pass fills all levels; paid after: epochs until it has paid against the frozen prefix"
+    yield "  fill: one pass fills all levels; paid after: so many epochs, against the frozen prefix"
     for result in done.levels:
         used = result.recipe
         rate = f"rate {used['suffix_rate']:g}, " if used["suffix_rate"] else ""
