@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchrecycle import recycle
+from torchrecycle.demo.run import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -226,17 +227,6 @@ GOALS = {
     "epoch, head on 8,000 vectors": 1.25,
     "fill, ResNet-34 to layer3": 1.15,
 }
-
-
-def machine() -> str:
-    """The processor and the threads in use, in words."""
-    name = platform.processor() or platform.machine()
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else name
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

@@ -422,3 +422,42 @@ def test_a_loader_of_a_dict_is_refused_by_name(made):
 def test_a_loader_whose_collate_fn_is_no_function_is_refused_by_name(made):
     with pytest.raises((RecycleError, TypeError, ValueError), match="collate_fn"):
         next(iter(made.loader(DATA, batch_size=2, collate_fn="x")))
+
+
+class _Glue(nn.Module):
+    """A forward that scales by a plain tensor, neither parameter nor buffer, before its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.h = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.c = torch.ones(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.h(self.b(self.a(x * self.c)))
+
+
+CONSTANT_CHANGES = {
+    "in place": lambda m: m.c.mul_(2),
+    "through .data": lambda m: m.c.data.mul_(2),
+    "through NumPy": lambda m: m.c.numpy().__imul__(2),
+    "replaced": lambda m: setattr(m, "c", torch.full((8,), 2.0)),
+    "a layer replaced": lambda m: setattr(m, "a", nn.Linear(8, 8)),
+    "a forward patched": lambda m: setattr(m.a, "forward", lambda x: x * 2),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT_CHANGES)
+def test_a_constant_or_a_layer_changed_between_two_iterations_is_right_or_refused(name, tmp_path):
+    torch.manual_seed(0)
+    model, x = _Glue().eval(), torch.randn(16, 8)
+    with torch.no_grad(), recycle(model, x[:2], cut="b", store=tmp_path / "store") as recycling:
+        loader = recycling.loader(list(x), batch_size=8)
+        before = torch.cat([model(batch) for batch in loader])
+        CONSTANT_CHANGES[name](model)
+        want = copy.deepcopy(model)(x)
+        assert not torch.allclose(before, want, atol=1e-3)
+        try:
+            got = torch.cat([model(batch) for batch in loader])
+        except RecycleError:
+            return
+        assert torch.allclose(got, want, atol=1e-6)
