@@ -59,9 +59,9 @@ class Place:
         return 0.25 <= self.level <= 0.75 or 0.25 <= self.flops <= 0.75
 
 
-def places(built: Built, batch: Any) -> tuple[list[Place], list[Place]]:
+def places(built: Built, batch: Any, traced: Trace) -> tuple[list[Place], list[Place]]:
     """Blocks (or what the root calls itself) first, then every other module that is called once, outermost first."""
-    traced, counted = _traces(built, batch)
+    counted = _counted(built, batch, traced)
     once = [c for c in traced.calls if c.name and len(traced.of(c.name)) == 1]
     total = max(counted.calls[0].flops[1], 1) if counted else 1
 
@@ -79,14 +79,13 @@ def places(built: Built, batch: Any) -> tuple[list[Place], list[Place]]:
     return first, [place(call.name) for call in rest]
 
 
-def _traces(built: Built, batch: Any) -> tuple[Trace, Trace | None]:
+def _counted(built: Built, batch: Any, traced: Trace) -> Trace | None:
     args, kwargs = arguments(built, batch)
-    traced = trace(built.model, args, kwargs, keep_outputs=False)
     try:
         counted = trace(built.model, args, kwargs, count_flops=True, keep_outputs=False)
     except Exception:  # the counter knows not every operation
-        return traced, None
-    return traced, counted if len(counted.calls) == len(traced.calls) else None
+        return None
+    return counted if len(counted.calls) == len(traced.calls) else None
 
 
 def nearest(found: list[Place]) -> list[Place]:
@@ -121,6 +120,8 @@ class Subject:
     want_first: list[tuple[str, Any]] = field(repr=False)
     want_second: list[tuple[str, Any]] = field(repr=False)
     notes: list[str]
+    traced: Trace = field(repr=False)
+    """The calls of one forward."""
 
     def plain(self, batch: Any) -> list[tuple[str, Any]]:
         """The plain model's output in eval mode."""
@@ -138,7 +139,9 @@ def subject_of(built: Built) -> Subject:
     """The plain model run on two batches. Raises what the model raises."""
     built.model.eval()
     notes: list[str] = []
-    subject = Subject(built, built.batch(OBJECTS), None, [], [], notes)
+    first = built.batch(OBJECTS)
+    args, kwargs = arguments(built, first)
+    subject = Subject(built, first, None, [], [], notes, trace(built.model, args, kwargs, keep_outputs=False))
     subject.want_first = subject.plain(subject.first)
     if first_unequal(subject.want_first, subject.plain(subject.first)):
         notes.append("the plain model gives other values for the same batch and seed")
@@ -154,12 +157,13 @@ def subject_of(built: Built) -> Subject:
     return subject
 
 
-def check_case(case: Case, seconds: float = 240.0) -> dict[str, Any]:
+def check_case(case: Case, seconds: float = 240.0, *, listing: bool = False) -> dict[str, Any]:
     """Try a model; what is found, ready for JSON.
 
     Args:
         case: the model.
         seconds: after so long, no further cut is begun.
+        listing: also ask `cuts()` what it thinks, which takes as long as a cut or two.
     """
     began = time.perf_counter()
     report: dict[str, Any] = {"library": case.library, "name": case.name, "module": case.module}
@@ -167,12 +171,13 @@ def check_case(case: Case, seconds: float = 240.0) -> dict[str, Any]:
         built = case.make()
         report["parameters"] = sum(p.numel() for p in built.model.parameters())
         subject = subject_of(built)
-        first, rest = places(built, subject.first)
+        first, rest = places(built, subject.first, subject.traced)
     except Exception as error:
         report |= {"status": "untested", "reason": _line(error), "where": _where(error), "cuts": []}
         return report | {"seconds": round(time.perf_counter() - began, 2)}
     report["cuts"] = found = []
-    report["listed"] = _listed(subject, first)
+    if listing:
+        report["listed"] = _listed(subject)
 
     def try_out(place: Place) -> None:
         found.append(check_cut(subject, place))
@@ -192,10 +197,8 @@ def check_case(case: Case, seconds: float = 240.0) -> dict[str, Any]:
     return report
 
 
-def _listed(subject: Subject, first: list[Place]) -> dict[str, Any] | None:
-    """What `cuts()` says, where asking is quick."""
-    if len(first) > 12:
-        return None
+def _listed(subject: Subject) -> dict[str, Any]:
+    """What `cuts()` says."""
     began = time.perf_counter()
     try:
         found = cuts(subject.built.model, subject.first, inputs=subject.built.inputs, mask=_mask(subject.built))
@@ -398,9 +401,22 @@ class Trial:
             by_hand.get_submodule(plan.modules[module]).eval()
         for name in self.recycling.bypass.prefix_parameters:
             by_hand.get_parameter(name).requires_grad_(False)
-        for name in plan.mixed:
-            _eval_at_first(by_hand.get_submodule(name), sum(step.name == name for step in plan.steps))
+        for name, times in self._called_on_both_sides():
+            _eval_at_first(by_hand.get_submodule(name), times)
         return by_hand
+
+    def _called_on_both_sides(self) -> Iterator[tuple[str, int]]:
+        """Modules of the prefix that the suffix calls too, and how often the prefix does.
+
+        What they do after the cut is the suffix's, in training mode: a shared dropout draws again. (DiT's last layers
+        call the embedding inside of the first block, which drops labels.)
+        """
+        traced, plan = self.subject.traced, self.recycling.bypass.plan
+        owned = list(plan.modules.values())
+        end = traced.of(plan.cut)[0].end
+        for name in {one.name for one in traced.calls if one.begin > end}:
+            if any(name == one or name.startswith(f"{one}.") for one in owned):
+                yield name, sum(one.end <= end for one in traced.of(name))
 
     def _same_gradients(self, by_hand: nn.Module) -> int:
         """How many gradients were compared."""

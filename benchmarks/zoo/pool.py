@@ -20,7 +20,7 @@ LARGE = 4 * 2**20
 """KiB of resident memory after which a worker is replaced."""
 
 
-def work(pipe: Connection, seconds: float) -> None:
+def work(pipe: Connection, seconds: float, listing: bool) -> None:
     """A worker: takes (library, name), gives back what was found."""
     import warnings
 
@@ -32,7 +32,7 @@ def work(pipe: Connection, seconds: float) -> None:
     from libraries import find_case
 
     while (asked := pipe.recv()) is not None:
-        found = check_case(find_case(*asked), seconds)
+        found = check_case(find_case(*asked), seconds, listing=listing)
         found["worker_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         pipe.send(found)
 
@@ -52,42 +52,45 @@ class _Worker:
         self.process.join()
 
 
-def run_all(names: Sequence[tuple[str, str]], jobs: int, limit: float) -> Iterator[dict[str, Any]]:
+def run_all(
+    names: Sequence[tuple[str, str]], jobs: int, limit: float, *, listing: bool = False
+) -> Iterator[dict[str, Any]]:
     """What is found for each (library, name), as it comes.
 
     Args:
         names: the cases.
         jobs: processes.
         limit: seconds per case.
+        listing: also ask `cuts()`.
     """
     waiting, workers = list(names), []
     try:
-        workers = [_start(limit) for _ in range(min(jobs, len(waiting)))]
+        workers = [_start(limit, listing) for _ in range(min(jobs, len(waiting)))]
         while waiting or any(worker.asked for worker in workers):
             for i, worker in enumerate(workers):
                 if worker.asked is None and waiting:
                     if worker.outgrown:
                         worker.end()
-                        workers[i] = worker = _start(limit)
+                        workers[i] = worker = _start(limit, listing)
                     worker.asked, worker.since = waiting.pop(0), time.monotonic()
                     worker.pipe.send(worker.asked)
-            yield from _collect(workers, limit)
+            yield from _collect(workers, limit, listing)
     finally:
         for worker in workers:
             worker.end()
 
 
-def _start(limit: float) -> _Worker:
+def _start(limit: float, listing: bool) -> _Worker:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, 0.8 * limit), daemon=True)
+    process = context.Process(target=work, args=(theirs, 0.8 * limit, listing), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
-def _collect(workers: list[_Worker], limit: float) -> Iterator[dict[str, Any]]:
+def _collect(workers: list[_Worker], limit: float, listing: bool) -> Iterator[dict[str, Any]]:
     ready = wait([worker.pipe for worker in workers if worker.asked], timeout=1.0)
     for i, worker in enumerate(workers):
         if worker.asked is None:
@@ -100,11 +103,11 @@ def _collect(workers: list[_Worker], limit: float) -> Iterator[dict[str, Any]]:
                 worker.process.join()
                 found = _lost(worker, "crash", f"the process ended with {worker.process.exitcode}")
                 worker.end()
-                workers[i] = _start(limit)
+                workers[i] = _start(limit, listing)
         elif time.monotonic() - worker.since > limit:
             found = _lost(worker, "timeout", f"after {limit:.0f} s")
             worker.end()
-            workers[i] = _start(limit)
+            workers[i] = _start(limit, listing)
         else:
             continue
         worker.asked = None

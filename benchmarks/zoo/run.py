@@ -123,13 +123,15 @@ def told(report: dict[str, Any], done: int, of: int) -> str:
     return f"[{done:>3}/{of}] {report['seconds']:6.1f} s  {name:<58} {report['status']:<8} {cuts[:90]}{useful}"
 
 
-def run(names: Sequence[tuple[str, str]], progress: Progress | None, jobs: int, limit: float) -> list[dict[str, Any]]:
+def run(
+    names: Sequence[tuple[str, str]], progress: Progress | None, jobs: int, limit: float, *, listing: bool = False
+) -> list[dict[str, Any]]:
     """What is found for all of them, in their order; what is known already is not done again."""
     known = progress.load() if progress else {}
     found = {pair: known[pair] for pair in names if pair in known}
     if found:
         print(f"{len(found)} of {len(names)} models are known from before ({progress.path if progress else ''})")
-    for report in run_all([pair for pair in names if pair not in found], jobs, limit):
+    for report in run_all([pair for pair in names if pair not in found], jobs, limit, listing=listing):
         found[report["library"], report["name"]] = report
         if progress:
             progress.add(report)
@@ -145,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", action="store_true", help="a dozen cheap models, in under three minutes")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
     parser.add_argument("--stale", action="store_true", help="keep what was found at other commits of torchrecycle")
+    parser.add_argument("--list", action="store_true", help="also keep what cuts() says of each model (takes longer)")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds per model")
     parser.add_argument("--progress", type=Path, default=ZOO / ".progress.jsonl", help="what is finished, line by line")
@@ -157,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stamp = {"versions": about["versions"], "commit": "any" if options.stale else about["commit"]}
     if options.fresh:
         options.progress.unlink(missing_ok=True)
-    reports = run(chosen(options), Progress(options.progress, stamp), options.jobs, options.limit)
+    progress = Progress(options.progress, stamp)
+    reports = run(chosen(options), progress, options.jobs, options.limit, listing=options.list)
     found = summary(reports)
     about["seconds"] = round(time.perf_counter() - began)
     tell(found)

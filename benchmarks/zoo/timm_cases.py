@@ -1,4 +1,4 @@
-"""The smallest model of every architecture module of timm, at the smallest of some sizes that it runs at.
+"""The smallest real model of every architecture module of timm, and timm's own test models, at small sizes.
 
 `timm_smallest.json` says which model that is for each of the 98 modules (by parameters), and is made by
 ``python benchmarks/zoo/timm_cases.py``; looking at 1,500 models takes minutes, so it is not done at each run. A module
@@ -24,12 +24,14 @@ CLASSES = 10
 
 
 def cases() -> Iterator[Case]:
-    """One per module."""
+    """One per module, and the test models: as small, and of architectures that have several."""
     known = json.loads(SMALLEST.read_text(encoding="utf-8")) if SMALLEST.exists() else {}
     for module in timm.list_modules():
         name = known.get(module) or next(iter(timm.list_models(module=module)), None)
         if name is not None:
             yield Case("timm", name, partial(_build, name), module)
+    for name in timm.list_models("test_*"):
+        yield Case("timm", name, partial(_build, name), timm.models.model_entrypoint(name).__module__.split(".")[-1])
 
 
 def _build(name: str) -> Built:
@@ -66,7 +68,7 @@ def choose() -> dict[str, str]:
     chosen = {}
     for module in timm.list_modules():
         sizes = {}
-        for name in timm.list_models(module=module):
+        for name in timm.list_models(module=module, exclude_filters="test_*"):
             try:
                 sizes[name] = _parameters(name)
             except Exception as error:
