@@ -380,7 +380,7 @@ def test_a_recycling_that_was_made_in_inference_mode_trains_outside_of_it(tmp_pa
 # -- arguments of a wrong kind -----------------------------------------------------------------------------------------
 
 WRONG = [
-    ({"cut": ["a", "b"]}, r"\bcut="),
+    ({"cut": ["a", 2]}, r"\bcut="),
     ({"cut": 2}, r"\bcut="),
     ({"cut": None, "level": "0.5"}, r"\blevel="),
     ({"cut": None, "level": True}, r"\blevel="),

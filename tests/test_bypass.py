@@ -425,10 +425,23 @@ def test_wav2vec2_with_a_padding_mask_gives_the_right_logits_or_is_refused(norm)
     assert torch.allclose(want, got, atol=1e-5)
 
 
-def test_a_mask_over_raw_audio_is_refused_with_what_to_do():
-    batch = {"input_values": torch.randn(2, 400), "attention_mask": torch.ones(2, 400, dtype=torch.long)}
-    with pytest.raises(CutError, match="leave the mask out"):
-        _attach(wav2vec2(), batch, "wav2vec2.encoder.layers.1")
+def test_rows_that_follow_a_mask_over_raw_audio_by_no_simple_law_are_kept_whole_and_found_at_their_length():
+    def batch(length: int, seed: int, objects: int = 2) -> dict[str, torch.Tensor]:
+        values = torch.randn(objects, length, generator=torch.Generator().manual_seed(seed))
+        return {"input_values": values, "attention_mask": torch.ones(objects, length, dtype=torch.long)}
+
+    model = wav2vec2().eval()
+    want = {length: model(**batch(length, length, 4))[0] for length in (400, 520)}
+    with _attach(model, batch(400, 0), "wav2vec2.encoder.layers.1") as recycling:
+        assert recycling.source.layouts[0].free
+        for length, logits in want.items():
+            raw = batch(length, length, 4)
+            items = [{name: tensor[i] for name, tensor in raw.items()} for i in range(4)]
+            hit = next(iter(recycling.loader(items, batch_size=4)))
+            with torch.no_grad():
+                assert torch.equal(model(**hit)[0], logits)
+                assert torch.equal(model(**raw)[0], logits)
+        assert recycling.stats.hits == 8
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,16 +17,9 @@ from torchrecycle.codec import PRECISIONS, Layout, dense_stride, stride_order
 def _layout(
     leaf: torch.Tensor, batch_dim: int = 0, ragged_dim: int | None = None, kept: torch.dtype | None = None
 ) -> Layout:
-    empty = Layout(leaf.dim(), batch_dim, ragged_dim, stride_order(leaf), (), leaf.dtype, kept or leaf.dtype)
-    return Layout(
-        leaf.dim(),
-        batch_dim,
-        ragged_dim,
-        stride_order(leaf),
-        empty.row_shape(leaf.shape),
-        leaf.dtype,
-        kept or leaf.dtype,
-    )
+    ragged = () if ragged_dim is None else (ragged_dim,)
+    empty = Layout(leaf.dim(), batch_dim, ragged, stride_order(leaf), (), leaf.dtype, kept or leaf.dtype)
+    return replace(empty, shape=empty.row_shape(leaf.shape))
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))

@@ -14,13 +14,13 @@ from transformers import BertConfig, BertModel
 
 from small_models import bert, efficientnet, images, resnet, sequential, state_of, texts, vit
 from torchrecycle import BatchError, Cut, CutError, cuts, recycle
-from torchrecycle.bypass import BatchRule, Probes, example_inputs, mask_name, parameter_names
+from torchrecycle.bypass import BatchRule, Probes, example_inputs, parameter_names, sequences_of
 from torchrecycle.cost import blocks_of, choose_cut, level_of
 
 
 def _probes(model: nn.Module, example: Any) -> Probes:
     inputs = example_inputs(model, BatchRule(parameter_names(model), example), example)
-    return Probes.of(model, inputs, mask_name(inputs, None))
+    return Probes.of(model, inputs, sequences_of(inputs, None))
 
 
 def _two() -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ PREFIX = ["conv1", "bn1", "layer1"]
 
 
 def _settings(**changes: object) -> dict[str, object]:
-    layout = Layout(4, 0, None, (0, 1, 2, 3), (64, 8, 8), torch.float32, torch.float32)
+    layout = Layout(4, 0, (), (0, 1, 2, 3), (64, 8, 8), torch.float32, torch.float32)
     arguments: dict[str, object] = {
         "cut": "layer1", "layouts": [layout], "precision": None, "autocast": None, "inputs": ["x"], "padding": ""
     }  # fmt: skip

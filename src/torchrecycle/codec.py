@@ -2,7 +2,8 @@
 
 A BERT layer gives ``[64, 32, 384]`` for 64 texts padded to 32 tokens. A row is what belongs to one text: ``[12, 384]``
 for 12 tokens, without the padding. `Layout.encode` takes a batch of activations apart into such rows, `Layout.decode`
-puts them into the next batch, which may be padded to 20 or on the other side.
+puts them into the next batch, which may be padded to 20 or on the other side. A leaf may follow sequences in several
+dimensions (attention biases ``[64, 8, 32, 32]``).
 
 A row keeps the order in which the model's tensor lies in memory (channels-last stays so), since other strides can
 change the last bits of what the suffix computes. `precision` is the only thing that a row may lose.
@@ -17,7 +18,7 @@ import torch
 
 from torchrecycle.errors import BatchError
 
-__all__ = ["PRECISIONS", "Layout", "dense_stride", "stride_order"]
+__all__ = ["PRECISIONS", "Layout", "dense_stride", "places", "stride_order"]
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -49,39 +50,62 @@ class Layout:
     """Number of dimensions in the model."""
     batch_dim: int
     """Which of them counts the objects."""
-    ragged_dim: int | None
-    """Which of them counts the tokens of a sequence, if any; rows keep only the tokens of the object."""
+    ragged_dims: tuple[int, ...]
+    """Which of them follow the length of a sequence, in ascending order; rows keep only the places of the object. With
+    `per_object` over one, counted after the batch dimension has been taken apart."""
     order: tuple[int, ...]
-    """The model's dimensions from the outermost to the innermost in memory."""
+    """The model's dimensions from the outermost to the innermost in memory, likewise."""
     shape: tuple[int, ...]
-    """Shape of a row in `permutation` order, without the ragged dimension."""
+    """Shape of a row in `permutation` order, without the ragged dimensions."""
     dtype: torch.dtype
     """The model's own dtype."""
     kept: torch.dtype
     """The dtype in which it is kept."""
+    ragged_by: tuple[int, ...] = ()
+    """Per ragged dimension the number of the sequence that it follows, or -1 where it follows by no known law."""
+    per_object: int = 1
+    """How many places of the batch dimension belong to one object: the frames of a clip."""
+    fill: float | None = None
+    """What stands at padded places; zeros if None."""
 
     @property
     def ragged(self) -> bool:
-        return self.ragged_dim is not None
+        return bool(self.ragged_dims)
+
+    @property
+    def free(self) -> bool:
+        """Whether the size of a ragged dimension is only known from the rows themselves."""
+        return -1 in self.ragged_by
+
+    @property
+    def sized(self) -> bool:
+        """Whether a row's number of places does not tell its sizes, which are kept beside it."""
+        return self.free and len(self.ragged_dims) > 1
 
     @property
     def permutation(self) -> tuple[int, ...]:
-        """The model's dimensions in the order of a row: objects, tokens, then the rest as it lies in memory."""
-        first = [self.batch_dim] + ([] if self.ragged_dim is None else [self.ragged_dim])
+        """The model's dimensions in the order of a row: objects, ragged ones, then the rest as it lies in memory."""
+        first = (self.batch_dim, *self.ragged_dims)
         return (*first, *(dim for dim in self.order if dim not in first))
 
     def row_shape(self, leaf_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape that a row of a leaf of that shape has, without the ragged dimension."""
-        return tuple(leaf_shape[dim] for dim in self.permutation[2 if self.ragged else 1 :])
+        """The shape that a row of a leaf of that shape has, without the ragged dimensions."""
+        shape = list(leaf_shape)
+        if self.per_object > 1:
+            shape[self.batch_dim : self.batch_dim + 1] = [shape[self.batch_dim] // self.per_object, self.per_object]
+        return tuple(shape[dim] for dim in self.permutation[1 + len(self.ragged_dims) :])
 
     def to_rows(self, leaf: torch.Tensor) -> torch.Tensor:
-        """The leaf as ``[batch, (tokens,) ...]`` in its kept dtype. May be a view of `leaf`.
+        """The leaf as ``[batch, (ragged,)* ...]`` in its kept dtype. May be a view of `leaf`.
 
         Raises:
             BatchError: the rows have another shape than those of the example.
         """
-        rows = leaf.detach().permute(self.permutation)
         given = self.row_shape(leaf.shape)
+        rows = leaf.detach()
+        if self.per_object > 1:
+            rows = rows.unflatten(self.batch_dim, (-1, self.per_object))
+        rows = rows.permute(self.permutation)
         if given != self.shape:
             raise BatchError(
                 f"a row of shape {list(given)} came where {list(self.shape)} was expected: the objects of this batch "
@@ -97,34 +121,47 @@ class Layout:
         return kept
 
     def to_model(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[batch, (tokens,) ...]`` as the model gives it: dtype, dimensions and strides. May be a view of `rows`."""
+        """``[batch, (ragged,)* ...]`` as the model gives it: dtype, dimensions, strides. May be a view of `rows`."""
         rows = rows.to(self.dtype)
-        inverse = [self.permutation.index(dim) for dim in range(self.dims)]
+        inverse = [self.permutation.index(dim) for dim in range(len(self.permutation))]
         leaf = rows.permute(inverse)
         stride = dense_stride(leaf.shape, self.order)
-        if leaf.stride() == stride or leaf.numel() == 0:
-            return leaf
-        same = torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device=leaf.device)
-        return same.copy_(leaf)
+        if leaf.stride() != stride and leaf.numel():
+            leaf = torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+        return leaf.flatten(self.batch_dim, self.batch_dim + 1) if self.per_object > 1 else leaf
 
-    def trim(self, rows: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the padding off: ``[batch, tokens, ...]`` to values ``[total, ...]`` and lengths ``[batch]``."""
-        mask = mask.bool()
-        return rows[mask], mask.sum(dim=1)
+    def trim(self, rows: torch.Tensor, *masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the padding off: ``[batch, ragged..., ...]`` to values ``[total, ...]`` and lengths ``[batch]``.
 
-    def pad(self, values: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Put the padding back where `mask` ``[batch, tokens]`` has it: zeros at padded places.
+        Args:
+            rows: what `to_rows` gives.
+            *masks: per ragged dimension ``[batch, size]``, one where a place is kept.
+        """
+        mask = places(masks)
+        return rows[mask], mask.flatten(1).sum(dim=1)
+
+    def pad(self, values: torch.Tensor, lengths: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
+        """Put the padding back where the masks have it. The inverse of `trim`.
 
         Raises:
-            BatchError: the mask has another number of tokens than a row.
+            BatchError: a mask has another number of tokens than a row.
         """
-        mask = mask.bool()
-        expected = mask.sum(dim=1)
+        mask = places(masks)
+        expected = mask.flatten(1).sum(dim=1)
         if not torch.equal(expected, lengths.to(expected.device)):
             raise BatchError(
-                f"the batch's mask has {expected.tolist()[:8]} tokens per object where its rows have "
+                f"the batch's mask has {expected.tolist()[:8]} places per object where its rows have "
                 f"{lengths.tolist()[:8]}: the mask was changed after the rows were found"
             )
-        rows = values.new_zeros((*mask.shape, *values.shape[1:]))
+        shape = (*mask.shape, *values.shape[1:])
+        rows = values.new_zeros(shape) if self.fill is None else values.new_full(shape, self.fill)
         rows[mask] = values
         return rows
+
+
+def places(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Which places of several ragged dimensions are kept: ``[batch, a]`` and ``[batch, b]`` give ``[batch, a, b]``."""
+    kept = masks[0].bool()
+    for mask in masks[1:]:
+        kept = kept.unsqueeze(-1) & mask.bool().reshape(len(mask), *[1] * (kept.dim() - 1), -1)
+    return kept

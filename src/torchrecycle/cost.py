@@ -24,9 +24,9 @@ from torchrecycle.bypass import (
     evaluating,
     example_inputs,
     make_plan,
-    mask_name,
     parameter_names,
     run_or_explain,
+    sequences_of,
 )
 from torchrecycle.errors import CutError
 from torchrecycle.trace import Call, Trace, trace
@@ -139,7 +139,7 @@ def cuts(model: nn.Module, example: Any, *, inputs: Any = None, mask: str | None
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     rule = BatchRule(parameter_names(model), example, inputs)
     call = example_inputs(model, rule, example)
-    probes = run_or_explain(model, lambda: Probes.of(model, call, mask_name(call, mask)))
+    probes = run_or_explain(model, lambda: Probes.of(model, call, sequences_of(call, mask)))
     measured = _measure(model, call)
     names = _all_names(probes.traces[0]) if all else _block_names(model, probes.traces[0])
     found = [_cut(probes, measured, name) for name in names]

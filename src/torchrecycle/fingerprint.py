@@ -99,7 +99,18 @@ def settings_of(
 ) -> dict[str, Any]:
     """What of a recycling's settings enters its fingerprint."""
     leaves = [
-        (lay.dims, lay.batch_dim, lay.ragged_dim, lay.order, lay.shape, str(lay.dtype), str(lay.kept))
+        (
+            lay.dims,
+            lay.batch_dim,
+            lay.ragged_dims,
+            lay.ragged_by,
+            lay.per_object,
+            lay.fill,
+            lay.order,
+            lay.shape,
+            str(lay.dtype),
+            str(lay.kept),
+        )
         for lay in layouts
     ]
     return {

@@ -45,7 +45,7 @@ import struct
 import sys
 import uuid
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -119,17 +119,17 @@ def key(obj: Any, *, where: str = "item") -> Key:
 
 def tensor_row_keys(
     inputs: Mapping[str, torch.Tensor],
-    masks: torch.Tensor | None = None,
-    ragged: Container[str] = (),
+    masks: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+    ragged: Collection[str] = (),
 ) -> np.ndarray:
     """The keys of all rows of a batch: of row i, the key of ``{name: tensor[i]}`` without its padding.
 
     Args:
         inputs: tensors [batch, ...] on any device, at least one.
         masks: [batch, T], zero where a position is padding, which may lie left, right or between. None:
-            nothing is padding.
+            nothing is padding. By name of an input, where several have lengths of their own.
         ragged: the names of the inputs [batch, T, ...] of which only the positions under the mask count. The
-            others count in full.
+            others count in full. Masks by name say it themselves.
 
     Returns:
         [batch, 16] uint8, a new array: row i is ``key({name: tensor[i], ...})``, where a ragged tensor enters
@@ -146,14 +146,20 @@ def tensor_row_keys(
         True
     """
     batch = _batch_size(inputs)
+    own = masks if isinstance(masks, Mapping) else {} if masks is None else dict.fromkeys(ragged, masks)
     if any(_is_special(tensor) for tensor in inputs.values()):
-        return _slow_row_keys(inputs, masks, ragged, batch)
-    kept = None if masks is None else _kept_positions(masks, inputs, ragged)
+        return _slow_row_keys(inputs, own, batch)
+    kept: dict[int, Any] = {}
     columns: list[Sequence[bytes | memoryview]] = [[_PREFIX + b"d" + _u64(len(inputs))] * batch]
     for name in sorted(inputs, key=_str_key):
         tensor = inputs[name]
+        mask = own.get(name)
+        if mask is not None:
+            _compare_shapes(name, tensor, mask)
+            if id(mask) not in kept:
+                kept[id(mask)] = _kept_positions(mask)
         try:
-            columns += _columns(_str_key(name), tensor, kept if name in ragged else None, batch)
+            columns += _columns(_str_key(name), tensor, None if mask is None else kept[id(mask)], batch)
         except _RefusedError as refused:
             raise refused.as_key_error(f"inputs[{name!r}]") from None
     digests = b"".join([_row_key(parts) for parts in zip(*columns, strict=True)])
@@ -742,32 +748,28 @@ def _is_special(tensor: torch.Tensor) -> bool:
     return tensor.is_nested or tensor.layout is not torch.strided
 
 
-def _slow_row_keys(
-    inputs: Mapping[str, torch.Tensor], masks: torch.Tensor | None, ragged: Container[str], batch: int
-) -> np.ndarray:
+def _slow_row_keys(inputs: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], batch: int) -> np.ndarray:
     """Row by row: for sparse and nested tensors, which have no common buffer to cut rows from."""
     keys = []
     for row in range(batch):
         values = {name: tensor[row] for name, tensor in inputs.items()}
-        if masks is not None:
-            values = {n: v[masks[row].bool()] if n in ragged else v for n, v in values.items()}
+        values = {n: v[masks[n][row].bool()] if n in masks else v for n, v in values.items()}
         keys.append(key(values, where="inputs"))
     return np.frombuffer(b"".join(keys), np.uint8).reshape(batch, KEY_BYTES).copy()
 
 
-def _kept_positions(
-    masks: torch.Tensor, inputs: Mapping[str, torch.Tensor], ragged: Container[str]
-) -> tuple[torch.Tensor, list[int]] | None:
+def _compare_shapes(name: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
+    if mask.ndim != 2:
+        raise BatchError(f"the mask must be [batch, T]; its shape is {tuple(mask.shape)}")
+    if tensor.shape[:2] != mask.shape:
+        raise BatchError(
+            f"inputs[{name!r}] of shape {tuple(tensor.shape)} does not begin with the mask's shape, {tuple(mask.shape)}"
+        )
+
+
+def _kept_positions(mask: torch.Tensor) -> tuple[torch.Tensor, list[int]] | None:
     """The mask as booleans on the CPU, and how many positions each row keeps. None if all are kept."""
-    if masks.ndim != 2:
-        raise BatchError(f"the mask must be [batch, T]; its shape is {tuple(masks.shape)}")
-    for name, tensor in inputs.items():
-        if name in ragged and tensor.shape[:2] != masks.shape:
-            raise BatchError(
-                f"inputs[{name!r}] of shape {tuple(tensor.shape)} does not begin with the mask's shape, "
-                f"{tuple(masks.shape)}"
-            )
-    kept = masks.detach().cpu().bool()
+    kept = mask.detach().cpu().bool()
     if bool(kept.all()):
         return None
     return kept, kept.sum(1).tolist()

@@ -35,16 +35,16 @@ from torchrecycle.bypass import (
     example_inputs,
     first_difference,
     make_plan,
-    mask_name,
     noise,
     parameter_names,
     prove,
     prove_rows,
     relative_difference,
     run_or_explain,
+    sequences_of,
     take_rows,
 )
-from torchrecycle.codec import PRECISIONS
+from torchrecycle.codec import PRECISIONS, Layout
 from torchrecycle.cost import choose_cut, level_of
 from torchrecycle.data import (
     KnownManifests,
@@ -114,13 +114,13 @@ def recycle(
     model: nn.Module,
     example: Any,
     *,
-    cut: str | None = None,
+    cut: str | Sequence[str] | None = None,
     level: float | None = None,
     store: str | os.PathLike[str] | Store,
     precision: str | None = None,
     autocast: torch.dtype | None = None,
     inputs: Callable[[Any], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
-    mask: str | None = None,
+    mask: str | Sequence[str] | None = None,
     key: Callable[[Any], Any] | None = None,
     views: int = 1,
     share: Literal["refuse", "freeze"] = "refuse",
@@ -133,13 +133,16 @@ def recycle(
         example: a batch of two objects or more, as the user's loop has it: a tensor means that the batch, or its first
             element, is the model input; a tuple of n that the first n elements are; a dict that its keys are, as
             keyword arguments. All else in a batch is a target.
-        cut: the name of the module whose output is kept. See `cuts`.
+        cut: the name of the module whose output is kept; ``block#2`` for the second call of a module that is called
+            several times; a list of names for a joint cut of parts that lie side by side, such as two towers. See
+            `cuts`.
         level: in place of `cut`, the share of the blocks to recycle: 0.5 is the usual choice, 1 is head only.
         store: a folder (made when first written to), ``memory://name``, or a `Store`.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for kept rows; the activation's own dtype if None.
         autocast: the dtype of the autocast that the loop uses around the model, if it does.
         inputs: ``batch -> (args, kwargs)``, in place of what the example says.
-        mask: the name of the model input that tells padding; ``attention_mask`` where there is one.
+        mask: the name of the model input that tells padding, or several; ``attention_mask`` and
+            ``decoder_attention_mask`` where they are.
         key: from a data set's item to whatever identifies it (a primary key, a path), in place of its content. Then
             ``name=`` must be given at `fill`, `loader` and `dataset`.
         views: 1; several augmented views per object are not available yet.
@@ -174,8 +177,12 @@ def _refuse_arguments(
     """Arguments of a wrong type, each in words."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    if cut is not None and not isinstance(cut, str):
-        raise CutError(f"cut={cut!r} is not the name of a module, such as 'layer2'. See cuts(model, example).")
+    names = [cut] if isinstance(cut, str) or cut is None else cut
+    if not isinstance(names, (list, tuple)) or not names or not all(n is None or isinstance(n, str) for n in names):
+        raise CutError(
+            f"cut={cut!r} is neither the name of a module, such as 'layer2', nor a list of names. See cuts(model, "
+            "example)."
+        )
     if level is not None and (isinstance(level, bool) or not isinstance(level, (int, float))):
         raise CutError(f"level={level!r} is not a number from 0 to 1, such as 0.5")
     if not isinstance(store, (str, os.PathLike, Store)) or not str(store):
@@ -194,13 +201,13 @@ class _Options:
     """What `recycle` was called with."""
 
     example: Any = field(repr=False)
-    cut: str | None
+    cut: str | Sequence[str] | None
     level: float | None
     store: Store
     precision: str | None
     autocast: torch.dtype | None
     inputs: Any
-    mask: str | None
+    mask: str | Sequence[str] | None
     key: Callable[[Any], Any] | None
     share: str
     verify_every: int
@@ -247,11 +254,11 @@ class Recycling:
         self._names = parameter_names(model)
         self._rule = BatchRule(self._names, options.example, options.inputs)
         self._example = take_rows(example_inputs(model, self._rule, options.example), [0, 1])
-        self._mask = mask_name(self._example, options.mask)
+        self._sequences = sequences_of(self._example, options.mask)
         self._paused = 0
         self._attached = False
         self._manifests: KnownManifests
-        self._cut = options.cut
+        self._cut: str | Sequence[str] | None = options.cut
         self.bypass: Bypass
         self.source: RowSource
         self.reference: list[torch.Tensor] = []
@@ -267,13 +274,15 @@ class Recycling:
     def _divide(self) -> None:
         device = device_of(self.model)
         self._example = self._example.map_tensors(lambda tensor: tensor.to(device).clone())
-        probes = run_or_explain(self.model, lambda: Probes.of(self.model, self._example, self._mask))
+        probes = run_or_explain(self.model, lambda: Probes.of(self.model, self._example, self._sequences))
         if self._cut is None:
             assert self._options.level is not None
             self._cut = choose_cut(self.model, probes, self._options.level)
         plan = make_plan(probes, self._cut, precision=PRECISIONS.get(self._options.precision or ""))
         traced = probes.traces[0]
-        self._level = level_of(self.model, traced, self._cut)
+        names = [self._cut] if isinstance(self._cut, str) else self._cut
+        self._level = sum(level_of(self.model, traced, name) for name in names) / len(names)
+        self._sequences = plan.sequences
         self.bypass = Bypass(self.model, plan, traced, autocast=self._options.autocast, share=self._options.share)
         self.bypass.attach(self)
         try:
@@ -330,7 +339,7 @@ class Recycling:
             fingerprint=self._fingerprint.hex,
             rule=self._rule,
             layouts=plan.layouts,
-            mask=self._mask,
+            sequences=self._sequences,
             padding=padding,
             key_inputs=tuple(key_inputs),
             absent=absent,
@@ -346,29 +355,28 @@ class Recycling:
             precision=self._options.precision,
             autocast=self._options.autocast,
             inputs=key_inputs,
-            padding=f"{padding.right} {padding.left}" if self._mask else "",
+            padding=f"{padding.right} {padding.left}" if self._sequences else "",
             key="user" if self._options.key is not None else "content",
         )
         return {**settings, "arguments": repr(plain), "steps": [(s.name, s.action) for s in plan.steps]}
 
     def _row_bytes(self, plan: Plan) -> int:
-        tokens = self._example.tensors()[self._mask].shape[1] if self._mask else 1
-        return sum(
-            int(np.prod(layout.shape)) * layout.kept.itemsize * (tokens if layout.ragged else 1)
-            for layout in plan.layouts
-        )
+        return sum(row[0].numel() * row.itemsize for row in map(Layout.to_rows, plan.layouts, self.reference))
 
     def _is_padded(self, name: str) -> bool:
         """Whether an input is as long as the batch's longest object: its collate function must see it to pad it."""
-        example = self._example.tensors()
-        return self._mask is not None and example[name].shape[:2] == example[self._mask].shape
+        return name in dict(self._sequences.followers(self._example))
 
     def _input_bytes(self, name: str) -> int:
         tensor = self._example.tensors()[name]
         return tensor[0].numel() * tensor.itemsize
 
     def _open_rows(self, plan: Plan) -> Rows:
-        specs = [LeafSpec(shape=lay.shape, ragged=lay.ragged, dtype=lay.kept) for lay in plan.layouts]
+        specs = []
+        for layout in plan.layouts:
+            specs.append(LeafSpec(shape=layout.shape, ragged=layout.ragged, dtype=layout.kept))
+            if layout.sized:
+                specs.append(LeafSpec(shape=(len(layout.ragged_dims),), ragged=False, dtype=torch.int64))
         about = {
             "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             "cut": plan.cut,
@@ -478,25 +486,19 @@ class Recycling:
 
     def _probe_call(self, tensors: Mapping[str, torch.Tensor]) -> Inputs:
         """The example's call with the probe's tensors in it, and other inputs at their length."""
-        example = self._example.tensors()
-        old = example[self._mask].shape[1] if self._mask else -1
-        new = tensors[self._mask].shape[1] if self._mask and self._mask in tensors else old
-
-        def value(name: str, given: Any) -> Any:
-            if name in tensors:
-                return tensors[name].to(self.device)
-            if isinstance(given, torch.Tensor) and given.dim() > 1 and given.shape[1] == old and new != old:
-                return given.new_zeros((given.shape[0], new, *given.shape[2:]))
-            return given
-
-        return self._example.map(value)
+        lengths = self._sequences.lengths(Inputs((), (), {**self._example.tensors(), **tensors}))
+        call = self._sequences.resized(self._example, lengths)
+        return call.map(lambda name, given: tensors[name].to(self.device) if name in tensors else given)
 
     def _write_probe(self) -> None:
         if self.source.rows.read_probe() is not None:
             return
         generator = torch.Generator().manual_seed(20_220_107)
         example = self._example.tensors()
-        made = {name: _synthetic(example[name].cpu(), name == self._mask, generator) for name in self.source.key_inputs}
+        made = {
+            name: _synthetic(example[name].cpu(), name in self._sequences.masks, generator)
+            for name in self.source.key_inputs
+        }
         with undisturbed(self.model):
             leaves = self.bypass.prefix(self._probe_call(made))
         tensors = {f"input.{name}": tensor for name, tensor in made.items()}
@@ -844,14 +846,7 @@ class Recycling:
         """Rows of a raw batch as they would be kept, zeros at padded places, before any loss of precision."""
         with undisturbed(self.model):
             leaves = self.bypass.prefix(inputs.map_tensors(lambda tensor: tensor.to(self.device)))
-        kept = self.source.positions(inputs)
-        rows = []
-        for layout, leaf in zip(self.bypass.plan.layouts, leaves, strict=True):
-            dense = leaf.detach().permute(layout.permutation).cpu()
-            if layout.ragged and kept is not None:
-                dense = dense * kept.cpu().reshape(*kept.shape, *[1] * (dense.dim() - 2)).to(dense.dtype)
-            rows.append(dense)
-        return rows
+        return self.source.as_kept(leaves, inputs)
 
     # -- renewing ------------------------------------------------------------------------------------------------------
 

@@ -180,8 +180,12 @@ class Trace:
     """Attributes that the forward itself sets, as (module, attribute): counters and caches, no settings."""
 
     def of(self, name: str) -> list[Call]:
-        """The calls of the module of that name."""
-        return [call for call in self.calls if call.name == name]
+        """The calls of the module of that name; of ``block#2`` its second call."""
+        module, _, number = name.partition("#")
+        calls = [call for call in self.calls if call.name == module]
+        if not number:
+            return calls
+        return calls[int(number) - 1 : int(number)] if number.isdigit() and int(number) else []
 
     def ancestors(self, call: Call) -> list[Call]:
         """The calls around `call`, the innermost first."""
@@ -190,6 +194,17 @@ class Trace:
             call = self.calls[call.parent]
             around.append(call)
         return around
+
+    def find(self, cut: str) -> Call:
+        """The one call that a cut's name means.
+
+        Raises:
+            KeyError: there is none, or there are several: then ``block#1``, ``block#2`` tell them apart.
+        """
+        calls = self.of(cut)
+        if not cut or len(calls) != 1:
+            raise KeyError(cut)
+        return calls[0]
 
     def outermost_until(self, cut: Call) -> list[Call]:
         """The outermost calls that end no later than `cut`, in order; `cut` is the last."""

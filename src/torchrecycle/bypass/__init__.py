@@ -5,10 +5,10 @@ through the slots of the `Interceptor`; `prove` compares them with the whole.
 """
 
 from torchrecycle.bypass.bypass import Bypass
-from torchrecycle.bypass.example import BatchRule, device_of, example_inputs, mask_name, run_or_explain
+from torchrecycle.bypass.example import BatchRule, device_of, example_inputs, run_or_explain
 from torchrecycle.bypass.inputs import Inputs, parameter_names
 from torchrecycle.bypass.interceptor import Interceptor, evaluating
-from torchrecycle.bypass.plan import Plan, Probes, make_plan, take_rows
+from torchrecycle.bypass.plan import Plan, Probes, joined, make_plan, take_rows
 from torchrecycle.bypass.proof import (
     Padding,
     first_difference,
@@ -18,6 +18,7 @@ from torchrecycle.bypass.proof import (
     prove_rows,
     relative_difference,
 )
+from torchrecycle.bypass.sequences import Sequences, sequences_of
 
 __all__ = [
     "BatchRule",
@@ -27,12 +28,13 @@ __all__ = [
     "Padding",
     "Plan",
     "Probes",
+    "Sequences",
     "device_of",
     "evaluating",
     "example_inputs",
     "first_difference",
+    "joined",
     "make_plan",
-    "mask_name",
     "noise",
     "parameter_names",
     "positions",
@@ -40,5 +42,6 @@ __all__ = [
     "prove_rows",
     "relative_difference",
     "run_or_explain",
+    "sequences_of",
     "take_rows",
 ]

@@ -19,10 +19,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrecycle.absent import Absent, AbsentRead
+from torchrecycle.bypass.example import device_of
 from torchrecycle.bypass.forms import Size, TreeForm
 from torchrecycle.bypass.inputs import Inputs
 from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_sources, evaluating
-from torchrecycle.bypass.plan import Plan, Probes
+from torchrecycle.bypass.plan import Plan, Probes, Shared
+from torchrecycle.bypass.sequences import Sequences
 from torchrecycle.errors import BatchError, CutError
 from torchrecycle.trace import Trace, attributes_kept, random_state, set_random_state, undisturbed
 
@@ -65,15 +67,19 @@ class Bypass:
         """Attributes that each forward changes: no flags."""
         self.interceptor = Interceptor.of(model) or Interceptor(model)
         self.attached = False
-        self._open = [call.module for call in traced.ancestors(traced.of(plan.cut)[0])]
+        around = {call.number: call.module for cut in plan.cuts for call in traced.ancestors(cut)}
+        self._open = list(dict.fromkeys(around.values()))
         self._prefix_parts = {part for module in plan.modules for part in module.modules()}
         self.written = traced.written
         """Attributes that the forward itself sets: no part of the fingerprint."""
-        self.ends = {call.name: call.end for call in traced.calls}
-        """When each module's last call ends, in the order of running."""
+        self.ends = {(call.name, call.occurrence): call.end for call in traced.calls}
+        """When each call ends, in the order of running, by name and occurrence."""
         self.occurrences = {step.number: traced.calls[step.number].occurrence for step in plan.steps}
         self._absent_cache: dict[Any, dict[int, Any]] = {}
-        self._forms: dict[Any, dict[int, TreeForm]] = {self.shapes(plan.example): plan.forms}
+        self._forms: dict[Any, dict[int, TreeForm]] = {}
+        if not plan.free:
+            self._forms[self.shapes(plan.example)] = plan.forms
+        self._shared: dict[Any, Shared] = {}
         with self.slotted(), undisturbed(model):
             reads = _read_parameters(self)
         self.constants = reads.constants
@@ -141,6 +147,7 @@ class Bypass:
         inputs: Inputs,
         taps: frozenset[tuple[nn.Module, int]] = frozenset(),
         tapped: dict[tuple[nn.Module, int], Any] | None = None,
+        captured: dict[int, Any] | None = None,
     ) -> list[torch.Tensor]:
         """The activation's leaves as the model gives them; generators as before.
 
@@ -148,6 +155,7 @@ class Bypass:
             inputs: one call.
             taps: further calls, as (module, occurrence), whose output is written into `tapped`.
             tapped: takes what the taps saw.
+            captured: takes what the kept calls returned, whole.
         """
         run = self.plan.run("prefix", taps=taps)
         device = _device(inputs)
@@ -162,6 +170,8 @@ class Bypass:
             except Stopped:
                 if tapped is not None:
                     tapped.update(run.tapped)
+                if captured is not None:
+                    captured.update(run.captured)
                 # A view made without gradient could not be written by the suffix.
                 return [leaf.clone() if leaf._is_view() else leaf for leaf in self.plan.taken(run.captured)]
             finally:
@@ -174,7 +184,7 @@ class Bypass:
         device = leaves[0].device
         if self.clones:
             leaves = [leaf.clone() for leaf in leaves]
-        absent, kept = self._absent(inputs, size, device), self.plan.filled(leaves, size)
+        absent, kept = self._absent(inputs, size, device), self._kept(inputs, leaves, size, device)
         run = self.plan.run("bypass", self.autocast, absent=absent, kept=kept)
         try:
             with self._turn(), self.interceptor.running(run):
@@ -196,7 +206,8 @@ class Bypass:
             CutError: it does not lead to the cut.
         """
         size = self.plan.size(inputs)
-        absent, kept = self._absent(inputs, size, leaves[0].device), self.plan.filled(leaves, size)
+        device = leaves[0].device
+        absent, kept = self._absent(inputs, size, device), self._kept(inputs, leaves, size, device)
         try:
             with self._turn(), self.interceptor.running(self.plan.run("glue", absent=absent, kept=kept)):
                 self.model._call_impl(*inputs.args, **inputs.kwargs)
@@ -232,37 +243,78 @@ class Bypass:
             self._absent_cache[token] = {n: forms[n].absent(size, device, n) for n in skipped}
         return self._absent_cache[token]
 
+    def _kept(self, inputs: Inputs, leaves: Sequence[torch.Tensor], size: Size, device: torch.device) -> dict[int, Any]:
+        """What each kept call returns."""
+        forms = self._forms_for(inputs, self.shapes(inputs)) if self.plan.free else self.plan.forms
+        shared = self._shared_at(inputs, size, device) if self.plan.shares else {}
+        return self.plan.filled(leaves, shared, forms, size)
+
+    def _shared_at(self, inputs: Inputs, size: Size, device: torch.device) -> Shared:
+        """What kept calls return besides rows, which is the same for all objects: made once per length."""
+        token = (size[1:], device, self.shapes(inputs))
+        if token not in self._shared:
+            if len(self._shared) >= 256:
+                self._shared.clear()
+            like = self._like(inputs).map_tensors(lambda tensor: tensor.to(device))
+            with undisturbed(self.model):
+                captured: dict[int, Any] = {}
+                self.prefix(like, captured=captured)
+            shared = self.plan.taken_shared(captured)
+            self._shared[token] = {n: {i: t.clone() for i, t in parts.items()} for n, parts in shared.items()}
+        return self._shared[token]
+
+    def _like(self, inputs: Inputs) -> Inputs:
+        """Two objects of the example in a call of this form: at its lengths, with its arguments."""
+        tensors = inputs.tensors()
+        resized = self.plan.sequences.resized(self.plan.example, self.plan.sequences.lengths(inputs)).tensors()
+
+        def value(name: str, given: Any) -> Any:
+            if not isinstance(given, torch.Tensor) or not given.dim():
+                return given
+            own = resized.get(name)
+            if own is not None and own.shape[1:] == given.shape[1:]:
+                return own
+            return torch.zeros((2, *given.shape[1:]), dtype=given.dtype, device=next(iter(resized.values())).device)
+
+        return inputs.replace({name: value(name, tensors[name]) for name in tensors})
+
     def shapes(self, inputs: Inputs) -> tuple[Any, ...]:
         """The shapes of the tensor inputs, without the number of objects and of tokens."""
         tensors = inputs.tensors()
-        tokens = tensors[self.plan.mask].shape[1] if self.plan.mask in tensors else -1
-        return tuple(
-            (name, *("tokens" if i == 0 and d == tokens else d for i, d in enumerate(tensor.shape[1:])))
-            for name, tensor in tensors.items()
-            if name in self.plan.read_before
-        )
+        sequences = self.plan.sequences
+        shapes: list[Any] = []
+        for name, tensor in tensors.items():
+            if name in self.plan.read_before:
+                follows = None if self.plan.free else sequences.of(name, tensor.shape, tensors)
+                rest = tensor.shape[1:] if follows is None else (f"tokens {follows}", *tensor.shape[2:])
+                shapes.append((name, *rest))
+        return tuple(shapes)
 
     def _forms_for(self, inputs: Inputs, shapes: tuple[Any, ...]) -> dict[int, TreeForm]:
-        """The forms of what is skipped, found by a run where the inputs have other shapes than the example."""
+        """The forms of what is skipped or kept, found by a run where the inputs have other shapes than the example."""
         if shapes not in self._forms:
-            zeros = inputs.map_tensors(
-                lambda t: torch.zeros((2, *t.shape[1:]), dtype=t.dtype, device=t.device) if t.dim() else t
-            )
-            if self.plan.mask in zeros.tensors():
-                zeros = zeros.replace({self.plan.mask: torch.ones_like(zeros.tensors()[self.plan.mask])})
-            probes = Probes.of(self.model, zeros, self.plan.mask)
+            if len(self._forms) >= 256:
+                self._forms.clear()
+            like = self.plan.sequences.without_padding(self._like(inputs))
+            sequences = Sequences() if self.plan.free else self.plan.sequences
+            probes = Probes.of(self.model, like.map_tensors(lambda t: t.to(self.device)), sequences)
             found: dict[int, TreeForm] = {}
             for step in self.plan.steps:
                 call = probes.traces[0].calls[step.number]
                 form = probes.form(call)
-                if call.name != step.name or isinstance(form, str):
+                if call.name != step.name or (isinstance(form, str) and step.action != "run"):
                     raise BatchError(
                         f"for inputs of the shapes {shapes} the model runs other layers before '{self.plan.cut}' "
                         "than for the example; make another recycling with an example of this size"
                     )
-                found[step.number] = form
+                if isinstance(form, TreeForm):
+                    found[step.number] = form
             self._forms[shapes] = found
         return self._forms[shapes]
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
 
     def prefix_reads(self, inputs: Inputs, name: str) -> bool:
         """Whether what is kept depends on that tensor input."""
@@ -381,6 +433,7 @@ class _Reads(TorchDispatchMode):
         self._known = {id(t) for t in (*model.parameters(), *model.buffers(), *inputs.tensors().values())}
         self._from: dict[int, frozenset[torch.Tensor]] = {id(p): frozenset([p]) for p in model.parameters()}
         self._made: dict[int, Any] = {}
+        self._live: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -391,7 +444,7 @@ class _Reads(TorchDispatchMode):
             self._note_constants(given)
         elif self.run._in_run:
             self.before |= parameters
-        elif self.run.position == len(self.run.steps):
+        elif self.run.position == len(self.run.steps) or any(id(t) in self._live for t in given):
             self.after |= parameters
         output = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(output):
@@ -399,7 +452,15 @@ class _Reads(TorchDispatchMode):
                 self._made[id(leaf)] = leaf  # held, so that its id is not given again
                 if self.run is not None and parameters and not isinstance(leaf, Absent):
                     self._from[id(leaf)] = parameters
+                if any(id(t) in self._live for t in given):
+                    self._live.add(id(leaf))
         return output
+
+    def follow(self, leaves: Sequence[torch.Tensor]) -> None:
+        """What is computed from these comes after a cut, even if another cut is still to come."""
+        for leaf in leaves:
+            self._made[id(leaf)] = leaf
+            self._live.add(id(leaf))
 
     def _note_constants(self, given: Sequence[torch.Tensor]) -> None:
         for tensor in given:
@@ -426,10 +487,13 @@ def _read_parameters(bypass: Bypass) -> _Reads:
         except Stopped:
             pass
         set_random_state(state)
-    leaves = plan.taken(run.captured)
-    run = plan.run("bypass", bypass.autocast, kept=plan.filled(leaves, size))
+    captured = run.captured
+    leaves = plan.taken(captured)
+    run = plan.run("bypass", bypass.autocast, kept=captured)
     run.absent = bypass._absent(inputs, size, leaves[0].device)
     reads.run = run
+    if len(plan.cuts) > 1:
+        reads.follow(leaves)
     with reads, cast, evaluating(bypass.model), bypass.interceptor.running(run):
         bypass.model._call_impl(*inputs.args, **inputs.kwargs)
     return reads

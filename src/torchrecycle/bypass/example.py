@@ -16,7 +16,7 @@ from torch import nn
 from torchrecycle.bypass.inputs import Inputs
 from torchrecycle.errors import BatchError
 
-__all__ = ["BatchRule", "device_of", "example_inputs", "mask_name"]
+__all__ = ["BatchRule", "device_of", "example_inputs", "run_or_explain"]
 
 
 class BatchRule:
@@ -124,29 +124,6 @@ def example_inputs(model: nn.Module, rule: BatchRule, example: Any) -> Inputs:
         )
     device = device_of(model)
     return inputs.map_tensors(lambda tensor: tensor.detach().to(device))
-
-
-def mask_name(inputs: Inputs, mask: str | None) -> str | None:
-    """The name of the 0/1 mask that tells padding: `mask`, or ``attention_mask`` where there is one.
-
-    Raises:
-        BatchError: `mask` is no input, or no tensor ``[batch, tokens]`` of zeros and ones.
-    """
-    tensors = inputs.tensors()
-    if mask is not None and mask not in tensors:
-        raise BatchError(f"mask='{mask}' is no tensor input of the example, which has {list(tensors)}")
-    name = mask or ("attention_mask" if "attention_mask" in tensors else None)
-    if name is None:
-        return None
-    value = tensors[name]
-    plain = value.dim() == 2 and not (value.is_floating_point() and mask is None)
-    if plain and bool(((value == 0) | (value == 1)).all()):
-        return name
-    if mask is not None:
-        raise BatchError(
-            f"mask='{mask}' is {list(value.shape)}, {value.dtype}; it must be [batch, tokens] of zeros and ones"
-        )
-    return None
 
 
 def run_or_explain(model: nn.Module, run: Callable[[], Any]) -> Any:

@@ -2,13 +2,13 @@
 
 A BERT layer that gave ``[2, 9, 384]`` for two texts of 9 tokens gives ``[64, 32, 384]`` for 64 texts of 32. The rule is
 found by running the model at a few sizes and solving each dimension for one of four laws: fixed, ``k * batch``,
-``tokens + c``, ``batch * (tokens + c)``. Where none holds (strided convolutions over time), the form is not predicted
-but looked up by a run at that size.
+``tokens + c``, ``batch * (tokens + c)``, where the tokens are those of one of the model's sequences. A dimension that
+follows by none of these (strided convolutions over time) is free: its size is looked up by a run at that length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,25 +20,29 @@ from torchrecycle.codec import dense_stride, stride_order
 
 __all__ = ["Dim", "Size", "TensorForm", "TreeForm", "solve_tree"]
 
-Size = tuple[int, int]
-"""Objects in a batch, and tokens per object (0 where there is no mask)."""
+Size = tuple[int, ...]
+"""Objects in a batch, then the length of each sequence (0 where the call has no mask for it)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dim:
     """One dimension as a law of the batch's size."""
 
-    law: Literal["fixed", "batch", "tokens", "both"]
+    law: Literal["fixed", "batch", "tokens", "both", "free"]
     number: int
     """The value if fixed; the factor for ``batch``; the summand for ``tokens`` and ``both``."""
+    sequence: int = 0
+    """Which sequence's tokens, for ``tokens`` and ``both``."""
 
     def at(self, size: Size) -> int:
-        batch, tokens = size
+        batch = size[0]
         if self.law == "fixed":
             return self.number
         if self.law == "batch":
             return self.number * batch
-        return (tokens + self.number) * (batch if self.law == "both" else 1)
+        if self.law == "free":
+            raise ValueError("a free dimension is known only from a run at that length")
+        return (size[1 + self.sequence] + self.number) * (batch if self.law == "both" else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,11 @@ class TensorForm:
 
     def shape(self, size: Size) -> tuple[int, ...]:
         return tuple(dim.at(size) for dim in self.dims)
+
+    @property
+    def counts_objects(self) -> bool:
+        """Whether a dimension counts the objects of the batch; else the tensor is the same for all of them."""
+        return any(dim.law in ("batch", "both") for dim in self.dims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,22 @@ class TreeForm:
         """Positions of the leaves that are tensors, each object once."""
         return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, TensorForm) and self.same_as[i] == i]
 
+    @property
+    def rows(self) -> list[int]:
+        """Those of `tensors` that have something for each object."""
+        return [i for i in self.tensors if self.leaves[i].counts_objects]
+
+    @property
+    def shared(self) -> list[int]:
+        """Those of `tensors` that are the same for all objects: tables of positions, biases."""
+        return [i for i in self.tensors if not self.leaves[i].counts_objects]
+
+    @property
+    def free(self) -> bool:
+        """Whether some size is only known from a run at that length."""
+        dims = [dim for leaf in self.leaves if isinstance(leaf, TensorForm) for dim in leaf.dims]
+        return any(dim.law == "free" for dim in (*dims, *(leaf for leaf in self.leaves if isinstance(leaf, Dim))))
+
     def absent(self, size: Size, device: torch.device, source: int) -> Any:
         """The nest with absent tensors."""
         made: list[Any] = []
@@ -83,9 +108,9 @@ class TreeForm:
                 made.append(leaf.at(size) if isinstance(leaf, Dim) else leaf)
         return pytree.tree_unflatten(made, self.spec)
 
-    def filled(self, tensors: Sequence[torch.Tensor], size: Size) -> Any:
-        """The nest with these tensors, in the order of `tensors`."""
-        found = dict(zip(self.tensors, tensors, strict=True))
+    def filled(self, rows: Sequence[torch.Tensor], shared: Mapping[int, torch.Tensor], size: Size) -> Any:
+        """The nest with these tensors: `rows` in their order, `shared` by position."""
+        found = {**dict(zip(self.rows, rows, strict=True)), **shared}
         made = [
             found[self.same_as[i]] if isinstance(leaf, TensorForm) else leaf.at(size) if isinstance(leaf, Dim) else leaf
             for i, leaf in enumerate(self.leaves)
@@ -93,9 +118,14 @@ class TreeForm:
         return pytree.tree_unflatten(made, self.spec)
 
     def taken(self, output: Any) -> list[torch.Tensor]:
-        """The inverse of `filled`: the tensors of an output."""
+        """The inverse of `filled`: the `rows` of an output."""
         leaves = pytree.tree_leaves(output)
-        return [leaves[i] for i in self.tensors]
+        return [leaves[i] for i in self.rows]
+
+    def taken_shared(self, output: Any) -> dict[int, torch.Tensor]:
+        """What of an output is the same for all objects, by position."""
+        leaves = pytree.tree_leaves(output)
+        return {i: leaves[i] for i in self.shared}
 
 
 _CONSTANTS = (bool, str, bytes, float, type(None), torch.dtype, torch.device)
@@ -144,15 +174,24 @@ def _order(values: Sequence[torch.Tensor]) -> tuple[int, ...]:
 
 
 def _solve_dim(values: Sequence[int], sizes: Sequence[Size]) -> Dim | None:
-    batch, tokens = sizes[0]
+    batch, lengths = sizes[0][0], sizes[0][1:]
     laws = [Dim("fixed", values[0])]
     if values[0] and values[0] % batch == 0:
         laws.append(Dim("batch", values[0] // batch))
-    if tokens:
-        laws.append(Dim("tokens", values[0] - tokens))
-        if values[0] % batch == 0:
-            laws.append(Dim("both", values[0] // batch - tokens))
+    for number, tokens in enumerate(lengths):
+        if tokens:
+            laws.append(Dim("tokens", values[0] - tokens, number))
+            if values[0] % batch == 0:
+                laws.append(Dim("both", values[0] // batch - tokens, number))
     for law in laws:
         if all(law.at(size) == value for size, value in zip(sizes, values, strict=True)):
             return law
-    return None
+    return Dim("free", 0) if _is_free(values, sizes) else None
+
+
+def _is_free(values: Sequence[int], sizes: Sequence[Size]) -> bool:
+    """Whether it is the lengths alone that it follows, by whatever law."""
+    by_length: dict[Size, int] = {}
+    return len(set(sizes)) > 2 and all(
+        by_length.setdefault(size[1:], value) == value for size, value in zip(sizes, values, strict=True)
+    )

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from torchrecycle.absent import Absent, AbsentRead
-from torchrecycle.bypass.forms import Size, TensorForm, TreeForm, solve_tree
+from torchrecycle.bypass.forms import Dim, Size, TensorForm, TreeForm, solve_tree
 from torchrecycle.bypass.inputs import Inputs
 from torchrecycle.bypass.interceptor import (
     Action,
@@ -31,11 +32,12 @@ from torchrecycle.bypass.interceptor import (
     absent_sources,
     evaluating,
 )
-from torchrecycle.codec import Layout
+from torchrecycle.bypass.sequences import Sequences
+from torchrecycle.codec import Layout, stride_order
 from torchrecycle.errors import CutError, RecycleError
 from torchrecycle.trace import Call, Trace, random_state, set_random_state, trace, undisturbed
 
-__all__ = ["Plan", "Probes", "fails_without", "make_plan", "pad_inputs", "take_rows"]
+__all__ = ["Plan", "Probes", "fails_without", "joined", "make_plan", "take_rows"]
 
 CHEAP = 0.05
 """A call without parameters that takes less than this share of the prefix's time is run again rather than kept."""
@@ -50,39 +52,6 @@ def take_rows(inputs: Inputs, index: Sequence[int]) -> Inputs:
     return inputs.map_tensors(lambda t: t.index_select(0, picked.to(t.device)) if t.dim() else t)
 
 
-def pad_inputs(
-    inputs: Inputs,
-    mask: str,
-    tokens: int,
-    side: str = "right",
-    read_before: frozenset[str] | None = None,
-    other_fill: bool = False,
-) -> Inputs:
-    """The same call with `tokens` more padded places.
-
-    Args:
-        inputs: a call.
-        mask: the name of its mask.
-        tokens: how many places more.
-        side: ``"right"`` or ``"left"``.
-        read_before: the inputs that the prefix reads; integers among the others are labels, padded with -100.
-        other_fill: put the largest value of each input at the padded places instead of 0.
-    """
-    length = inputs.tensors()[mask].shape[1]
-
-    def padded(name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[1] != length:
-            return value
-        fill: Any = value.max().item() if other_fill else 0
-        if read_before is not None and name not in read_before and not value.is_floating_point():
-            fill = -100
-        shape = (value.shape[0], tokens, *value.shape[2:])
-        more = value.new_full(shape, 0 if name == mask else fill)
-        return torch.cat([value, more] if side == "right" else [more, value], dim=1)
-
-    return inputs.map(padded)
-
-
 @dataclass(frozen=True, slots=True)
 class Probes:
     """One model run on its example at several sizes: what every plan for this model starts from."""
@@ -90,21 +59,24 @@ class Probes:
     model: nn.Module
     inputs: Inputs
     """The example: two rows of it."""
-    mask: str | None
+    sequences: Sequences
     sizes: tuple[Size, ...]
     traces: tuple[Trace, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Inputs, mask: str | None) -> Probes:
-        """Run the model in eval mode for two and for three objects, and with one and three tokens more."""
+    def of(cls, model: nn.Module, inputs: Inputs, sequences: Sequences) -> Probes:
+        """Run the model in eval mode for two and for three objects, and with sequences of other lengths.
+
+        A model that takes no other length has no padding either: its masks are inputs like any other.
+        """
         two, three = take_rows(inputs, [0, 1]), take_rows(inputs, [0, 1, 0])
-        tokens = two.tensors()[mask].shape[1] if mask else 0
-        samples = [((2, tokens), two), ((3, tokens), three)]
-        if mask:
-            samples += [((2, tokens + more), pad_inputs(two, mask, more)) for more in (1, 3)]
         with evaluating(model):
-            traces = [trace(model, sample.args, sample.kwargs) for _, sample in samples]
-        return cls(model, two, mask, tuple(size for size, _ in samples), tuple(traces))
+            traces = [trace(model, sample.args, sample.kwargs) for sample in (two, three)]
+            longer, more = _at_other_lengths(model, two, sequences)
+        if not longer:
+            sequences = Sequences()
+        sizes = [sequences.size(sample) for sample in (two, three, *longer)]
+        return cls(model, two, sequences, tuple(sizes), (*traces, *more))
 
     def form(self, call: Call) -> TreeForm | str:
         """The form of what a call returns, or in words why it has none."""
@@ -113,15 +85,50 @@ class Probes:
             return "the model runs other layers for a batch of another size"
         return solve_tree([c.output for c in same], self.sizes)
 
+    def form_here(self, call: Call) -> TreeForm | str:
+        """Its form at the example's lengths alone, at which no dimension is free."""
+        return solve_tree([trace.calls[call.number].output for trace in self.traces[:2]], self.sizes[:2])
+
+
+def _at_other_lengths(model: nn.Module, inputs: Inputs, sequences: Sequences) -> tuple[list[Inputs], list[Trace]]:
+    """The model run with one and with three places more, of padding and of tokens; fewer, where more are too many."""
+    samples, traces = [], []
+    lengths = sequences.lengths(inputs)
+    for which in range(len(lengths)):
+        longer = tuple(length + 3 * (n == which) for n, length in enumerate(lengths))
+        shorter = [tuple(max(1, length - m * (n == which)) for n, length in enumerate(lengths)) for m in (1, 3)]
+        attempts = (
+            [sequences.padded(inputs, which, 1), sequences.padded(inputs, which, 3), sequences.resized(inputs, longer)],
+            [sequences.resized(inputs, length) for length in shorter],
+        )
+        for attempt in attempts:
+            try:
+                found = [trace(model, sample.args, sample.kwargs) for sample in attempt]
+            except Exception:  # too long for its table of positions, say
+                continue
+            samples += attempt
+            traces += found
+            break
+        else:
+            return [], []
+    return samples, traces
+
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+Shared = dict[int, dict[int, torch.Tensor]]
+"""Per kept step, its tensors that are the same for all objects, by position."""
+
+
+@dataclass(slots=True)
 class Plan:
     """How one model is run with its first calls skipped."""
 
     cut: str
+    """The name of the cut; of a joint cut all names, joined by `` + ``."""
+    cuts: tuple[Call, ...] = field(repr=False)
+    """The calls whose output is kept, in the order in which they end."""
     steps: tuple[Step, ...]
     modules: dict[nn.Module, str] = field(repr=False)
     """Every module of `steps`, by name."""
@@ -130,8 +137,8 @@ class Plan:
     forms: dict[int, TreeForm] = field(repr=False)
     """Per skipped or kept step, the form of what it returns."""
     layouts: tuple[Layout, ...]
-    """Per leaf, how it becomes a row."""
-    mask: str | None
+    """Per leaf, how it becomes a row; what stands at padded places is found out by the proof."""
+    sequences: Sequences
     read_before: frozenset[str]
     """The tensor inputs that the prefix reads: they make the key."""
     read_after: frozenset[str]
@@ -155,9 +162,17 @@ class Plan:
 
     def size(self, inputs: Inputs) -> Size:
         """The size of a call's batch."""
-        tensors = inputs.tensors()
-        tokens = tensors[self.mask].shape[1] if self.mask and self.mask in tensors else 0
-        return inputs.batch(), tokens
+        return self.sequences.size(inputs)
+
+    @property
+    def free(self) -> bool:
+        """Whether some size is only known from a run at that length."""
+        return any(self.forms[s.number].free for s in self.steps if s.action != "run")
+
+    @property
+    def shares(self) -> bool:
+        """Whether something is kept that is the same for all objects."""
+        return any(self.forms[number].shared for number in self.kept)
 
     def run(self, mode: Any, autocast: torch.dtype | None = None, **outputs: Any) -> Run:
         """A run that follows this plan."""
@@ -167,45 +182,75 @@ class Plan:
         """The leaves of what a prefix run captured."""
         return [leaf for number in self.kept for leaf in self.forms[number].taken(captured[number])]
 
-    def filled(self, leaves: Sequence[torch.Tensor], size: Size) -> dict[int, Any]:
-        """The inverse of `taken`: per kept step, what it returns."""
+    def taken_shared(self, captured: Mapping[int, Any]) -> Shared:
+        """What of a prefix run's output is the same for all objects."""
+        return {number: self.forms[number].taken_shared(captured[number]) for number in self.kept}
+
+    def filled(
+        self, leaves: Sequence[torch.Tensor], shared: Shared, forms: Mapping[int, TreeForm], size: Size
+    ) -> dict[int, Any]:
+        """The inverse of `taken` and `taken_shared`: per kept step, what it returns.
+
+        Args:
+            leaves: what counts objects.
+            shared: what does not.
+            forms: those of this size, where some sizes are free.
+            size: of the batch.
+        """
         rest, made = list(leaves), {}
         for number in self.kept:
-            count = len(self.forms[number].tensors)
-            made[number] = self.forms[number].filled(rest[:count], size)
+            count = len(self.forms[number].rows)
+            made[number] = forms[number].filled(rest[:count], shared.get(number, {}), size)
             rest = rest[count:]
         return made
 
 
-def make_plan(probes: Probes, cut: str, *, precision: torch.dtype | None = None) -> Plan:
+def make_plan(probes: Probes, cut: str | Sequence[str], *, precision: torch.dtype | None = None) -> Plan:
     """Find out how the model can be divided at `cut`.
 
     Args:
         probes: the model, run at several sizes.
-        cut: the name of a module.
+        cut: the name of a module; ``block#2`` for its second call; several names for a joint cut.
         precision: the dtype in which floating point leaves are kept; their own if None.
 
     Raises:
         CutError: it cannot, with the reason.
     """
-    model = probes.model
-    calls = probes.traces[0].of(cut)
-    if not cut or len(calls) != 1:
-        raise CutError(_no_such_call(model, probes.traces[0], cut, len(calls)))
+    model, traced = probes.model, probes.traces[0]
+    calls = [_find(model, traced, name) for name in ([cut] if isinstance(cut, str) else cut)]
     with undisturbed(model):
-        planner = _Planner(probes, calls[0])
+        planner = _Planner(probes, joined(cut), sorted(calls, key=lambda call: call.end))
         planner.mend()
         read_before, read_after = planner.readers()
+        planner.compare_shared(read_before)
     return planner.plan(read_before, read_after, precision)
 
 
+def joined(cut: str | Sequence[str]) -> str:
+    """A cut's name in one string."""
+    return cut if isinstance(cut, str) else " + ".join(cut)
+
+
+def _find(model: nn.Module, traced: Trace, cut: str) -> Call:
+    try:
+        return traced.find(cut)
+    except KeyError:
+        raise CutError(_no_such_call(model, traced, cut, len(traced.of(cut)))) from None
+
+
 def _no_such_call(model: nn.Module, traced: Trace, cut: str, times: int) -> str:
-    if not cut:
-        return "cannot cut at '', the model itself: nothing would be left to train. See cuts(model, example)."
+    module, _, number = cut.partition("#")
+    if not module:
+        return f"cannot cut at '{cut}', the model itself: nothing would be left to train. See cuts(model, example)."
     if times:
         return (
-            f"cannot cut at '{cut}': the model calls it {times} times in one forward, so that its output is no one "
-            "place. Cut at a module around it, or before it. See cuts(model, example)."
+            f"cannot cut at '{cut}': the model calls it {times} times in one forward. Name one of the calls, "
+            f"'{cut}#1' to '{cut}#{times}', or cut at a module around it. See cuts(model, example)."
+        )
+    if number:
+        return (
+            f"cannot cut at '{cut}': the model calls '{module}' {len(traced.of(module))} times in one forward. "
+            f"'{module}#1' is its first call."
         )
     if cut in dict(model.named_modules()):
         return (
@@ -236,59 +281,96 @@ def fails_without(cut: str, error: Exception) -> str:
 class _Planner:
     """Tries a cut, and mends what stops it."""
 
-    def __init__(self, probes: Probes, cut: Call) -> None:
+    def __init__(self, probes: Probes, name: str, cuts: Sequence[Call]) -> None:
         self.probes = probes
         self.model = probes.model
         self.inputs = probes.inputs
-        self.cut = cut
-        self.before = probes.traces[0].outermost_until(cut)
+        self.name = name
+        self.cuts = cuts
+        self.before = self._calls_before()
         self.modules = {call.module: call.name for call in self.before}
         self.forms: dict[int, TreeForm | str] = {call.number: probes.form(call) for call in self.before}
         self.actions: dict[int, Action] = {call.number: self._first_action(call) for call in self.before}
         self.mixed = frozenset(self._called_again())
         self.interceptor = Interceptor.of(self.model) or Interceptor(self.model)
-        self.prefix_seconds = max(cut.seconds[1], 1e-9)
-        self.unkeepable = self._why_unkeepable(cut)
-        if self.unkeepable:
-            raise CutError(f"cannot cut at '{cut.name}': {self.unkeepable}. See cuts(model, example).")
+        self.prefix_seconds = max(cuts[-1].seconds[1], 1e-9)
+        for cut in cuts:
+            why = self._why_unkeepable(cut)
+            if why:
+                raise CutError(f"cannot cut at '{cut.name}': {why}. See cuts(model, example).")
         self.captured = self._capture(self.inputs)
 
+    def _calls_before(self) -> list[Call]:
+        """The outermost calls that lead to the cuts, in order."""
+        traced = self.probes.traces[0]
+        found = {call.number: call for cut in self.cuts for call in traced.outermost_until(cut)}
+        around = {call.number for cut in self.cuts for call in traced.ancestors(cut)}
+        for cut in self.cuts[:-1]:
+            after = [call for call in found.values() if call.begin > cut.end]
+            around |= self._derived_from(cut, after)
+        lost = [cut.name for cut in self.cuts if cut.number in around]
+        if lost:
+            raise CutError(
+                f"cannot cut at '{self.name}': '{lost[0]}' is computed from what another of these cuts gives. A joint "
+                "cut takes cuts that lie side by side, such as one in each tower; of cuts behind each other, take the "
+                "last."
+            )
+        return sorted((c for n, c in found.items() if n not in around), key=lambda call: call.number)
+
+    def _derived_from(self, cut: Call, calls: Sequence[Call]) -> set[int]:
+        """Which of these calls are computed from what `cut` gives: it is left out, and seen where it is missed."""
+        found: set[int] = set()
+        times: dict[nn.Module, int] = {}
+        numbers = {(call.module, call.occurrence): call.number for call in calls}
+
+        def leave_out(module: nn.Module, args: Any, output: Any) -> Any:
+            place = (module, times.get(module, 0))
+            times[module] = place[1] + 1
+            if place == (cut.module, cut.occurrence):
+                return pytree.tree_map(lambda leaf: _absent_from(leaf, cut.number), output)
+            if place in numbers and absent_sources(output):
+                found.add(numbers[place])
+            return None
+
+        with undisturbed(self.model), evaluating(self.model):
+            for module in {cut.module, *(call.module for call in calls)}:
+                module.register_forward_hook(leave_out)
+            try:
+                self.model._call_impl(*self.inputs.args, **self.inputs.kwargs)
+            except AbsentRead as stop:
+                raise CutError(
+                    f"cannot cut at '{self.name}': what comes after '{cut.name}' cannot be told from what leads to the "
+                    f"other cuts ({stop.reason}). See cuts(model, example)."
+                ) from stop
+        return found
+
     def _first_action(self, call: Call) -> Action:
-        if call is self.cut:
+        if any(call is cut for cut in self.cuts):
             return "keep"
         return "run" if isinstance(self.forms[call.number], str) else "skip"
 
     def _called_again(self) -> Iterator[str]:
+        own = {call.number for call in self.before}
         for call in self.probes.traces[0].calls:
             inside = any(a.module in self.modules for a in self.probes.traces[0].ancestors(call))
-            if call.end > self.cut.end and call.module in self.modules and not inside:
+            if call.number not in own and call.module in self.modules and not inside:
                 yield call.name
 
     def _why_unkeepable(self, call: Call) -> str:
         form = self.forms[call.number]
         if isinstance(form, str):
-            return form + (self._about_the_mask() if "by no law" in form else "")
+            return form
         if not form.tensors:
             return "its output holds no tensor"
-        for position in form.tensors:
+        if not form.rows:
+            return "its output has no dimension that counts the objects of the batch, so it is no row of each"
+        for position in form.rows:
             dims = form.leaves[position].dims
-            if not any(d.law == "batch" and d.number == 1 for d in dims):
-                return "its output has no dimension that counts the objects of the batch, so it is no row of each"
-            others = [d for d in dims if d.law != "fixed" and not (d.law == "batch" and d.number == 1)]
-            if len(others) > 1 or any(d.law != "tokens" or d.number for d in others):
-                return f"its output follows the length of the sequence in more than one way ({position}: {dims})"
+            if any(d.law == "both" for d in dims):
+                return "its output lays objects and tokens into one dimension"
             if sum(d.law == "batch" for d in dims) > 1:
                 return "its output has two dimensions that count the objects of the batch"
         return ""
-
-    def _about_the_mask(self) -> str:
-        if self.probes.mask is None:
-            return ""
-        return (
-            f" (the mask '{self.probes.mask}' counts {self.probes.sizes[0][1]} places, which the model shortens "
-            "before the cut; rows of unequal length are kept only where one place of the mask is one of the row. "
-            "Bring all objects to one length in the data set, and leave the mask out)"
-        )
 
     def steps(self) -> tuple[Step, ...]:
         return tuple(Step(call.number, call.name, self.actions[call.number]) for call in self.before)
@@ -322,7 +404,8 @@ class _Planner:
         """
         size = self.probes.sizes[0]
         device = next(iter(self.inputs.tensors().values())).device
-        absent = {n: self.forms[n].absent(size, device, n) for n, a in self.actions.items() if a == "skip"}  # pyright: ignore
+        skipped = [call for call in self.before if self.actions[call.number] == "skip"]
+        absent = {c.number: self.probes.form_here(c).absent(size, device, c.number) for c in skipped}  # pyright: ignore
         kept = {n: self.captured[n] for n, a in self.actions.items() if a == "keep"}
         run = self._run("bypass", self.steps(), absent=absent, kept=kept)
         run.autocast = _ambient_autocast(device.type)
@@ -342,7 +425,7 @@ class _Planner:
             except RecycleError:
                 raise
             except Exception as error:  # the model itself has run well before
-                raise CutError(fails_without(self.cut.name, error)) from error
+                raise CutError(fails_without(self.name, error)) from error
 
     def _mend(self, stop: AbsentRead) -> None:
         runs = [s[1] for s in stop.sources if isinstance(s, tuple) and s[0] == "run"]
@@ -357,11 +440,11 @@ class _Planner:
                 self.actions[number] = "keep"
             else:
                 raise CutError(
-                    f"cannot cut at '{self.cut.name}': {stop.reason}. It comes from '{call.name}', which can neither "
+                    f"cannot cut at '{self.name}': {stop.reason}. It comes from '{call.name}', which can neither "
                     f"run without the prefix nor be kept ({self._why_unkeepable(call)}). See cuts(model, example)."
                 )
         if not calls:
-            raise CutError(f"cannot cut at '{self.cut.name}': {stop.reason}. See cuts(model, example).")
+            raise CutError(f"cannot cut at '{self.name}': {stop.reason}. See cuts(model, example).")
 
     def _is_cheap(self, call: Call) -> bool:
         free = next(call.module.parameters(), None) is None
@@ -397,6 +480,27 @@ class _Planner:
             return True
         return False
 
+    def compare_shared(self, read_before: frozenset[str]) -> None:
+        """What has no dimension for objects must not depend on them.
+
+        Raises:
+            CutError: it does.
+        """
+        forms = {n: form for n, form in self.forms.items() if self.actions[n] == "keep" and isinstance(form, TreeForm)}
+        if not any(form.shared for form in forms.values()):
+            return
+        others = self._capture(self.inputs.map(lambda name, value: _other(value) if name in read_before else value))
+        for number, form in forms.items():
+            one, other = (form.taken_shared(captured[number]).values() for captured in (self.captured, others))
+            pairs = zip(one, other, strict=True)
+            if any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
+                name = next(call.name for call in self.before if call.number == number)
+                raise CutError(
+                    f"cannot cut at '{self.name}': what '{name}' gives has a part without a dimension that counts the "
+                    "objects of the batch, and it depends on them all the same, so it belongs to none of them. See "
+                    "cuts(model, example)."
+                )
+
     def plan(self, before: frozenset[str], after: frozenset[str], precision: torch.dtype | None) -> Plan:
         forms = {n: form for n, form in self.forms.items() if isinstance(form, TreeForm)}
         kept = [call.number for call in self.before if self.actions[call.number] == "keep"]
@@ -407,13 +511,14 @@ class _Planner:
             for form, leaf in _leaf_forms(forms[number], forms[number].taken(captured[number]))
         ]
         return Plan(
-            cut=self.cut.name,
+            cut=self.name,
+            cuts=tuple(self.cuts),
             steps=self.steps(),
             modules=dict(self.modules),
             mixed=self.mixed,
             forms=forms,
             layouts=tuple(layouts),
-            mask=self.probes.mask,
+            sequences=self.probes.sequences,
             read_before=before,
             read_after=after,
             example=self.inputs,
@@ -435,14 +540,43 @@ def _ambient_autocast(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def _absent_from(leaf: Any, source: int) -> Any:
+    return Absent.like(leaf, [source]) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _other(value: Any) -> Any:
+    """Other content of the same form: the objects change places, and numbers are no longer what they were."""
+    if not isinstance(value, torch.Tensor) or not value.dim():
+        return value
+    turned = value.flip(0)
+    return turned * 0.5 + 0.1 if turned.is_floating_point() else turned.flip(-1)
+
+
 def _leaf_forms(form: TreeForm, leaves: Sequence[torch.Tensor]) -> list[tuple[TensorForm, torch.Tensor]]:
-    return [(form.leaves[position], leaf) for position, leaf in zip(form.tensors, leaves, strict=True)]
+    return [(form.leaves[position], leaf) for position, leaf in zip(form.rows, leaves, strict=True)]
 
 
 def _layout(form: TensorForm, leaf: torch.Tensor, precision: torch.dtype | None) -> Layout:
     batch_dim = next(i for i, dim in enumerate(form.dims) if dim.law == "batch")
-    ragged_dim = next((i for i, dim in enumerate(form.dims) if dim.law == "tokens"), None)
+    per_object = form.dims[batch_dim].number
+    moved = int(per_object > 1)  # later dimensions move when the frames of an object get one of their own
+    ragged = {i + moved * (i > batch_dim): dim for i, dim in enumerate(form.dims) if dim.law in ("tokens", "free")}
     kept = precision if precision is not None and leaf.dtype.is_floating_point else leaf.dtype
-    layout = Layout(leaf.dim(), batch_dim, ragged_dim, form.order, (), leaf.dtype, kept)
-    shape = layout.row_shape(leaf.shape)
-    return Layout(leaf.dim(), batch_dim, ragged_dim, form.order, shape, leaf.dtype, kept)
+    order = stride_order(leaf.unflatten(batch_dim, (-1, per_object))) if moved else form.order
+    layout = Layout(
+        leaf.dim(),
+        batch_dim,
+        tuple(ragged),
+        order,
+        (),
+        leaf.dtype,
+        kept,
+        ragged_by=tuple(_sequence_of(dim) for dim in ragged.values()),
+        per_object=per_object,
+    )
+    return replace(layout, shape=layout.row_shape(leaf.shape))
+
+
+def _sequence_of(dim: Dim) -> int:
+    """The sequence whose places are places of the row, one to one; -1 for none."""
+    return dim.sequence if dim.law == "tokens" and dim.number == 0 else -1

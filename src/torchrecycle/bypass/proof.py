@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ import torch
 from torchrecycle.absent import Absent, AbsentRead
 from torchrecycle.bypass.bypass import Bypass
 from torchrecycle.bypass.inputs import Inputs
-from torchrecycle.bypass.plan import fails_without, pad_inputs, take_rows
+from torchrecycle.bypass.plan import fails_without, take_rows
+from torchrecycle.codec import Layout, places
 from torchrecycle.errors import CutError, RecycleError
 from torchrecycle.trace import random_state, set_random_state, undisturbed
 
@@ -49,15 +50,15 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def first_difference(
-    want: Any, got: Any, path: str = "", mask: torch.Tensor | None = None, depth: int = 0
+    want: Any, got: Any, path: str = "", masks: Sequence[torch.Tensor] = (), depth: int = 0
 ) -> str | None:
     """Where two outputs differ first, in words; None if they are the same to the bit.
 
-    With a `mask` ``[batch, tokens]``, tensors of shape ``[batch, tokens, ...]`` are compared where it is one.
+    With `masks` ``[batch, tokens]``, tensors of shape ``[batch, tokens, ...]`` are compared where theirs is one.
     """
     where = path or "the output"
     if isinstance(want, torch.Tensor) or isinstance(got, torch.Tensor):
-        return _tensor_difference(want, got, where, mask)
+        return _tensor_difference(want, got, where, masks)
     if isinstance(want, Mapping) and isinstance(got, Mapping):
         if list(want) != list(got):
             return f"{where} has the entries {list(got)} instead of {list(want)}"
@@ -69,24 +70,26 @@ def first_difference(
     elif type(want) is not type(got):
         return f"{where} is a {type(got).__name__} instead of a {type(want).__name__}"
     elif hasattr(want, "__dict__") and not isinstance(want, type) and depth < 4:
-        return first_difference(vars(want), vars(got), path, mask, depth + 1)
+        return first_difference(vars(want), vars(got), path, masks, depth + 1)
     else:
         return (
             None
             if want is got or hasattr(want, "__dict__") or want == got
             else f"{where} is {got!r} instead of {want!r}"
         )
-    return next((found for name, a, b in pairs if (found := first_difference(a, b, name, mask, depth))), None)
+    return next((found for name, a, b in pairs if (found := first_difference(a, b, name, masks, depth))), None)
 
 
-def _tensor_difference(want: Any, got: Any, where: str, mask: torch.Tensor | None) -> str | None:
+def _tensor_difference(want: Any, got: Any, where: str, masks: Sequence[torch.Tensor] = ()) -> str | None:
     if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
         return f"{where} is a {type(got).__name__} instead of a {type(want).__name__}"
     if want.shape != got.shape or want.dtype != got.dtype:
         return f"{where} is {list(got.shape)} {got.dtype} instead of {list(want.shape)} {want.dtype}"
     want, got = want.detach(), got.detach()
-    if mask is not None and want.dim() >= 2 and want.shape[:2] == mask.shape:
-        want, got = want[mask.bool()], got[mask.bool()]
+    for mask in masks:
+        if want.dim() >= 2 and want.shape[:2] == mask.shape:
+            want, got = want.clone(), got.clone()
+            want[~mask.bool()], got[~mask.bool()] = 0, 0
     if torch.equal(want, got) or (
         torch.equal(want.isnan(), got.isnan()) and torch.equal(want.nan_to_num(), got.nan_to_num())
     ):
@@ -130,7 +133,7 @@ def _prove(bypass: Bypass, inputs: Inputs) -> None:
         got_gradients = _gradients(bypass, got)
     # By value too: ``x.data`` and NumPy write without moving a version.
     if _versions(leaves) != versions or any(
-        _tensor_difference(a, b, "", None) for a, b in zip(originals, leaves, strict=True)
+        _tensor_difference(a, b, "") for a, b in zip(originals, leaves, strict=True)
     ):
         bypass.clones = True
         leaves = originals
@@ -171,8 +174,9 @@ def _run_another(bypass: Bypass, inputs: Inputs) -> None:
     that of the last batch that ran, not of the rows at hand. If it was this batch, nobody would notice.
     """
     other = take_rows(inputs, [*reversed(range(inputs.batch())), 0])
-    if bypass.plan.mask in other.tensors():
-        other = pad_inputs(other, str(bypass.plan.mask), 1, "right", bypass.plan.read_before)
+    for which, length in enumerate(bypass.plan.sequences.lengths(other)):
+        if length:
+            other = bypass.plan.sequences.padded(other, which, 1, "right", bypass.plan.read_before)
     with contextlib.suppress(Exception):  # one place too many for its table of positions, say
         bypass.prefix(other)
 
@@ -345,7 +349,7 @@ def prove_rows(bypass: Bypass) -> Padding:
         more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
         _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places", rounding=True)
         _refuse_mixing(bypass, rows, [leaf[:2] for leaf in more], "become more", rounding=True)
-        return _prove_padding(bypass) if bypass.plan.mask else Padding()
+        return _prove_padding(bypass) if bypass.plan.sequences else Padding()
 
 
 def _refuse_mixing(
@@ -377,7 +381,7 @@ def _others_replaced(bypass: Bypass, inputs: Inputs, strength: float) -> Inputs:
         if not isinstance(value, torch.Tensor) or name not in bypass.plan.read_before:
             return value
         mine = first.tensors()[name].clone()
-        if name == bypass.plan.mask:
+        if name in bypass.plan.sequences.masks:
             return value
         mine[1] = value[1].flip(-1) if value.dim() > 1 else value[1]
         if value.is_floating_point():
@@ -388,53 +392,86 @@ def _others_replaced(bypass: Bypass, inputs: Inputs, strength: float) -> Inputs:
 
 
 def _prove_padding(bypass: Bypass) -> Padding:
-    found: dict[str, str] = {side: _padding_matters(bypass, side) for side in ("right", "left")}
+    if any(layout.free for layout in bypass.plan.layouts):
+        return Padding(right=False, left=False, because="places of the rows are no places of the mask")
+    found: dict[str, str] = {}
+    for side in ("right", "left"):
+        whys = (_padding_matters(bypass, which, side) for which in range(len(bypass.plan.sequences.masks)))
+        found[side] = next((why for why in whys if why), "")
     because = "; ".join(f"{side}: {why}" for side, why in found.items() if why)
     return Padding(right=not found["right"], left=not found["left"], because=because)
 
 
-def _padding_matters(bypass: Bypass, side: str) -> str:
+def _padding_matters(bypass: Bypass, which: int, side: str) -> str:
     """Why a row needs its padding on that side; empty if it does not."""
-    plan = bypass.plan
-    name = plan.mask or ""
-    example = _unpadded(plan.example, name)
-    ragged = [i for i, layout in enumerate(plan.layouts) if layout.ragged]
+    plan, sequences = bypass.plan, bypass.plan.sequences
+    example = sequences.without_padding(plan.example)  # its own padding may lie on either side
     short = _rows(bypass, example)
-    mask = example.tensors()[name].bool()
-    padded = pad_inputs(example, name, 3, side, plan.read_before)
-    long_mask = padded.tensors()[name].bool()
-    other = pad_inputs(example, name, 3, side, plan.read_before, other_fill=True)
-    long, filled = _rows(bypass, padded), _rows(bypass, other)
-    for i, (a, b, c) in enumerate(zip(short, long, filled, strict=True)):
-        if i in ragged:
-            a, b, c = a[mask], b[long_mask], c[long_mask]
+    try:
+        padded = sequences.padded(example, which, 3, side, plan.read_before)
+        other = sequences.padded(example, which, 3, side, plan.read_before, other_fill=True)
+        long, filled = _rows(bypass, padded), _rows(bypass, other)
+    except RecycleError:
+        raise
+    except Exception as error:  # too long for its table of positions, say: shorten it and pad that
+        lengths = sequences.lengths(example)
+        if lengths[which] <= 3:
+            return f"the model does not take longer inputs ({type(error).__name__})"
+        less = sequences.resized(example, [n - 3 * (at == which) for at, n in enumerate(lengths)])
+        short = _rows(bypass, less)
+        padded = sequences.padded(less, which, 3, side, plan.read_before)
+        other = sequences.padded(less, which, 3, side, plan.read_before, other_fill=True)
+        long, filled = _rows(bypass, padded), _rows(bypass, other)
+    tensors = padded.tensors()
+    masks = [tensors[mask].bool() for mask in sequences.masks]
+    for layout, a, b, c in zip(plan.layouts, short, long, filled, strict=True):
+        if layout.ragged:
+            kept = places([masks[by] for by in layout.ragged_by])
+            a, b, c = a.flatten(0, len(layout.ragged_dims)), b[kept], c[kept]
         difference = relative_difference(a, b)
         if difference > noise(a.dtype):
             return f"more padding changes a row by {difference:.1%}"
         if not torch.equal(b, c):
             return "what stands at padded places changes a row"
-    return _suffix_reads_padding(bypass, padded, long_mask)
+    return _suffix_reads_padding(bypass, padded, masks)
 
 
-def _unpadded(inputs: Inputs, mask: str) -> Inputs:
-    """Both objects as long as the batch: the example's own padding may lie on either side."""
-    tensor = inputs.tensors()[mask]
-    return inputs.replace({mask: torch.ones_like(tensor)})
+def _suffix_reads_padding(bypass: Bypass, inputs: Inputs, masks: Sequence[torch.Tensor]) -> str:
+    """Whether the outputs change when the fill stands in place of what the prefix gave at padded places.
 
-
-def _suffix_reads_padding(bypass: Bypass, inputs: Inputs, mask: torch.Tensor) -> str:
-    """Whether the outputs change when zeros stand in place of what the prefix gave at padded places."""
+    The fill is zero, or what the prefix gives for padded keys of a query that is none (minus infinity, in a bias).
+    """
     leaves = bypass.prefix(inputs)
     state = random_state()
-    emptied = []
-    for layout, leaf in zip(bypass.plan.layouts, leaves, strict=True):
-        rows = layout.to_rows(leaf).to(layout.dtype)
-        if layout.ragged:
-            rows = layout.pad(*layout.trim(rows, mask), mask)
-        emptied.append(layout.to_model(rows.to(layout.dtype)))
     with torch.no_grad():
         want = bypass.suffix(inputs, [leaf.clone() for leaf in leaves])
-        set_random_state(state)
-        got = bypass.suffix(inputs, emptied)
-    difference = first_difference(want, got, mask=mask)
-    return f"what the prefix gives at padded places is used: {difference}" if difference else ""
+    layouts = bypass.plan.layouts
+    found = [_fill_of(layout, layout.to_rows(leaf), masks) for layout, leaf in zip(layouts, leaves, strict=True)]
+    difference: str | None = ""
+    for fills in dict.fromkeys([tuple(layout.fill for layout in layouts), tuple(found)]):
+        bypass.plan.layouts = tuple(replace(layout, fill=fill) for layout, fill in zip(layouts, fills, strict=True))
+        emptied = []
+        for layout, leaf in zip(bypass.plan.layouts, leaves, strict=True):
+            rows = layout.to_rows(leaf).to(layout.dtype)
+            if layout.ragged:
+                own = [masks[by] for by in layout.ragged_by]
+                rows = layout.pad(*layout.trim(rows, *own), *own)
+            emptied.append(layout.to_model(rows.to(layout.dtype)))
+        with torch.no_grad():
+            set_random_state(state)
+            got = bypass.suffix(inputs, emptied)
+        difference = first_difference(want, got, masks=masks)
+        if not difference:
+            return ""
+    bypass.plan.layouts = layouts
+    return f"what the prefix gives at padded places is used: {difference}"
+
+
+def _fill_of(layout: Layout, rows: torch.Tensor, masks: Sequence[torch.Tensor]) -> float | None:
+    """The one value at padded places of the last ragged dimension, as places of the others see it; None if several."""
+    if len(layout.ragged_dims) < 2:
+        return layout.fill
+    own = [masks[by] for by in layout.ragged_by]
+    padded = places([*own[:-1], ~own[-1]])
+    values = rows[padded].unique()
+    return values.item() if values.numel() == 1 else layout.fill

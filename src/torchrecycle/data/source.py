@@ -7,14 +7,14 @@ lie, how padding is put back. `place` turns a batch of 64 texts into the same ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from torchrecycle.absent import RecycledTensor
-from torchrecycle.bypass import BatchRule, Inputs, Padding, positions
+from torchrecycle.bypass import BatchRule, Inputs, Padding, Sequences, positions
 from torchrecycle.codec import Layout
 from torchrecycle.data.batches import path_of, with_leaf
 from torchrecycle.errors import BatchError
@@ -32,7 +32,7 @@ class RowSource:
     fingerprint: str
     rule: BatchRule = field(repr=False)
     layouts: tuple[Layout, ...]
-    mask: str | None
+    sequences: Sequences
     padding: Padding
     key_inputs: tuple[str, ...]
     """The model inputs that the prefix reads, in the order of the call: the content of a key."""
@@ -45,10 +45,11 @@ class RowSource:
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
-    def positions(self, inputs: Inputs) -> torch.Tensor | None:
-        """Which places of each sequence a row keeps, ``[batch, tokens]``; None without a mask."""
-        mask = inputs.tensors().get(self.mask) if self.mask else None
-        return None if mask is None else positions(mask, self.padding)
+    def positions(self, inputs: Inputs) -> list[torch.Tensor | None]:
+        """Which places of each sequence a row keeps, ``[batch, tokens]``; None for a mask that the call has not."""
+        tensors = inputs.tensors()
+        masks = (tensors.get(mask) for mask in self.sequences.masks)
+        return [None if mask is None else positions(mask, self.padding) for mask in masks]
 
     def key_tensors(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """The tensors that make the key.
@@ -66,10 +67,12 @@ class RowSource:
         """The key of each object, ``[batch, 16]`` uint8: content of the inputs that the prefix reads, unpadded."""
         tensors = self.key_tensors(inputs)
         kept = self.positions(inputs)
-        if kept is None:
-            return tensor_row_keys(tensors)
-        ragged = {n for n, t in tensors.items() if t.dim() >= 2 and t.shape[:2] == kept.shape}
-        return tensor_row_keys(tensors, kept.to(torch.uint8), ragged)
+        masks = {}
+        for name, number in self.sequences.followers(inputs):
+            own = kept[number]
+            if name in tensors and own is not None:
+                masks[name] = own.to(torch.uint8)
+        return tensor_row_keys(tensors, masks)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -80,24 +83,57 @@ class RowSource:
         for layout, leaf in zip(self.layouts, leaves, strict=True):
             dense = layout.to_rows(leaf).cpu()
             if layout.ragged:
-                if kept is None:
-                    raise BatchError(f"the batch has no '{self.mask}', without which its padding cannot be told")
-                rows.append(Ragged(*layout.trim(dense, kept.cpu())))
+                rows.append(Ragged(*layout.trim(dense, *self._masks(layout, kept, dense.shape))))
             else:
                 rows.append(dense.contiguous())
+            if layout.sized:
+                sizes = torch.tensor(dense.shape[1 : 1 + len(layout.ragged_dims)])
+                rows.append(sizes.expand(len(dense), -1).contiguous())
         return rows
 
     def gather(self, locations: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
-        """The rows at these places, ``[batch, (tokens,) ...]`` in kept dtype, padded as the batch is."""
+        """The rows at these places, ``[batch, (ragged,)* ...]`` in kept dtype, padded as the batch is."""
         kept = self.positions(inputs)
+        gathered = iter(self.rows.gather(locations))
         dense = []
-        for layout, leaf in zip(self.layouts, self.rows.gather(locations), strict=True):
+        for layout in self.layouts:
+            leaf = next(gathered)
             if isinstance(leaf, Ragged):
-                if kept is None:
-                    raise BatchError(f"the batch has no '{self.mask}', without which its rows cannot be padded")
-                leaf = layout.pad(leaf.values, leaf.lengths, kept.cpu())
+                sizes = next(gathered) if layout.sized else leaf.lengths[:, None]
+                shape = (len(leaf.lengths), *(sizes[0].tolist() if layout.free and len(sizes) else ()))
+                if layout.free and bool((sizes != sizes[:1]).any()):
+                    raise BatchError(
+                        f"the rows of this batch have the sizes {sizes.tolist()[:4]}: objects of one batch must have "
+                        "been computed at one padded length"
+                    )
+                leaf = layout.pad(leaf.values, leaf.lengths, *self._masks(layout, kept, shape))
             dense.append(leaf)
         return dense
+
+    def as_kept(self, leaves: Sequence[torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
+        """The activation of a batch as `gather` gives it, before any loss of precision."""
+        kept = self.positions(inputs)
+        dense = []
+        for layout, leaf in zip(self.layouts, leaves, strict=True):
+            whole = replace(layout, kept=leaf.dtype)
+            rows = whole.to_rows(leaf).cpu()
+            if layout.ragged:
+                masks = self._masks(layout, kept, rows.shape)
+                rows = whole.pad(*whole.trim(rows, *masks), *masks)
+            dense.append(rows)
+        return dense
+
+    def _masks(self, layout: Layout, kept: Sequence[torch.Tensor | None], shape: Sequence[int]) -> list[torch.Tensor]:
+        """Per ragged dimension, which of its places are kept: all of them, where it follows by no known law."""
+        masks = []
+        for at, by in enumerate(layout.ragged_by):
+            mask = torch.ones(shape[0], shape[1 + at], dtype=torch.bool) if layout.free else kept[by]
+            if mask is None:
+                raise BatchError(
+                    f"the batch has no '{self.sequences.masks[by]}', without which the padding of its rows is unknown"
+                )
+            masks.append(mask.cpu())
+        return masks
 
     # -- batches -------------------------------------------------------------------------------------------------------
 

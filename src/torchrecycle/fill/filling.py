@@ -356,7 +356,12 @@ def _deepest(recyclings: Sequence[Fillable]) -> _Single | _Several:
         return _Single(recyclings[0])
     for number, recycling in enumerate(recyclings):
         ends = recycling.bypass.ends
-        cuts = [r.bypass.plan.cut for r in recyclings]
-        if all(cut in ends and ends[cut] <= ends[recycling.bypass.plan.cut] for cut in cuts):
+        last = max(ends[place] for place in _places(recycling))
+        if all(place in ends and ends[place] <= last for other in recyclings for place in _places(other)):
             return _Several(recyclings, number)
     raise CutError("these cuts do not lie one behind the other, so that no prefix run passes all of them")
+
+
+def _places(recycling: Fillable) -> list[tuple[str, int]]:
+    """Name and occurrence of the calls whose output a recycling keeps as its cut."""
+    return [(cut.name, cut.occurrence) for cut in recycling.bypass.plan.cuts]

@@ -1,0 +1,150 @@
+"""The sequences of a model's inputs: which mask tells the padding of which input.
+
+``input_ids`` and ``attention_mask`` are one sequence; an encoder-decoder has a second, ``decoder_input_ids`` under
+``decoder_attention_mask``. Two texts of 9 and 12 tokens are padded to 12; their rows keep 9 and 12 places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchrecycle.bypass.forms import Size
+from torchrecycle.bypass.inputs import Inputs
+from torchrecycle.errors import BatchError
+
+__all__ = ["Sequences", "sequences_of"]
+
+USUAL = ("attention_mask", "decoder_attention_mask")
+"""Masks that are known by their names; others are named with ``mask=``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """The masks of a model's inputs. False where there is none."""
+
+    masks: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.masks)
+
+    def lengths(self, inputs: Inputs) -> tuple[int, ...]:
+        """The padded length of each sequence; 0 where the call has no such mask."""
+        tensors = inputs.tensors()
+        return tuple(tensors[mask].shape[1] if mask in tensors else 0 for mask in self.masks)
+
+    def size(self, inputs: Inputs) -> Size:
+        """The size of a call's batch."""
+        return (inputs.batch(), *self.lengths(inputs))
+
+    def of(self, name: str, shape: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> int | None:
+        """The number of the sequence that an input of that shape follows in its second dimension, if any."""
+        if len(shape) < 2:
+            return None
+        fits = [
+            number
+            for number, mask in enumerate(self.masks)
+            if mask in tensors
+            and (name == mask or tuple(shape[:2]) == tuple(tensors[mask].shape))
+            and (_side(mask) or not _side(name))
+        ]
+        own = [number for number in fits if self.masks[number] == name]
+        if own or len(fits) < 2:
+            return (own or fits or [None])[0]
+        # Two sequences that happen to be of one length are told by their names.
+        named = [n for n in fits if _side(self.masks[n]) == _side(name)]
+        return (named or fits)[0]
+
+    def followers(self, inputs: Inputs) -> Iterator[tuple[str, int]]:
+        """The tensor inputs that follow a sequence, each with its number."""
+        tensors = inputs.tensors()
+        for name, tensor in tensors.items():
+            number = self.of(name, tensor.shape, tensors)
+            if number is not None:
+                yield name, number
+
+    def padded(
+        self,
+        inputs: Inputs,
+        which: int,
+        tokens: int,
+        side: str = "right",
+        read_before: frozenset[str] | None = None,
+        other_fill: bool = False,
+    ) -> Inputs:
+        """The same call with `tokens` more padded places in one sequence.
+
+        Args:
+            inputs: a call.
+            which: the number of the sequence.
+            tokens: how many places more.
+            side: ``"right"`` or ``"left"``.
+            read_before: the inputs that the prefix reads; integers among the others are labels, padded with -100.
+            other_fill: put the largest value of each input at the padded places instead of 0.
+        """
+        following = {name for name, number in self.followers(inputs) if number == which}
+
+        def padded(name: str, value: Any) -> Any:
+            if name not in following:
+                return value
+            fill: Any = value.max().item() if other_fill else 0
+            if read_before is not None and name not in read_before and not value.is_floating_point():
+                fill = -100
+            shape = (value.shape[0], tokens, *value.shape[2:])
+            more = value.new_full(shape, 0 if name == self.masks[which] else fill)
+            return torch.cat([value, more] if side == "right" else [more, value], dim=1)
+
+        return inputs.map(padded)
+
+    def resized(self, inputs: Inputs, lengths: Sequence[int]) -> Inputs:
+        """The same call with its sequences of other lengths, all of it tokens: cut off, or zeros appended."""
+        following = dict(self.followers(inputs))
+
+        def resized(name: str, value: Any) -> Any:
+            if name not in following or not lengths[following[name]]:
+                return value
+            length = lengths[following[name]]
+            if name in self.masks:
+                return value.new_ones((value.shape[0], length))
+            made = value.new_zeros((value.shape[0], length, *value.shape[2:]))
+            made[:, : value.shape[1]] = value[:, :length]
+            return made
+
+        return inputs.map(resized)
+
+    def without_padding(self, inputs: Inputs) -> Inputs:
+        """The same call with every place a token."""
+        tensors = inputs.tensors()
+        return inputs.replace({mask: torch.ones_like(tensors[mask]) for mask in self.masks if mask in tensors})
+
+
+def _side(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("decoder")
+
+
+def sequences_of(inputs: Inputs, mask: str | Sequence[str] | None) -> Sequences:
+    """The sequences of a call: those named by `mask`, or the usual ones.
+
+    Raises:
+        BatchError: `mask` is no input, or no tensor ``[batch, tokens]`` of zeros and ones.
+    """
+    tensors = inputs.tensors()
+    asked = () if mask is None else (mask,) if isinstance(mask, str) else tuple(mask)
+    for name in asked:
+        if name not in tensors:
+            raise BatchError(f"mask='{name}' is no tensor input of the example, which has {list(tensors)}")
+        if not _is_mask(tensors[name], asked=True):
+            value = tensors[name]
+            raise BatchError(
+                f"mask='{name}' is {list(value.shape)}, {value.dtype}; it must be [batch, tokens] of zeros and ones"
+            )
+    found = asked or tuple(name for name in USUAL if name in tensors and _is_mask(tensors[name], asked=False))
+    return Sequences(found)
+
+
+def _is_mask(value: torch.Tensor, *, asked: bool) -> bool:
+    plain = value.dim() == 2 and (asked or not value.is_floating_point())
+    return plain and bool(((value == 0) | (value == 1)).all())
