@@ -3,23 +3,29 @@
 For a ResNet-34 at 192 px: ``layer2`` freezes 1.3 million of 21.3 million parameters, saves half of the forward's time
 and costs 294,912 bytes per object; ``layer3`` three quarters, at half the bytes. ``level=0.5`` asks for the valid cut
 nearest to half of the blocks; blocks are the children of the outermost longest list of a model.
+
+Each cut is tried by some six forwards, all of them on the same two objects. Costly operations are therefore computed
+once and remembered with what they were given: a ViT-B/16 with its 14 rows takes 8 seconds on two cores and not 40.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrecycle.bypass import (
     BatchRule,
     Bypass,
     Inputs,
+    Plan,
     Probes,
     evaluating,
     example_inputs,
@@ -62,8 +68,25 @@ class Cut:
 class Cuts(Sequence[Cut]):
     """Cuts in running order. Prints as a table and shows itself in a notebook."""
 
-    def __init__(self, model: str, found: Sequence[Cut]) -> None:
+    def __init__(
+        self,
+        model: str,
+        found: Sequence[Cut],
+        *,
+        objects: int = 0,
+        seconds: float = 0.0,
+        flops: int = 0,
+        parameters: int = 0,
+    ) -> None:
         self.model = model
+        self.objects = objects
+        """Objects in the example, which `seconds` and `flops` are for."""
+        self.seconds = seconds
+        """Time of one forward in eval mode without gradient, the quickest of three: a cut saves its share of it."""
+        self.flops = flops
+        """Floating point operations of one forward."""
+        self.parameters = parameters
+        """Parameters of the whole model."""
         self._cuts = tuple(found)
 
     def __len__(self) -> int:
@@ -75,6 +98,27 @@ class Cuts(Sequence[Cut]):
     def __getitem__(self, at: slice) -> Sequence[Cut]: ...
     def __getitem__(self, at: int | slice) -> Any:
         return self._cuts[at]
+
+    def nearest(self, level: float) -> Cut | None:
+        """The valid cut nearest to a level, ties to less recycling, as ``recycle(level=)`` chooses; None without any.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Linear(2, 2))
+            >>> cuts(model, torch.randn(2, 4)).nearest(0.5).name
+            '1'
+        """
+        return min((cut for cut in self._cuts if cut.valid), key=lambda cut: _distance(cut.level, level), default=None)
+
+    def heading(self) -> str:
+        """The model, its size, and what one forward takes."""
+        if not self.objects:
+            return f"{self.model}: where it can be cut"
+        return (
+            f"{self.model}: {self.parameters / 1e6:,.1f} M parameters; a forward of {self.objects} objects takes "
+            f"{self.seconds * 1e3:,.1f} ms and {self.flops / 1e9:,.1f} GFLOPs"
+        )
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         yield "cut", "level", "frozen", "FLOPs saved", "time saved", "bytes/object", "kept"
@@ -98,7 +142,7 @@ class Cuts(Sequence[Cut]):
                         [f"{row[0]:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:], strict=True))]
                     )
                 )
-        return f"{self.model}: where it can be cut\n" + "\n".join(lines)
+        return f"{self.heading()}\n" + "\n".join(lines)
 
     def _repr_html_(self) -> str:
         import html
@@ -106,7 +150,7 @@ class Cuts(Sequence[Cut]):
         head, *rows = ["".join(f"<td>{html.escape(value)}</td>" for value in row) for row in self._rows()]
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         return (
-            f"<table><caption>{html.escape(self.model)}: where it can be cut</caption>"
+            f"<table><caption>{html.escape(self.heading())}</caption>"
             f"<thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{body}</tbody></table>"
         )
 
@@ -114,13 +158,13 @@ class Cuts(Sequence[Cut]):
 def cuts(model: nn.Module, example: Any, *, inputs: Any = None, mask: str | None = None, all: bool = False) -> Cuts:
     """Where a model can be cut, in running order, and what each cut saves and costs.
 
-    The model is run some dozen times on two objects of the example and is as before afterwards.
+    The model is run on the example four times, and some six times per cut on two objects of it, in which matrix
+    products and convolutions are computed only once. It is as before afterwards.
 
     Args:
         model: any module, on any device.
         example: a batch of two objects or more, as the user's loop has it: a tensor, a tuple of positional arguments,
-        or
-            a dict of keyword arguments.
+            or a dict of keyword arguments.
         inputs: ``batch -> (args, kwargs)``, in place of what the example says.
         mask: the name of the input that tells padding; ``attention_mask`` where there is one.
         all: every module that is called once, instead of the blocks and what follows them.
@@ -141,9 +185,93 @@ def cuts(model: nn.Module, example: Any, *, inputs: Any = None, mask: str | None
     call = example_inputs(model, rule, example)
     probes = run_or_explain(model, lambda: Probes.of(model, call, sequences_of(call, mask)))
     measured = _measure(model, call)
-    names = _all_names(probes.traces[0]) if all else _block_names(model, probes.traces[0])
-    found = [_cut(probes, measured, name) for name in names]
-    return Cuts(type(model).__name__, found)
+    traced = probes.traces[0]
+    names = _all_names(traced) if all else _block_names(model, traced)
+    levels = _Levels(model, traced)
+    with _Remembering(model):
+        found = [_cut(probes, measured, levels, name) for name in names]
+    whole = measured.counted.calls[0].flops[1], sum(parameter.numel() for parameter in model.parameters())
+    return Cuts(
+        type(model).__name__,
+        found,
+        objects=call.batch(),
+        seconds=measured.timed.calls[0].seconds[1],
+        flops=whole[0],
+        parameters=whole[1],
+    )
+
+
+# -- computing once ----------------------------------------------------------------------------------------------------
+
+REMEMBERED = 1 << 31
+"""Bytes that may be held in operands and results; what comes later is computed each time."""
+
+_COSTLY = frozenset(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        ("convolution", "default"),
+        ("addmm", "default"),
+        ("mm", "default"),
+        ("bmm", "default"),
+        ("baddbmm", "default"),
+        ("linear", "default"),
+        ("_scaled_dot_product_flash_attention_for_cpu", "default"),
+    )
+    if hasattr(torch.ops.aten, name)
+)
+"""Operations that cost far more than to compare their operands: of a ResNet-50's time, convolutions take two thirds."""
+
+
+class _Remembering(TorchDispatchMode):
+    """Computes a costly operation once per operands, and gives copies of its result after that.
+
+    Trying 200 cuts of a ResNet-50 runs the same convolutions on the same two images some thousand times. Operands are
+    compared to the last bit, so that all runs see the same values as without.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # Views of a parameter (a transposed weight) are new objects each time, but lie where it lies.
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._known: dict[Any, list[tuple[list[torch.Tensor], Any]]] = {}
+        self._left = REMEMBERED
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _COSTLY:
+            return func(*args, **kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if any(type(t) not in (torch.Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta for t in tensors):
+            return func(*args, **kwargs)
+        if "dropout_p" in kwargs or (func.name().startswith("aten::_scaled") and len(args) > 3 and args[3]):
+            return func(*args, **kwargs)
+        fixed = [t.untyped_storage().data_ptr() in self._weights for t in tensors]
+        given = [t for t, is_weight in zip(tensors, fixed, strict=True) if not is_weight]
+        described = iter([_describe(t, is_weight) for t, is_weight in zip(tensors, fixed, strict=True)])
+        key = func, *(next(described) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        known = self._known.setdefault(key, [])
+        for operands, result in known:
+            if all(torch.equal(a, b) for a, b in zip(operands, given, strict=True)):
+                return _copied(result)
+        result = func(*args, **kwargs)
+        self._left -= sum(t.nbytes for t in [*given, *pytree.tree_leaves(result)] if isinstance(t, torch.Tensor))
+        if self._left >= 0:
+            known.append(([t.clone() for t in given], _copied(result)))
+        return result
+
+
+def _describe(tensor: torch.Tensor, is_weight: bool) -> tuple[Any, ...]:
+    form = tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
+    return (*form, tensor.data_ptr()) if is_weight else form
+
+
+def _copied(result: Any) -> Any:
+    """Later layers may write into what they are given."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, result)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,35 +288,38 @@ def _measure(model: nn.Module, inputs: Inputs) -> _Measured:
         return _Measured(timed, trace(model, inputs.args, inputs.kwargs, count_flops=True, keep_outputs=False))
 
 
-def _cut(probes: Probes, measured: _Measured, name: str) -> Cut:
-    calls = probes.traces[0].of(name)
-    number = calls[0].number
+def _cut(probes: Probes, measured: _Measured, levels: _Levels, name: str) -> Cut:
+    call = _calls(probes.traces[0], name)[0]
+    number = call.number
     timed, counted = measured.timed.calls, measured.counted.calls
     seconds = timed[number].seconds[1] / max(timed[0].seconds[1], 1e-9)
     flops = counted[number].flops[1] / max(counted[0].flops[1], 1)
-    level = level_of(probes.model, probes.traces[0], name)
+    level = levels.of(name)
     try:
         plan = make_plan(probes, name)
         bypass = Bypass(probes.model, plan, probes.traces[0])
     except CutError as error:
         reason = str(error).removeprefix(f"cannot cut at '{name}': ").removesuffix(" See cuts(model, example).")
-        return Cut(name, level, False, reason, 0, flops, seconds, _bytes(calls[0].output), 0)
+        return Cut(name, level, False, reason, 0, flops, seconds, _bytes(call.output), 0)
     frozen = sum(parameter.numel() for parameter in bypass.prefix_parameters.values())
     rest = [
         p for n, p in probes.model.named_parameters() if n not in bypass.prefix_parameters and n not in bypass.untouched
     ]
-    kept = sum(_row_bytes(layout, probes) for layout in plan.layouts)
+    kept = _row_bytes(plan, probes)
     if not rest:
         reason = "nothing would be left to train after it"
         return Cut(name, level, False, reason, frozen, flops, seconds, kept, len(plan.layouts))
     return Cut(name, level, True, "", frozen, flops, seconds, kept, len(plan.layouts))
 
 
-def _row_bytes(layout: Any, probes: Probes) -> int:
-    numbers = 1
-    for size in layout.shape:
-        numbers *= size
-    return numbers * layout.kept.itemsize * (probes.sizes[0][1] if layout.ragged else 1)
+def _row_bytes(plan: Plan, probes: Probes) -> int:
+    """Bytes kept per object, counted in what the kept calls gave for the example."""
+    calls = probes.traces[0].calls
+    leaves = [leaf for number in plan.kept for leaf in plan.forms[number].taken(calls[number].output)]
+    objects = probes.sizes[0][0]
+    return sum(
+        leaf.numel() // objects * layout.kept.itemsize for leaf, layout in zip(leaves, plan.layouts, strict=True)
+    )
 
 
 def _bytes(output: Any) -> int:
@@ -199,15 +330,43 @@ def _bytes(output: Any) -> int:
 # -- blocks and levels -------------------------------------------------------------------------------------------------
 
 
+ROWS = 24
+"""A list of more plain layers than this is shown by groups."""
+
+WEIGHTY = 0.25
+"""A list of blocks counts if it holds at least this share of the modules that the largest one holds."""
+
+
 def blocks_of(model: nn.Module) -> list[str]:
     """The names of the blocks: children of the outermost longest ``Sequential``, ``ModuleList`` or list of stages.
 
-    A list of stages is a row of siblings with one name and running numbers (``layer1`` to ``layer4``). A list in which
-    one child holds over nine tenths of the parameters is a wrapper: the blocks are looked for inside of it.
+    A list of stages is a row of siblings with one name and running numbers (``layer1`` to ``layer4``, ``Mixed_5b`` to
+    ``Mixed_7c``). A list in which one child holds over nine tenths of the parameters is a wrapper: the blocks are
+    looked for inside of it. Stems and heads are lists too, but hold few modules. Where several lists hold many (an
+    encoder and a decoder, two towers), the blocks of all of them count.
     """
+    return [name for tower in _towers(model) for name in tower]
+
+
+def _towers(model: nn.Module) -> list[list[str]]:
+    """The lists of blocks; one for most models."""
     lists = list(_lists(model, "", 3)) or list(_lists(model, "", 2))
     outermost = [one for one in lists if not any(_inside(one, other) for other in lists if other is not one)]
-    return max(outermost, key=len, default=[])
+    if not outermost:
+        return []
+    sizes = [sum(sum(1 for _ in model.get_submodule(name).modules()) for name in one) for one in outermost]
+    largest = sizes.index(max(sizes))
+    return [
+        one
+        for at, one in enumerate(outermost)
+        if at == largest or (sizes[at] >= WEIGHTY * sizes[largest] and not _is_plain(model, one))
+    ]
+
+
+def _is_plain(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether half of them or more are single layers, as in VGG's features or a head of linear layers."""
+    single = [next(model.get_submodule(name).children(), None) is None for name in names]
+    return sum(single) >= len(names) / 2
 
 
 def _lists(module: nn.Module, at: str, least: int) -> Iterator[list[str]]:
@@ -227,7 +386,7 @@ def _lists(module: nn.Module, at: str, least: int) -> Iterator[list[str]]:
 def _stages(children: Sequence[tuple[str, nn.Module]], least: int) -> Iterator[list[tuple[str, nn.Module]]]:
     groups: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, child in children:
-        match = re.fullmatch(r"(\D+?)_?\d+", name)
+        match = re.fullmatch(r"(\D*?)_?\d+[a-z]?", name)
         if match and next(child.children(), None) is not None:
             groups.setdefault(match[1], []).append((name, child))
     yield from (group for group in groups.values() if len(group) >= least)
@@ -243,33 +402,118 @@ def _inside(inner: Sequence[str], outer: Sequence[str]) -> bool:
     return any(inner[0].startswith(f"{name}.") for name in outer)
 
 
-def level_of(model: nn.Module, traced: Trace, name: str) -> float:
-    """The share of the blocks that has ended when the module of that name ends."""
-    blocks = blocks_of(model)
-    if not blocks:
-        calls = traced.of(name)
-        return round(calls[0].end / max(traced.calls[0].end, 1), 4)
-    end = traced.of(name)[0].end
-    ended = [block for block in blocks if (calls := traced.of(block)) and calls[-1].end <= end]
-    return round(len(ended) / len(blocks), 4)
+def level_of(model: nn.Module, traced: Trace, name: str | Sequence[str]) -> float:
+    """The share of the blocks that has ended when the cut is there. A joint cut is there when its last part is."""
+    return _Levels(model, traced).of(name)
+
+
+class _Levels:
+    """The levels of many cuts of one model."""
+
+    def __init__(self, model: nn.Module, traced: Trace) -> None:
+        self._traced = traced
+        blocks = [name for tower in _called_towers(model, traced) for name in tower]
+        self._ends = [call.end for block in blocks for call in _calls(traced, block)]
+
+    def of(self, name: str | Sequence[str]) -> float:
+        names = [name] if isinstance(name, str) else name
+        end = max(_calls(self._traced, one)[0].end for one in names)
+        if not self._ends:
+            return round(end / max(self._traced.calls[0].end, 1), 4)
+        return round(sum(other <= end for other in self._ends) / len(self._ends), 4)
+
+
+def _calls(traced: Trace, name: str) -> list[Call]:
+    """The calls that a cut's name means: of ``block`` all calls of that module, of ``block#2`` the second."""
+    module, _, number = name.partition("#")
+    calls = traced.of(module)
+    return calls[int(number) - 1 : int(number)] if number else calls
+
+
+def _called_towers(model: nn.Module, traced: Trace) -> list[list[str]]:
+    """The lists of blocks in running order, without what this example does not run."""
+    times = Counter(call.name for call in traced.calls)
+    towers = [[name for block in tower for name in _called(model, times, block)] for tower in _towers(model)]
+    return sorted((tower for tower in towers if tower), key=lambda tower: _calls(traced, tower[0])[0].begin)
+
+
+def _called(model: nn.Module, times: Mapping[str, int], name: str) -> list[str]:
+    """The block, or, since a ``ModuleList`` is not called itself, its children."""
+    if times[name]:
+        return [name]
+    children = [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
+    return [inner for child in children for inner in _called(model, times, child)]
 
 
 def _all_names(traced: Trace) -> list[str]:
-    once = [call for call in traced.calls if call.name and len(traced.of(call.name)) == 1]
+    times = Counter(call.name for call in traced.calls)
+    once = [call for call in traced.calls if call.name and times[call.name] == 1]
     return [call.name for call in sorted(once, key=lambda call: call.end)]
 
 
 def _block_names(model: nn.Module, traced: Trace) -> list[str]:
-    """The blocks, and what is called after them on the way to the head."""
-    blocks = [name for name in blocks_of(model) if len(traced.of(name)) == 1]
-    if not blocks:
-        return [call.name for call in traced.calls if call.parent == 0 and len(traced.of(call.name)) == 1]
-    last = max((traced.of(name)[0] for name in blocks), key=lambda call: call.end)
-    around = traced.ancestors(last)
-    numbers = {call.number for call in around}
-    after = [c for c in traced.calls if c.end > last.end and c.name and (c.parent in numbers or c.number in numbers)]
-    after = [c for c in after if len(traced.of(c.name)) == 1 and not _holds_the_end(c, traced)]
-    return [*blocks, *(call.name for call in sorted(after, key=lambda call: call.end))]
+    """The blocks in running order, and what is called after each list of them: what stands before the head."""
+    towers = [_calls_of(traced, _grouped(model, tower)) for tower in _called_towers(model, traced)]
+    towers = [tower for tower in towers if tower]
+    if not towers:
+        return [_name(call, traced) for call in _topmost(traced)]
+    names = []
+    for tower, following in zip(towers, [*towers[1:], None], strict=True):
+        until = min(call.begin for call in following) if following else traced.calls[0].end
+        names += [_name(call, traced) for call in (*tower, *_after(traced, tower, until))]
+    return names
+
+
+def _calls_of(traced: Trace, names: Sequence[str]) -> list[Call]:
+    """The calls of those modules in running order."""
+    return sorted((call for name in names for call in _calls(traced, name)), key=lambda call: call.end)
+
+
+def _name(call: Call, traced: Trace) -> str:
+    """The name of a cut at that call."""
+    return call.name if len(_calls(traced, call.name)) == 1 else f"{call.name}#{call.occurrence + 1}"
+
+
+def _grouped(model: nn.Module, tower: Sequence[str]) -> Sequence[str]:
+    """Of a long list of plain layers, those before the next layer with a weight: 8 of VGG-11's 29."""
+    if len(tower) <= ROWS or not _is_plain(model, tower):
+        return tower
+    begins = [any(parameter.dim() > 1 for parameter in model.get_submodule(name).parameters()) for name in tower]
+    return [name for name, begin in zip(tower, [*begins[1:], True], strict=True) if begin]
+
+
+def _topmost(traced: Trace) -> list[Call]:
+    """Where there is no list: the outermost calls; the largest is opened until there are three."""
+    shown = [call for call in traced.calls if call.parent == 0]
+    while 0 < len(shown) < 3:
+        largest = max(shown, key=lambda call: call.end - call.begin)
+        inner = [call for call in traced.calls if call.parent == largest.number]
+        if not inner:
+            break
+        shown = [call for call in shown if call is not largest] + inner
+    return sorted(shown, key=lambda call: call.end)
+
+
+def _after(traced: Trace, tower: Sequence[Call], until: int) -> list[Call]:
+    """What is called after the tower's last block, itself and around it, before `until` and the head."""
+    last = tower[-1]
+    numbers = {call.number for call in traced.ancestors(last)}
+    around = [c for c in traced.calls if c.name and (c.parent in numbers or c.number in numbers)]
+    after = [c for c in around if last.end < c.end < until and not _holds_the_end(c, traced)]
+    shown = [last]
+    for call in sorted(after, key=lambda call: call.end):
+        if not _says_nothing_new(shown[-1], call, traced):
+            shown.append(call)
+    return shown[1:]
+
+
+def _says_nothing_new(before: Call, call: Call, traced: Trace) -> bool:
+    """Whether a cut there freezes and keeps the same as at `before`: the ``Sequential`` around the last block."""
+    a, b = before.output, call.output
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype):
+        return False
+    between = [c for c in traced.calls if before.end < c.begin < call.end]
+    return not any(next(c.module.parameters(), None) is not None for c in between)
 
 
 def _holds_the_end(call: Call, traced: Trace) -> bool:
@@ -277,6 +521,11 @@ def _holds_the_end(call: Call, traced: Trace) -> bool:
     return not any(
         later.begin > call.end and next(later.module.parameters(), None) is not None for later in traced.calls
     )
+
+
+def _distance(level: float, wanted: float) -> tuple[float, float]:
+    """Sorts levels by nearness, ties to less recycling. They are rounded, or the fourth digit would decide a tie."""
+    return round(abs(level - wanted), 3), level
 
 
 def choose_cut(model: nn.Module, probes: Probes, level: float) -> str:
@@ -292,14 +541,14 @@ def choose_cut(model: nn.Module, probes: Probes, level: float) -> str:
         raise CutError(f"level={level} is outside of 0 to 1 (0 would be full training: do not recycle at all)")
     traced = probes.traces[0]
     names = _block_names(model, traced)
-    levels = {name: level_of(model, traced, name) for name in names}
+    found_levels = _Levels(model, traced)
+    levels = {name: found_levels.of(name) for name in names}
     reasons = []
     if level == 1:
         found = [cut for name in names if levels[name] == 1 and (cut := _valid(probes, name, reasons))]
         if found:
             return min(found, key=lambda cut: (-cut[1], cut[2]))[0]
-    # Levels are rounded, so that a tie between 1/6 and 2/6 would be decided by the fourth digit.
-    order = sorted(names, key=lambda name: (round(abs(levels[name] - level), 3), levels[name], names.index(name)))
+    order = sorted(names, key=lambda name: (*_distance(levels[name], level), names.index(name)))
     for name in order:
         if _valid(probes, name, reasons):
             return name
@@ -323,4 +572,4 @@ def _valid(probes: Probes, name: str, reasons: list[str]) -> tuple[str, int, int
         reasons.append(f"nothing would be left to train after '{name}'")
         return None
     frozen = sum(parameter.numel() for parameter in bypass.prefix_parameters.values())
-    return name, frozen, sum(_row_bytes(layout, probes) for layout in plan.layouts)
+    return name, frozen, _row_bytes(plan, probes)
