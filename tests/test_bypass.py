@@ -33,7 +33,15 @@ from small_models import (
     vit,
     wav2vec2,
 )
-from torchrecycle import AutocastError, BatchError, CutError, RecycleError, StaleActivationError, recycle
+from torchrecycle import (
+    AutocastError,
+    BatchError,
+    CutError,
+    RecycleError,
+    RecycleWarning,
+    StaleActivationError,
+    recycle,
+)
 from torchrecycle.bypass import first_difference
 from torchrecycle.trace import SLOT, random_state
 
@@ -179,7 +187,9 @@ def test_class_forward_and_hooks_of_every_module_stay_the_users():
     model.layer4.register_forward_hook(lambda *_: seen.append("layer4"))
     model.register_forward_hook(lambda *_: seen.append("model"))
     classes = [type(part) for part in model.modules()]
-    with _attach(model, images(2), "layer2"):
+    with pytest.warns(RecycleWarning, match="a hook on 'layer1' does not fire"):
+        recycling = _attach(model, images(2), "layer2")
+    with recycling:
         seen.clear()
         assert [type(part) for part in model.modules()] == classes
         assert all("forward" not in part.__dict__ for part in model.modules())

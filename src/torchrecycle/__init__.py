@@ -14,6 +14,7 @@ from torchrecycle.errors import (
     KeyTypeError,
     RandomInputError,
     RecycleError,
+    RecycleWarning,
     StaleActivationError,
     StoreError,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "KeyTypeError",
     "RandomInputError",
     "RecycleError",
+    "RecycleWarning",
     "StaleActivationError",
     "StoreError",
 ]

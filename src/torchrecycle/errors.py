@@ -15,6 +15,7 @@ __all__ = [
     "KeyTypeError",
     "RandomInputError",
     "RecycleError",
+    "RecycleWarning",
     "StaleActivationError",
     "StoreError",
 ]
@@ -22,6 +23,10 @@ __all__ = [
 
 class RecycleError(Exception):
     """Anything that torchrecycle raises on purpose."""
+
+
+class RecycleWarning(UserWarning):
+    """Nothing is wrong, but something does not happen that one might count on. Said once."""
 
 
 class CutError(RecycleError, ValueError):

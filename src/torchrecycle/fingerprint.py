@@ -194,6 +194,10 @@ def _plain(value: Any) -> str | None:
     return None if None in parts else f"{type(value).__name__}({', '.join(map(str, parts))})"
 
 
+_HOOKING_LIBRARIES = frozenset({"torch", "transformers", "accelerate", "peft"})
+"""Their hooks serve the forward that they belong to: weight norm, outputs that are recorded, moves between devices."""
+
+
 # -- while attached ----------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +213,9 @@ class Watch:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], loose: Sequence[tuple[Mapping[str, Any], str]]) -> None:
-        parts = [module for _, module in _all_modules(modules)]
+        named = list(_all_modules(modules))
+        parts = [module for _, module in named]
+        self._named = named
         self._tables = [table for part in parts for table in (part._parameters, part._buffers) if table]
         self._children = [part._modules for part in parts if part._modules]
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
@@ -231,6 +237,16 @@ class Watch:
     def hooks(self) -> list[int]:
         """The forward hooks on the prefix, by number: one that changes what a module gives changes the rows."""
         return [number for hooks in self._hooks for number in hooks]
+
+    def users_hooks(self) -> Iterator[tuple[str, Any]]:
+        """The hooks of the user's own on the prefix, each with the name of its module: they do not fire on a hit."""
+        for name, module in self._named:
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                for hook in getattr(module, kind).values():
+                    function = getattr(hook, "func", hook)
+                    origin = getattr(function, "__module__", None) or type(function).__module__
+                    if origin.partition(".")[0] not in _HOOKING_LIBRARIES:
+                        yield name, hook
 
     def moved(self) -> bool:
         """Whether any tensor was replaced, written or moved since the last `renew`."""

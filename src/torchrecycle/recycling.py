@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -55,7 +56,7 @@ from torchrecycle.data import (
     RowSource,
 )
 from torchrecycle.data.known import items_of
-from torchrecycle.errors import BatchError, CutError, StaleActivationError, StoreError
+from torchrecycle.errors import BatchError, CutError, RecycleWarning, StaleActivationError, StoreError
 from torchrecycle.fill import FillReport, fill_pass
 from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
@@ -256,6 +257,7 @@ class Recycling:
         self._example = take_rows(example_inputs(model, self._rule, options.example), [0, 1])
         self._sequences = sequences_of(self._example, options.mask)
         self._paused = 0
+        self._warned = False
         self._attached = False
         self._manifests: KnownManifests
         self._cut: str | Sequence[str] | None = options.cut
@@ -328,6 +330,7 @@ class Recycling:
         self._fingerprint = self._take_fingerprint(self.model, self._described)
         self._watch = Watch(self._modules(self.model), self._loose_tables(self.model))
         self._hooks = self._watch.hooks()
+        self._warn_of_hooks()
         self._hashed_at = time.monotonic()
         self._changed: list[str] = []
         row_bytes = self._row_bytes(plan)
@@ -451,7 +454,20 @@ class Recycling:
                 self._changed = ["a forward hook on a frozen layer"]
             else:  # it only looks
                 self._hooks = self._watch.hooks()
+                self._warn_of_hooks()
         return self._changed
+
+    def _warn_of_hooks(self) -> None:
+        found = next(self._watch.users_hooks(), None)
+        if found is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a hook on '{found[0]}' does not fire for batches whose rows are kept, since the module is not called "
+                "then; it fires at fill and for raw batches. Put it on a module after the cut, or run within "
+                "recycling.paused().",
+                RecycleWarning,
+                stacklevel=2,
+            )
 
     def _refuse_moved(self) -> None:
         """At each forward: has the prefix moved since the rows were found?"""
@@ -873,9 +889,40 @@ class Recycling:
     def _fill(self, dataset: RecycledDataset) -> None:
         fill_many([self], dataset.base, name=dataset.name, **dataset.fill_arguments)
 
-    def _rebuild(self) -> None:
-        """The prefix has moved: divide it anew and open the rows that belong to it now."""
+    def recut(self, cut: str | Sequence[str] | None = None, *, level: float | None = None) -> Recycling:
+        """Move the cut in the middle of a training: progressive freezing, or its opposite.
+
+        Every parameter stays the object that it is, so that an optimiser keeps the state of what still trains. What is
+        frozen now has no gradient, and optimisers pass it over; what is thawed trains again if the optimiser has it
+        (make it of all of ``model.parameters()``, or add a group). Loaders go on: their next iteration fills the rows
+        of the new cut. Rows of the old one stay in the store.
+
+        Args:
+            cut: as in `recycle`.
+            level: in place of `cut`.
+
+        Returns:
+            This recycling.
+
+        Raises:
+            CutError: the model cannot be divided there; then everything is as before.
+        """
+        if (cut is None) == (level is None):
+            raise CutError("give either recut('layer3') or recut(level=0.75). See cuts(model, example).")
+        if not self._attached:
+            raise CutError("this recycling has been detached: make a new one with recycle(model, example, cut=...)")
+        _refuse_arguments(
+            self.model, cut, level, self.store, self._options.autocast, None, None, self._options.verify_every
+        )
+        self.source.rows.publish()
+        self._rebuild(replace(self._options, cut=cut, level=level))
+        return self
+
+    def _rebuild(self, options: _Options | None = None) -> None:
+        """Divide the model anew, since the prefix or the cut has moved, and open the rows that belong to it now."""
         before = dict(self.__dict__)
+        if options is not None:
+            self._options, self._cut = options, options.cut
         self.bypass.detach(self)
         self._attached = False
         try:

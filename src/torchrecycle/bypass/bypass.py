@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -62,6 +62,9 @@ class Bypass:
         self.autocast = autocast
         self.clones = False
         """Whether the suffix writes into what is kept, so that copies must be handed out."""
+        self.quiet = False
+        """Whether the modules around the cut are in eval mode, too, until it is reached: their own forward drops
+        something between the frozen layers in training mode (dropout after the embeddings, LayerDrop)."""
         self.proven: set[Any] = set()
         self.volatile: set[tuple[int, str]] = set()
         """Attributes that each forward changes: no flags."""
@@ -69,6 +72,9 @@ class Bypass:
         self.attached = False
         around = {call.number: call.module for cut in plan.cuts for call in traced.ancestors(cut)}
         self._open = list(dict.fromkeys(around.values()))
+        self._last_within = {
+            module: cut.number for cut in plan.cuts for module in (call.module for call in traced.ancestors(cut))
+        }
         self._prefix_parts = {part for module in plan.modules for part in module.modules()}
         self.written = traced.written
         """Attributes that the forward itself sets: no part of the fingerprint."""
@@ -137,7 +143,7 @@ class Bypass:
     def full(self, inputs: Inputs) -> Any:
         """The ordinary forward, with the prefix in eval mode and without gradient."""
         run = self.plan.run("full")
-        with self._turn(), self.interceptor.running(run):
+        with self._turn(self._is_loud), self._quiet(run), self.interceptor.running(run):
             output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         self._must_be_complete(run)
         return output
@@ -178,16 +184,23 @@ class Bypass:
                 set_random_state(state)
         raise CutError(f"the forward ended before it reached '{self.plan.cut}'")
 
-    def suffix(self, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> Any:
-        """The forward with the prefix skipped and `leaves` in place of what it gives."""
+    def suffix(self, inputs: Inputs, leaves: Sequence[torch.Tensor], at_cut: Callable[[], None] | None = None) -> Any:
+        """The forward with the prefix skipped and `leaves` in place of what it gives.
+
+        Args:
+            inputs: one call.
+            leaves: what `prefix` gives, or rows of a store.
+            at_cut: called when the cut has been reached.
+        """
         size = self.plan.size(inputs)
         device = leaves[0].device
         if self.clones:
             leaves = [leaf.clone() for leaf in leaves]
         absent, kept = self._absent(inputs, size, device), self._kept(inputs, leaves, size, device)
         run = self.plan.run("bypass", self.autocast, absent=absent, kept=kept)
+        run.at_cut = at_cut
         try:
-            with self._turn(), self.interceptor.running(run):
+            with self._turn(self._is_loud), self._quiet(run), self.interceptor.running(run):
                 output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         except AbsentRead as stop:
             raise CutError(
@@ -208,8 +221,9 @@ class Bypass:
         size = self.plan.size(inputs)
         device = leaves[0].device
         absent, kept = self._absent(inputs, size, device), self._kept(inputs, leaves, size, device)
+        run = self.plan.run("glue", absent=absent, kept=kept)
         try:
-            with self._turn(), self.interceptor.running(self.plan.run("glue", absent=absent, kept=kept)):
+            with self._turn(self._is_loud), self._quiet(run), self.interceptor.running(run):
                 self.model._call_impl(*inputs.args, **inputs.kwargs)
         except Stopped:
             return
@@ -219,6 +233,23 @@ class Bypass:
             f"in training mode the forward may end before it reaches '{self.plan.cut}' (LayerDrop, or an early "
             "exit). Switch that off, or cut before it."
         )
+
+    def _is_loud(self) -> bool:
+        """Whether flags must be switched for the time of a forward."""
+        return self.quiet and any(module.training for module in self._open)
+
+    @contextmanager
+    def _quiet(self, run: Run) -> Iterator[None]:
+        """The modules around the cut in eval mode until the run has reached it, if that is needed."""
+        loud = [module for module in self._open if module.training] if self.quiet else []
+        for module in loud:
+            module.__dict__["training"] = False
+            run.restored.setdefault(self._last_within[module], []).append(module)
+        try:
+            yield
+        finally:
+            for module in loud:
+                module.__dict__["training"] = True
 
     def _turn(self, alone: Callable[[], bool] = bool) -> Any:
         """One's turn among threads: alone where modules of the prefix must be switched to eval mode."""
@@ -434,17 +465,20 @@ class _Reads(TorchDispatchMode):
         self._from: dict[int, frozenset[torch.Tensor]] = {id(p): frozenset([p]) for p in model.parameters()}
         self._made: dict[int, Any] = {}
         self._live: set[int] = set()
+        self._between = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         parameters = frozenset().union(*(self._from.get(id(t), frozenset()) for t in given))
-        if self.run is None:
+        if self._between or any(id(t) in self._live for t in given):
+            self.after |= parameters
+        elif self.run is None:
             self.before |= parameters
             self._note_constants(given)
         elif self.run._in_run:
             self.before |= parameters
-        elif self.run.position == len(self.run.steps) or any(id(t) in self._live for t in given):
+        elif self.run.position == len(self.run.steps):
             self.after |= parameters
         output = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(output):
@@ -456,11 +490,34 @@ class _Reads(TorchDispatchMode):
                     self._live.add(id(leaf))
         return output
 
-    def follow(self, leaves: Sequence[torch.Tensor]) -> None:
+    def apart(self, plan: Plan) -> None:
+        """Of a joint cut, what lies between the first cut and the last is no prefix: it trains.
+
+        It is known by the modules that run there, and, between them, by what is computed from a cut's output.
+        """
+        if len(plan.cuts) < 2:
+            return
+        for module in plan.between:
+            module.register_forward_pre_hook(self._enter)
+            module.register_forward_hook(self._leave, always_call=True)
+        for module in {cut.module for cut in plan.cuts}:
+            module.register_forward_hook(self._follow)
+
+    def _enter(self, *_: Any) -> None:
+        self._between += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._between -= 1
+
+    def _follow(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.follow(output)
+
+    def follow(self, tree: Any) -> None:
         """What is computed from these comes after a cut, even if another cut is still to come."""
-        for leaf in leaves:
-            self._made[id(leaf)] = leaf
-            self._live.add(id(leaf))
+        for leaf in pytree.tree_leaves(tree):
+            if isinstance(leaf, torch.Tensor):
+                self._made[id(leaf)] = leaf
+                self._live.add(id(leaf))
 
     def _note_constants(self, given: Sequence[torch.Tensor]) -> None:
         for tensor in given:
@@ -476,6 +533,7 @@ def _read_parameters(bypass: Bypass) -> _Reads:
     """Run both halves on the example and write down which parameters each reads."""
     plan, inputs = bypass.plan, bypass.plan.example
     reads = _Reads(bypass.model, inputs)
+    reads.apart(plan)
     size = plan.size(inputs)
     cast = _cast(bypass.autocast, _device(inputs))
     with reads, cast, evaluating(bypass.model):
@@ -493,7 +551,7 @@ def _read_parameters(bypass: Bypass) -> _Reads:
     run.absent = bypass._absent(inputs, size, leaves[0].device)
     reads.run = run
     if len(plan.cuts) > 1:
-        reads.follow(leaves)
+        reads.follow([captured[cut.number] for cut in plan.cuts])
     with reads, cast, evaluating(bypass.model), bypass.interceptor.running(run):
         bypass.model._call_impl(*inputs.args, **inputs.kwargs)
     return reads

@@ -91,6 +91,7 @@ class Run:
         "_in_run",
         "_times",
         "absent",
+        "at_cut",
         "autocast",
         "captured",
         "kept",
@@ -98,6 +99,7 @@ class Run:
         "mode",
         "modules",
         "position",
+        "restored",
         "steps",
         "tapped",
         "taps",
@@ -128,6 +130,10 @@ class Run:
         self.tapped: dict[tuple[nn.Module, int], Any] = {}
         self._times: dict[nn.Module, int] = {}
         self._in_run = False
+        self.restored: dict[int, list[nn.Module]] = {}
+        """Per step number, the modules around it that are in training mode again once it has ended."""
+        self.at_cut: Callable[[], None] | None = None
+        """Called when the last step has ended."""
 
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a slotted module does within this run."""
@@ -151,6 +157,16 @@ class Run:
             self._compare_autocast()
         if last and self.mode == "glue":
             raise Stopped
+        output = self._output(step, module, args, kwargs)
+        for around in self.restored.get(step.number, ()):
+            around.__dict__["training"] = True
+        if last and self.at_cut is not None:
+            self.at_cut()
+        if self.mode == "prefix" and last:
+            raise Stopped
+        return output
+
+    def _output(self, step: Step, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self.mode in ("bypass", "glue") and step.action == "keep":
             return self.kept[step.number]
         if self.mode in ("bypass", "glue") and step.action == "skip":
@@ -158,8 +174,6 @@ class Run:
         output = self._tap(module, self._frozen(step, module, args, kwargs))
         if self.mode == "prefix" and step.action == "keep":
             self.captured[step.number] = output
-        if self.mode == "prefix" and last:
-            raise Stopped
         return output
 
     def _tap(self, module: nn.Module, output: Any) -> Any:

@@ -132,6 +132,8 @@ class Plan:
     steps: tuple[Step, ...]
     modules: dict[nn.Module, str] = field(repr=False)
     """Every module of `steps`, by name."""
+    between: tuple[nn.Module, ...] = field(repr=False)
+    """Of a joint cut, what runs after one cut and before another without leading to it."""
     mixed: frozenset[str]
     """Those of them that are called again after the cut (a shared activation function)."""
     forms: dict[int, TreeForm] = field(repr=False)
@@ -356,6 +358,14 @@ class _Planner:
             if call.number not in own and call.module in self.modules and not inside:
                 yield call.name
 
+    def _between(self) -> Iterator[nn.Module]:
+        traced = self.probes.traces[0]
+        around = {call.number for cut in self.cuts for call in traced.ancestors(cut)}
+        own = {call.number for call in self.before} | around
+        for call in traced.calls:
+            if call.parent in around and call.number not in own and call.begin < self.cuts[-1].end:
+                yield call.module
+
     def _why_unkeepable(self, call: Call) -> str:
         form = self.forms[call.number]
         if isinstance(form, str):
@@ -489,17 +499,17 @@ class _Planner:
         forms = {n: form for n, form in self.forms.items() if self.actions[n] == "keep" and isinstance(form, TreeForm)}
         if not any(form.shared for form in forms.values()):
             return
-        others = self._capture(self.inputs.map(lambda name, value: _other(value) if name in read_before else value))
-        for number, form in forms.items():
-            one, other = (form.taken_shared(captured[number]).values() for captured in (self.captured, others))
-            pairs = zip(one, other, strict=True)
-            if any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs):
-                name = next(call.name for call in self.before if call.number == number)
-                raise CutError(
-                    f"cannot cut at '{self.name}': what '{name}' gives has a part without a dimension that counts the "
-                    "objects of the batch, and it depends on them all the same, so it belongs to none of them. See "
-                    "cuts(model, example)."
-                )
+        for change in (_turned, _first_twice, _last_twice):
+            others = self._capture(self.inputs.map(lambda n, value, c=change: c(value) if n in read_before else value))
+            for number, form in forms.items():
+                one, other = (form.taken_shared(captured[number]).values() for captured in (self.captured, others))
+                if any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, other, strict=True)):
+                    name = next(call.name for call in self.before if call.number == number)
+                    raise CutError(
+                        f"cannot cut at '{self.name}': what '{name}' gives has a part without a dimension that counts "
+                        "the objects of the batch, and it depends on them all the same, so it belongs to none of "
+                        "them. See cuts(model, example)."
+                    )
 
     def plan(self, before: frozenset[str], after: frozenset[str], precision: torch.dtype | None) -> Plan:
         forms = {n: form for n, form in self.forms.items() if isinstance(form, TreeForm)}
@@ -515,6 +525,7 @@ class _Planner:
             cuts=tuple(self.cuts),
             steps=self.steps(),
             modules=dict(self.modules),
+            between=tuple(self._between()),
             mixed=self.mixed,
             forms=forms,
             layouts=tuple(layouts),
@@ -544,12 +555,20 @@ def _absent_from(leaf: Any, source: int) -> Any:
     return Absent.like(leaf, [source]) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _other(value: Any) -> Any:
-    """Other content of the same form: the objects change places, and numbers are no longer what they were."""
+def _turned(value: Any) -> Any:
+    """The objects in another order, and changed."""
     if not isinstance(value, torch.Tensor) or not value.dim():
         return value
     turned = value.flip(0)
     return turned * 0.5 + 0.1 if turned.is_floating_point() else turned.flip(-1)
+
+
+def _first_twice(value: Any) -> Any:
+    return value[[0, 0]] if isinstance(value, torch.Tensor) and value.dim() else value
+
+
+def _last_twice(value: Any) -> Any:
+    return value[[1, 1]] if isinstance(value, torch.Tensor) and value.dim() else value
 
 
 def _leaf_forms(form: TreeForm, leaves: Sequence[torch.Tensor]) -> list[tuple[TensorForm, torch.Tensor]]:

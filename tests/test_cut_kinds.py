@@ -1,0 +1,485 @@
+"""Cuts of every kind: joint ones, the second call of a module, leaves that are no plain row, and a cut that moves.
+
+What is kept and read back must give what the plain model gives: to the bit for the same batch, and within rounding for
+objects that were computed in another one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BartConfig,
+    BartModel,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5EncoderModel,
+    T5Model,
+)
+
+from small_models import WORDS, bert, images, resnet, texts
+from torchrecycle import CutError, RecycleWarning, recycle
+
+
+def _items(batch: dict[str, torch.Tensor], order: list[int] | None = None) -> list[dict[str, torch.Tensor]]:
+    """Its objects as a data set, which ``default_collate`` joins to the batch again."""
+    count = len(next(iter(batch.values())))
+    return [{name: tensor[i] for name, tensor in batch.items()} for i in order or range(count)]
+
+
+def _unpadded(batch: dict[str, torch.Tensor], masks: dict[str, str]) -> list[dict[str, torch.Tensor]]:
+    """Its objects without their padding: `masks` names the mask of each padded input."""
+    return [
+        {name: part[item[masks[name]].bool()] if name in masks else part for name, part in item.items()}
+        for item in _items(batch)
+    ]
+
+
+class Pad:
+    """A collate function that pads each input to the batch's longest, with `more` places on one side."""
+
+    def __init__(self, side: str = "right", more: int = 0) -> None:
+        self.side, self.more = side, more
+
+    def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: self._join([item[name] for item in items]) for name in items[0]}
+
+    def _join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        length = max(len(part) for part in parts) + self.more
+        joined = parts[0].new_zeros(len(parts), length)
+        for row, part in zip(joined, parts, strict=True):
+            row[slice(0, len(part)) if self.side == "right" else slice(length - len(part), None)] = part
+        return joined
+
+
+# -- leaves that are no plain row --------------------------------------------------------------------------------------
+
+
+def t5(**config: Any) -> T5Config:
+    torch.manual_seed(0)
+    return T5Config(vocab_size=WORDS, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_heads=2, **config)
+
+
+class Biased(nn.Module):
+    """Layers of attention that hand on ``[batch, heads, tokens, tokens]``: minus infinity where a key is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, 8)
+        self.layers = nn.ModuleList(Attending() for _ in range(3))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden, bias = self.embed(input_ids), attention_mask
+        for layer in self.layers:
+            hidden, bias = layer(hidden, bias)
+        return hidden
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if bias.dim() == 2:
+            apart = torch.arange(hidden.shape[1], dtype=torch.float32)
+            hidden_by = torch.where(bias.bool(), 0.0, torch.finfo(torch.float32).min)
+            slopes = torch.tensor([1.0, 0.5])[None, :, None, None]
+            bias = (apart[:, None] - apart).abs() * -slopes + hidden_by[:, None, None]
+        query = hidden.unflatten(2, (2, 4)).transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=bias)
+        return hidden + self.mix(attended.transpose(1, 2).flatten(2)), bias
+
+
+TEXT_MASKS = {"input_ids": "attention_mask", "attention_mask": "attention_mask"}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("make", [Biased, lambda: T5EncoderModel(t5())], ids=["biased", "t5"])
+def test_rows_are_kept_without_padding_and_padded_on_either_side(make, side):
+    torch.manual_seed(0)
+    model = make().eval()
+    cut = "layers.1" if make is Biased else "encoder.block.1"
+    with recycle(model, texts(2), cut=cut, store="memory://") as recycling:
+        assert recycling.source.padding.right
+        assert recycling.source.padding.left
+        data = _unpadded(texts(6), TEXT_MASKS)
+        recycling.fill(data, batch_size=2, collate_fn=Pad())
+        misses = recycling.stats.misses
+        collate = Pad(side, more=2)
+        hit = next(iter(recycling.loader(data, batch_size=6, collate_fn=collate)))
+        with torch.no_grad():
+            got = _first_tensor(model(**hit))
+        assert (recycling.stats.hits, recycling.stats.misses) == (6, misses)
+    plain = collate(data)
+    with torch.no_grad():
+        want = _first_tensor(model(**plain))
+    kept = plain["attention_mask"].bool()
+    assert torch.allclose(want[kept], got[kept], atol=1e-5)
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def test_a_bias_between_tokens_is_kept_without_padding_in_both_dimensions_and_padded_with_what_hides():
+    torch.manual_seed(0)
+    with recycle(Biased().eval(), texts(2), cut="layers.1", store="memory://") as recycling:
+        hidden, bias = recycling.source.layouts
+        assert (len(hidden.ragged_dims), len(bias.ragged_dims)) == (1, 2)
+        assert (hidden.fill, bias.fill) == (None, torch.finfo(torch.float32).min)
+
+
+class Table(nn.Module):
+    """Blocks that hand on a table of positions beside the hidden states, as rotary embeddings are."""
+
+    def __init__(self, depends: bool = False, fixed: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, 8)
+        self.blocks = nn.ModuleList(Step(depends, fixed) for _ in range(3))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden, table = self.embed(input_ids) * attention_mask[..., None], None
+        for block in self.blocks:
+            hidden, table = block(hidden, table)
+        return hidden
+
+
+class Step(nn.Module):
+    def __init__(self, depends: bool, fixed: bool) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.depends, self.fixed = depends, fixed
+
+    def forward(self, hidden: torch.Tensor, table: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if table is None:
+            table = torch.arange(1 if self.fixed else hidden.shape[1]).float()[None, :, None].cos().repeat(1, 1, 8)
+            if self.depends:
+                table = table * hidden.abs().max()
+        return self.mix(hidden) if self.depends else self.mix(hidden + table), table
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_leaf_that_is_the_same_for_all_objects_is_kept_once_and_not_with_each(fixed):
+    torch.manual_seed(0)
+    model = Table(fixed=fixed).eval()
+    data = _unpadded(texts(6), TEXT_MASKS)
+    with recycle(model, texts(2), cut="blocks.0", store="memory://") as recycling:
+        assert len(recycling.source.layouts) == 1
+        for more in (0, 4):  # at another length it is made anew
+            collate = Pad(more=more)
+            hit = next(iter(recycling.loader(data, batch_size=6, collate_fn=collate)))
+            with torch.no_grad():
+                got, want = model(**hit), model(**collate(data))
+            kept = collate(data)["attention_mask"].bool()
+            assert torch.allclose(got[kept], want[kept], atol=1e-6)
+        assert recycling.stats.hits == 12
+
+
+def test_a_leaf_without_a_dimension_for_objects_that_depends_on_them_all_the_same_is_refused():
+    torch.manual_seed(0)
+    with pytest.raises(CutError, match="depends on them all the same"):
+        recycle(Table(depends=True).eval(), texts(2), cut="blocks.0", store="memory://")
+
+
+class Clip(nn.Module):
+    """Each frame of a clip through one network, then all frames of a clip together."""
+
+    def __init__(self, tiled: bool = False) -> None:
+        super().__init__()
+        self.frame = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 6, 3))
+        self.head = nn.Linear(6, 2)
+        self.tiled = tiled
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        frames = clip.transpose(0, 1) if self.tiled else clip
+        maps = self.frame(frames.flatten(0, 1)).mean((2, 3)).unflatten(0, frames.shape[:2])
+        return self.head(maps.mean(0 if self.tiled else 1))
+
+
+def test_frames_that_lie_in_the_dimension_of_the_objects_are_kept_with_their_object():
+    torch.manual_seed(0)
+    model = Clip().eval()
+    clips = torch.randn(5, 3, 3, 12, 12)
+    with recycle(model, clips[:2], cut="frame.1", store="memory://") as recycling:
+        assert recycling.source.layouts[0].per_object == 3
+        recycling.fill(list(clips), batch_size=5)
+        hit = next(iter(recycling.loader(list(clips.flip(0)), batch_size=5)))
+        with torch.no_grad():
+            assert torch.equal(model(hit), model(clips.flip(0)))
+        assert recycling.stats.hits == 5
+
+
+def test_frames_that_lie_there_before_their_objects_are_refused():
+    torch.manual_seed(0)
+    with pytest.raises(CutError, match="depends on the other objects"):
+        recycle(Clip(tiled=True).eval(), torch.randn(2, 3, 3, 12, 12), cut="frame.1", store="memory://")
+
+
+# -- two sequences -----------------------------------------------------------------------------------------------------
+
+
+def bart() -> BartModel:
+    torch.manual_seed(0)
+    sizes = {
+        f"{half}_{name}": n
+        for half in ("encoder", "decoder")
+        for name, n in (("layers", 3), ("attention_heads", 2), ("ffn_dim", 32))
+    }
+    config = BartConfig(vocab_size=WORDS, d_model=16, max_position_embeddings=40, use_cache=False, **sizes)
+    return BartModel(config).eval()
+
+
+def _pairs(count: int) -> dict[str, torch.Tensor]:
+    question, answer = texts(count, 9), texts(count + 1, 7)
+    return {**question, **{f"decoder_{name}": part[:count] for name, part in answer.items()}}
+
+
+PAIR_MASKS = {
+    n: f"{side}attention_mask" for side in ("", "decoder_") for n in (f"{side}input_ids", f"{side}attention_mask")
+}
+
+
+@pytest.mark.parametrize("make", [bart, lambda: T5Model(t5(use_cache=False)).eval()], ids=["bart", "t5"])
+def test_a_cut_in_the_decoder_keeps_rows_that_follow_two_sequences(make):
+    model = make()
+    cut = "decoder.layers.0" if make is bart else "decoder.block.1"
+    data = _unpadded(_pairs(6), PAIR_MASKS)
+    with recycle(model, _pairs(2), cut=cut, store="memory://") as recycling:
+        followed = {by for layout in recycling.source.layouts for by in layout.ragged_by}
+        assert followed == {0, 1}
+        recycling.fill(data, batch_size=2, collate_fn=Pad())
+        collate = Pad(more=3)
+        hit = next(iter(recycling.loader(data, batch_size=6, collate_fn=collate)))
+        with torch.no_grad():
+            got = model(**hit).last_hidden_state
+        assert recycling.stats.hits == 6
+    plain = collate(data)
+    with torch.no_grad():
+        want = model(**plain).last_hidden_state
+    kept = plain["decoder_attention_mask"].bool()
+    assert torch.allclose(want[kept], got[kept], atol=1e-5)
+
+
+# -- joint cuts --------------------------------------------------------------------------------------------------------
+
+TOWERS = ["vision_model.encoder.layers.1", "text_model.encoder.layers.0"]
+
+
+def clip() -> CLIPModel:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text = {**small, "vocab_size": WORDS, "max_position_embeddings": 20, "eos_token_id": WORDS - 1, "bos_token_id": 1}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+
+
+def _captioned(count: int) -> dict[str, torch.Tensor]:
+    return {**texts(count), "pixel_values": images(count)}
+
+
+def test_a_joint_cut_recycles_both_towers_and_trains_the_rest_of_both():
+    model = clip()
+    by_hand = copy.deepcopy(model)
+    batch = _captioned(4)
+    with torch.no_grad():
+        want = model(**batch)
+    with recycle(model, _captioned(2), cut=TOWERS, store="memory://") as recycling:
+        assert recycling.cut == " + ".join(TOWERS)
+        frozen = set(recycling.bypass.prefix_parameters)
+        assert any(name.startswith("vision_model.encoder.layers.1.") for name in frozen)
+        assert not any(
+            name.startswith(("vision_model.encoder.layers.2", "text_model.encoder.layers.1")) for name in frozen
+        )
+        hit = next(iter(recycling.loader(_items(batch), batch_size=4)))
+        with torch.no_grad():
+            got = model(**hit)
+        assert torch.equal(got.logits_per_image, want.logits_per_image)
+        assert torch.equal(got.text_embeds, want.text_embeds)
+        assert recycling.stats.hits == 4
+        model.train()(**hit).logits_per_image.square().sum().backward()
+        for name, parameter in by_hand.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        by_hand(**batch).logits_per_image.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        for name, parameter in by_hand.named_parameters():
+            assert (parameter.grad is None) == (gradients[name] is None), name
+            assert parameter.grad is None or torch.allclose(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_the_level_of_a_joint_cut_is_the_mean_over_its_towers():
+    with recycle(clip(), _captioned(2), cut=TOWERS, store="memory://") as recycling:
+        assert recycling.level == pytest.approx((2 / 3 + 1 / 3) / 2, abs=0.01)
+
+
+def test_a_joint_cut_of_layers_behind_each_other_is_refused_with_what_to_do():
+    with pytest.raises(CutError, match="of cuts behind each other, take the last"):
+        recycle(resnet(), images(2), cut=["layer1", "layer2"], store="memory://")
+
+
+class Siamese(nn.Module):
+    """One encoder for both texts of a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (self.encoder(left) * self.encoder(right)).sum(1)
+
+
+def test_a_joint_cut_of_one_encoder_that_is_called_twice_keeps_both_of_its_activations():
+    torch.manual_seed(0)
+    model = Siamese().eval()
+    left, right = torch.randn(5, 6), torch.randn(5, 6)
+    want = model(left, right)
+    with recycle(model, (left[:2], right[:2]), cut=["encoder.1#1", "encoder.1#2"], store="memory://") as recycling:
+        assert set(recycling.bypass.prefix_parameters) == {"encoder.0.weight", "encoder.0.bias"}
+        hit = next(iter(recycling.loader(list(zip(left, right, strict=True)), batch_size=5)))
+        assert torch.equal(model(*hit), want)
+        assert recycling.stats.hits == 5
+
+
+# -- modules called several times --------------------------------------------------------------------------------------
+
+
+def albert() -> AlbertModel:
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=WORDS,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+    )
+    return AlbertModel(config, add_pooling_layer=False).eval()
+
+
+LAYER = "encoder.albert_layer_groups.0"
+
+
+def test_the_second_call_of_a_module_can_be_cut_where_its_parameters_are_frozen_in_both_halves():
+    model = albert()
+    batch = texts(4)
+    with torch.no_grad():
+        want = model(**batch).last_hidden_state
+    with pytest.raises(CutError, match=r"share .*share='freeze'"):
+        recycle(model, texts(2), cut=f"{LAYER}#2", store="memory://")
+    with recycle(model, texts(2), cut=f"{LAYER}#2", store="memory://", share="freeze") as recycling:
+        hit = next(iter(recycling.loader(_items(batch), batch_size=4)))
+        with torch.no_grad():
+            got = model(**hit).last_hidden_state
+        assert recycling.stats.hits == 4
+    kept = batch["attention_mask"].bool()
+    assert torch.equal(got[kept], want[kept])
+
+
+def test_a_module_that_is_called_several_times_must_be_named_with_the_call():
+    with pytest.raises(CutError, match=rf"calls it 4 times .*'{LAYER}#1' to '{LAYER}#4'"):
+        recycle(albert(), texts(2), cut=LAYER, store="memory://")
+    with pytest.raises(CutError, match="4 times in one forward"):
+        recycle(albert(), texts(2), cut=f"{LAYER}#5", store="memory://")
+
+
+# -- moving the cut ----------------------------------------------------------------------------------------------------
+
+
+def _step(model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(batch).square().sum().backward()
+    optimizer.step()
+
+
+def test_the_cut_moves_during_a_training_and_the_optimiser_keeps_the_state_of_what_still_trains():
+    torch.manual_seed(0)
+    model = resnet()
+    data = list(images(4))
+    by_hand = copy.deepcopy(model)
+    mine, theirs = (torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, by_hand))
+    recycling = recycle(model, images(2), cut="layer1", store="memory://")
+    loader = recycling.loader(data, batch_size=4)
+    for cut, frozen in (("layer1", 1), ("layer3", 3), ("layer2", 2)):
+        assert recycling.cut == cut or recycling.recut(cut).cut == cut
+        (batch,) = loader
+        parts = [by_hand.conv1, by_hand.bn1, *(getattr(by_hand, f"layer{i}") for i in range(1, frozen + 1))]
+        by_hand.train().requires_grad_(True)
+        for part in parts:
+            part.eval().requires_grad_(False)
+        for parameter in by_hand.parameters():
+            parameter.grad = None
+        for _ in range(2):
+            _step(model.train(), batch, mine)
+            _step(by_hand, torch.stack(data), theirs)
+        for name, parameter in by_hand.named_parameters():
+            other = model.get_parameter(name)
+            assert torch.allclose(parameter, other, atol=1e-5), (cut, name)
+            assert len(theirs.state[parameter]) == len(mine.state[other]), name
+    assert recycling.stats.hits == 24
+    recycling.detach()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_cut_that_cannot_be_moved_there_stays_where_it_is():
+    model = resnet().eval()
+    recycling = recycle(model, images(2), cut="layer2", store="memory://")
+    fingerprint = recycling.fingerprint
+    with pytest.raises(CutError, match="no module of that name"):
+        recycling.recut("layer9")
+    with pytest.raises(CutError, match="give either"):
+        recycling.recut()
+    assert (recycling.cut, recycling.fingerprint) == ("layer2", fingerprint)
+    (batch,) = recycling.loader(list(images(4)), batch_size=4)
+    with torch.no_grad():
+        got = model(batch)
+    recycling.detach()
+    with torch.no_grad():
+        assert torch.equal(model(images(4)), got)
+    with pytest.raises(CutError, match="detached"):
+        recycling.recut("layer1")
+
+
+def test_a_batch_of_the_old_cut_is_refused_after_the_cut_has_moved():
+    model = resnet()
+    with recycle(model, images(2), cut="layer2", store="memory://") as recycling:
+        (batch,) = recycling.loader(list(images(4)), batch_size=4)
+        recycling.recut(level=0.75)
+        assert recycling.cut == "layer3"
+        with pytest.raises(Exception, match="Make a new iterator"):
+            model(batch)
+
+
+# -- hooks on what is skipped ------------------------------------------------------------------------------------------
+
+
+def test_a_hook_on_a_skipped_module_is_warned_of_once():
+    model = bert()
+    model.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(RecycleWarning, match=r"a hook on 'bert\.encoder\.layer\.0' does not fire") as said:
+        recycling = recycle(model, texts(2), cut="bert.encoder.layer.1", store="memory://")
+        model.bert.encoder.layer[1].register_forward_pre_hook(lambda *_: None)
+        for _ in range(2):
+            for batch in recycling.loader(_items(texts(4)), batch_size=4):
+                model(**batch)
+    assert len(said) == 1
+    recycling.detach()
+
+
+def test_a_hook_after_the_cut_fires_and_nothing_is_said():
+    model = bert()
+    seen: list[int] = []
+    model.bert.encoder.layer[2].register_forward_hook(lambda *_: seen.append(1))
+    with recycle(model, texts(2), cut="bert.encoder.layer.1", store="memory://") as recycling:
+        (batch,) = recycling.loader(_items(texts(4)), batch_size=4)
+        model(**batch)
+        seen.clear()
+        model(**batch)
+    assert seen == [1]
