@@ -9,7 +9,7 @@ what it is (`num_hidden_layers`, `encoder_layers`, `n_layer` are depths), so tha
 those that it holds, makes almost any of them small. Widths become equal, so that what must agree still does. Where that
 is not enough, `FIELDS` says what a type needs in addition. Which inputs a model takes is read from the signature of its
 forward, and `ENTRIES` has a line per kind of input; where images or sounds take the places of special ids in a text,
-the batch is a text alone. `LEFT_OUT` has the types that do not run, by the reason.
+the batch is a text alone unless `PLACES` has the type. `LEFT_OUT` has the types that do not run, by the reason.
 
 ``python benchmarks/zoo/transformers_cases.py [TYPE ...]`` builds and runs them, and prints a line for each: family,
 parameters, time of a forward, inputs or the error.
@@ -115,7 +115,7 @@ FAMILIES: dict[str, str] = {
         "owlv2 owlvit paddleocr_vl paligemma pe_audio phi4_multimodal qianfan_ocr qwen2_5_vl qwen2_audio qwen2_vl "
         "qwen3_5 qwen3_5_moe qwen3_asr qwen3_vl qwen3_vl_moe sam3 sam3_lite_text sam3_lite_text_text_model siglip "
         "siglip2 smolvlm smolvlm_vision step3p7 t5gemma2_encoder tipsv2 udop ultravbert unlimited_ocr video_llama_3 "
-        "video_llava videoprism vilt vipllava visual_bert voxtral voxtral_realtime xclip"
+        "video_llava videoprism vilt vipllava visual_bert voxtral xclip"
     ),
     "time series": "patchtsmixer patchtst timesfm2_5",
 }
@@ -140,7 +140,7 @@ LEFT_OUT: dict[str, str] = {
     "takes inputs that belong together (prompts, places of images, latents, several series)": (
         "autoformer blip-2 efficientloftr idefics informer instructblip instructblipvideo kosmos-2 lightglue llama4 "
         "mimi_decoder muse_glimmer_assistant pi0 pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_decoder seggpt "
-        "time_series_transformer timesfm tvp"
+        "time_series_transformer timesfm tvp voxtral_realtime"
     ),
     "takes the patches of all images in one row, so that no dimension counts the objects": (
         "cohere_compass_vision cosmos3_edge_vision exaone4_5_vision gemma4_vision glm4v_moe_vision glm4v_vision "
@@ -178,6 +178,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lxmert": {"visual_feat_dim": 64},
     "mobilebert": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64},
     "mobilevit": {"hidden_sizes": [32, 48, 64]},
+    "owlv2": {"text_config.max_position_embeddings": POSITIONS},
+    "owlvit": {"text_config.max_position_embeddings": POSITIONS},
+    "deepseek_vl": {"vision_config.image_size": 32},
+    "llava": {"vision_config.image_size": 32},
+    "ovis2": {"vision_config.image_size": 32},
+    "paligemma": {"vision_config.image_size": 32},
+    "video_llava": {"vision_config.image_size": 32},
     "perceiver": {"d_latents": 64, "num_latents": 16},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (8, 16)},
     "rt_detr": {"backbone_config.hidden_sizes": [32, 64, 128, 256], "encoder_in_channels": [64, 128, 256]},
@@ -431,6 +438,13 @@ class Draw:
         free = torch.tensor([i for i in range(3, max(size - 32, size // 2)) if i not in special])
         return free[self.integers(len(free), length)]
 
+    def text(self) -> torch.Tensor:
+        """Ids, after the places of the image where the model wants them."""
+        ids = self.ids(self.tokens, self.config.get_text_config())
+        if self.name in PLACES:
+            ids[:, : PLACES[self.name]] = _first(self.config, "image_token_id", "image_token_index")
+        return ids
+
     def integers(self, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(high, (self.objects, *shape), generator=self.generator)
 
@@ -494,14 +508,17 @@ BANDS_FIRST = (
 WITH_CHANNEL = (
     "dac encodec mimi mimi_encoder omniasr_audio omniasr_ctc pe_audio_encoder pocket_tts_audio_tokenizer_encoder"
 )
+SEVERAL = "idefics3 smolvlm"  # images per text
 VIDEOS = "timesformer videomae vivit xclip"
 
 ENTRIES: dict[str, Callable[[Draw], torch.Tensor]] = {
-    "input_ids": lambda d: d.ids(d.tokens, d.config.get_text_config()),
+    "input_ids": Draw.text,
     "attention_mask": lambda d: d.ones(d.tokens),
     "bbox": _boxes,
     "decoder_input_ids": lambda d: d.ids(d.tokens // 2, d.config.get_text_config(decoder=True)),
-    "pixel_values": lambda d: _video(d) if d.name in VIDEOS.split() else _image(d),
+    "pixel_values": lambda d: (
+        _video(d) if d.name in VIDEOS.split() else _image(d, *([1] if d.name in SEVERAL.split() else []))
+    ),
     "pixel_values_videos": _video,
     "input_values": _waveform,
     "input_features": _mel,
@@ -562,6 +579,18 @@ INPUTS: dict[str, str] = {
     "speecht5": "input_values decoder_input_values",
     "voxtral": "input_ids attention_mask",
 }
+# How many places in the text an image takes; the other types that combine both are given a text alone.
+PLACES = {"aya_vision": 4, "cohere2_vision": 4, "deepseek_vl": 4, "florence2": 5, "got_ocr2": 1, "internvl": 4}
+PLACES |= {
+    "idefics3": 4,
+    "llava": 4,
+    "ovis2": 4,
+    "paligemma": 4,
+    "qianfan_ocr": 4,
+    "smolvlm": 4,
+    "step3p7": 1,
+    "video_llava": 4,
+}
 PADDED = ("input_ids", "attention_mask", "bbox")
 
 
@@ -577,10 +606,9 @@ def entries_of(model: Any, config: Any) -> list[str]:
         names.append("bbox")
     if "decoder_input_ids" in taken:
         names.append("decoder_input_ids")
-    # Two towers; where images take the places of special ids in the text, the text alone is a batch.
     for name, places in ("pixel_values", "image"), ("input_features", "audio"):
-        alone = _first(config, f"{places}_token_id", f"{places}_token_index") is None
-        if name in taken and name not in names and "input_ids" in names and alone:
+        placed = _first(config, f"{places}_token_id", f"{places}_token_index") is not None
+        if name in taken and name not in names and "input_ids" in names and (not placed or config.model_type in PLACES):
             names.append(name)
     return names
 
