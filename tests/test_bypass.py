@@ -302,21 +302,33 @@ def test_a_cache_of_keys_and_values_is_refused_with_the_flag_to_switch_off():
         _attach(model, _two(texts()), "model.layers.1")
 
 
-def test_layerdrop_around_the_cut_is_refused_and_without_it_the_cut_is_allowed():
+def test_layerdrop_around_the_cut_drops_layers_of_the_suffix_alone():
     one = sample("wav2vec2")
-    model = wav2vec2(layerdrop=0.1)
-    before = state_of(model)
-    with pytest.raises(CutError, match="LayerDrop"):
-        _attach(model, one.batch[:2], one.cut)
-    assert state_of(model) == before
-    _attach(wav2vec2(layerdrop=0.0), one.batch[:2], one.cut).detach()
+    torch.manual_seed(0)
+    model = wav2vec2(layerdrop=0.5).train()
+    seen: list[int] = []
+    for number in (2, 3):
+        model.wav2vec2.encoder.layers[number].register_forward_hook(lambda *_, number=number: seen.append(number))
+    runs: dict[str, set[tuple[int, ...]]] = {"hit": set(), "raw": set()}
+    outputs: dict[int, list[torch.Tensor]] = {}
+    with _attach(model, one.batch[:2], one.cut) as recycling:
+        (batch,) = recycling.loader(list(one.batch), batch_size=8)
+        for seed in range(12):
+            for kind, given in (("hit", batch), ("raw", one.batch)):
+                seen.clear()
+                torch.manual_seed(seed)
+                outputs.setdefault(seed, []).append(model(given).logits)
+                runs[kind].add(tuple(seen))
+    assert runs["hit"] == runs["raw"] == {(), (2,), (3,), (2, 3)}
+    assert all(torch.equal(hit, raw) for hit, raw in outputs.values())
 
 
 class Regions(nn.Module):
-    """Four layers, of which each two are computed again in backward."""
+    """Four layers, of which each two are computed again in backward: in training mode, or always."""
 
-    def __init__(self, reentrant: bool, sizes: tuple[int, ...]) -> None:
+    def __init__(self, reentrant: bool, sizes: tuple[int, ...], always: bool = True) -> None:
         super().__init__()
+        self.always = always
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
         self.reentrant, self.sizes = reentrant, sizes
 
@@ -330,7 +342,10 @@ class Regions(nn.Module):
                     y = layer(y)
                 return y
 
-            x = checkpoint(region, x, use_reentrant=self.reentrant) if self.training else region(x)
+            if self.training or self.always:
+                x = checkpoint(region, x, use_reentrant=self.reentrant)
+            else:
+                x = region(x)
             at += size
         return x
 
@@ -343,6 +358,23 @@ def test_a_checkpoint_region_across_the_cut_is_refused(reentrant):
     with pytest.raises(CutError):
         _attach(model, torch.randn(4, 8), "layers.1")
     assert state_of(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_region_across_the_cut_that_is_one_in_training_mode_only_is_computed_once(reentrant):
+    model = Regions(reentrant, (1, 2, 1), always=False).train()
+    by_hand = _frozen(model, ["layers.0", "layers.1"])
+    by_hand.training = False
+    x = torch.randn(4, 8)
+    if reentrant:  # the last region is one by itself, and gets no gradient: not ours
+        model.sizes = by_hand.sizes = (1, 3)
+    with _attach(model, x, "layers.1"):
+        model(x).sum().backward()
+    by_hand(x).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), by_hand.named_parameters(), strict=True):
+        assert (p.grad is None) == (q[1].grad is None), name
+        assert p.grad is None or torch.allclose(p.grad, q[1].grad), name
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -370,7 +402,7 @@ def test_checkpoint_sequential_across_the_cut_is_refused():
             self.body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint_sequential(self.body, 2, x, use_reentrant=False) if self.training else self.body(x)
+            return checkpoint_sequential(self.body, 2, x, use_reentrant=False)
 
     with pytest.raises(CutError):
         _attach(Whole().train(), torch.randn(2, 8), "body.0")
@@ -902,13 +934,54 @@ class Glue(nn.Module):
         return self.third(self.second(x))
 
 
-@pytest.mark.parametrize("way", ["dropout", "noise", "mean", "layerdrop"])
-def test_glue_before_the_cut_that_draws_or_mixes_is_refused(way):
-    model = Glue(way)
+def test_glue_before_the_cut_that_mixes_objects_is_refused():
+    model = Glue("mean")
     before = state_of(model)
     with pytest.raises(CutError):
         _attach(model, torch.randn(4, 6), "second")
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("way", ["dropout", "noise", "layerdrop"])
+def test_what_glue_before_the_cut_draws_in_training_mode_it_does_not_draw_since_the_prefix_is_in_eval_mode(way):
+    model = Glue(way)
+    want = _frozen(model, ["first", "second"]).eval()
+    x = torch.randn(4, 6)
+    with _attach(model.train(), x, "second") as recycling:
+        assert model.training
+        (batch,) = recycling.loader(list(x), batch_size=4)
+        for given in (batch, x):
+            for seed in range(40):
+                torch.manual_seed(seed)
+                assert torch.equal(model(given), want(x))
+                assert model.training
+        assert recycling.stats.hits == 160
+
+
+class Deciding(nn.Module):
+    """Decides at its beginning, by its flag, what it does at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rate = 0.5 if self.training else 0.0
+        x = self.second(F.dropout(self.first(x), rate, True))
+        return self.third(F.dropout(x, rate, True))
+
+
+def test_a_forward_that_decides_at_its_beginning_about_both_halves_is_refused():
+    with pytest.raises(CutError, match="In training mode"):
+        _attach(Deciding().train(), torch.randn(4, 6), "second")
+
+
+def test_dropout_in_the_models_own_forward_after_the_cut_stays_on():
+    model = Glue("dropout")
+    with _attach(model.train(), torch.randn(4, 6), "first") as recycling:
+        (batch,) = recycling.loader(list(torch.randn(4, 6)), batch_size=4)
+        outputs = {model(batch)[0, 0].item() for _ in range(8)}
+    assert len(outputs) > 1
 
 
 # -- forms of inputs and activations -----------------------------------------------------------------------------------
