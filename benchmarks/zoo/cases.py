@@ -30,6 +30,8 @@ class Built:
     """Entries of the dict whose dimension 1 is the sequence, and which may be padded (with 0, the mask with 0)."""
     mask: str | None = "attention_mask"
     """The mask among `padded`, if any."""
+    mask_input: str | None = None
+    """The mask's name as a model input, for `recycle(mask=...)`, where it is not `attention_mask`."""
     inputs: Callable[[Any], tuple[tuple, dict]] | None = None
     """For `recycle(inputs=...)`, where a batch does not say by its shape what is model input."""
 

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,7 @@ from torchrecycle.cost import blocks_of, level_of
 from torchrecycle.trace import Trace, trace
 
 OBJECTS, OTHERS = 4, 3
-TARGETS = (0.25, 0.5, 0.75)
+LEVELS = (0.25, 0.5, 0.75)
 FURTHER = 6
 """How many more cuts are tried where none of the first is useful."""
 
@@ -59,8 +59,8 @@ class Place:
         return 0.25 <= self.level <= 0.75 or 0.25 <= self.flops <= 0.75
 
 
-def places(built: Built, batch: Any, traced: Trace) -> tuple[list[Place], list[Place]]:
-    """Blocks (or what the root calls itself) first, then every other module that is called once, outermost first."""
+def places(built: Built, batch: Any, traced: Trace) -> tuple[list[Place], Callable[[], list[Place]]]:
+    """Blocks (or what the root calls itself); and every other module that is called once, outermost first."""
     counted = _counted(built, batch, traced)
     once = [c for c in traced.calls if c.name and len(traced.of(c.name)) == 1]
     total = max(counted.calls[0].flops[1], 1) if counted else 1
@@ -70,13 +70,12 @@ def places(built: Built, batch: Any, traced: Trace) -> tuple[list[Place], list[P
         share = counted.calls[number].flops[1] / total if counted else -1.0
         return Place(name, level_of(built.model, traced, name), round(share, 4))
 
-    names = {call.name for call in once}
+    names = {one.name for one in once}
     blocks = [name for name in blocks_of(built.model) if name in names]
-    blocks = blocks or [call.name for call in once if call.parent == 0]
-    first = [place(name) for name in blocks]
-    rest = [call for call in once if call.name not in blocks]
-    rest = sorted(rest, key=lambda call: (call.name.count("."), call.number))[:60]
-    return first, [place(call.name) for call in rest]
+    blocks = blocks or [one.name for one in once if one.parent == 0]
+    rest = [one for one in once if one.name not in blocks]
+    rest = sorted(rest, key=lambda one: (one.name.count("."), one.number))[:60]
+    return [place(name) for name in blocks], lambda: [place(one.name) for one in rest]
 
 
 def _counted(built: Built, batch: Any, traced: Trace) -> Trace | None:
@@ -88,14 +87,14 @@ def _counted(built: Built, batch: Any, traced: Trace) -> Trace | None:
     return counted if len(counted.calls) == len(traced.calls) else None
 
 
-def nearest(found: list[Place]) -> list[Place]:
-    """Around a quarter, a half and three quarters of the blocks."""
+def nearest(found: list[Place], levels: Sequence[float]) -> list[Place]:
+    """One place around each level, in running order."""
     inner = [place for place in found if 0.1 < place.level < 0.9]
     chosen: list[Place] = []
-    for target in TARGETS:
+    for level in levels:
         left = [place for place in inner if place not in chosen]
         if left:
-            chosen.append(min(left, key=lambda place: (abs(place.level - target), place.level)))
+            chosen.append(min(left, key=lambda place: (abs(place.level - level), place.level)))
     return sorted(chosen, key=lambda place: place.level)
 
 
@@ -157,12 +156,15 @@ def subject_of(built: Built) -> Subject:
     return subject
 
 
-def check_case(case: Case, seconds: float = 240.0, *, listing: bool = False) -> dict[str, Any]:
+def check_case(
+    case: Case, seconds: float = 240.0, levels: Sequence[float] = LEVELS, *, listing: bool = False
+) -> dict[str, Any]:
     """Try a model; what is found, ready for JSON.
 
     Args:
         case: the model.
         seconds: after so long, no further cut is begun.
+        levels: around which it is cut first.
         listing: also ask `cuts()` what it thinks, which takes as long as a cut or two.
     """
     began = time.perf_counter()
@@ -182,13 +184,14 @@ def check_case(case: Case, seconds: float = 240.0, *, listing: bool = False) -> 
     def try_out(place: Place) -> None:
         found.append(check_cut(subject, place))
 
-    tried = nearest(first)
+    tried = nearest(first, levels)
     for place in tried:
         if time.perf_counter() - began < seconds:
             try_out(place)
-    for place in further(first, rest, tried)[:FURTHER]:
-        if time.perf_counter() - began < seconds / 2 and not any(c["useful"] for c in found):
-            try_out(place)
+    if not any(cut["useful"] for cut in found):
+        for place in further(first, rest(), tried)[:FURTHER]:
+            if time.perf_counter() - began < seconds / 2 and not any(cut["useful"] for cut in found):
+                try_out(place)
     states = {cut["state"] for cut in found}
     report["status"] = next((s for s in ("wrong", "crash", "equal", "refused") if s in states), "no cut")
     report["useful"] = any(cut["useful"] for cut in found)
@@ -220,7 +223,8 @@ def _where(error: BaseException) -> str:
 
 def _mask(built: Built) -> str | None:
     """``mask=`` for `recycle`: `attention_mask` is found by its name."""
-    return built.mask if built.mask in built.padded and built.mask != "attention_mask" else None
+    named = built.mask if built.mask in built.padded and built.mask != "attention_mask" else None
+    return built.mask_input or named
 
 
 # -- one cut -----------------------------------------------------------------------------------------------------------

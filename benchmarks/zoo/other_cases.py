@@ -60,6 +60,7 @@ def _sentences(pooling: str) -> Built:
         _texts,
         tokens=12,
         padded=("input_ids", "attention_mask"),
+        mask_input="input.attention_mask",  # the entry of the dict that is the first argument
         inputs=lambda batch: ((dict(batch),), {}),
     )
 

@@ -7,6 +7,7 @@ grown beyond 4 GB is replaced before it gets another case.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -20,7 +21,7 @@ LARGE = 4 * 2**20
 """KiB of resident memory after which a worker is replaced."""
 
 
-def work(pipe: Connection, seconds: float, listing: bool) -> None:
+def work(pipe: Connection, options: dict[str, Any]) -> None:
     """A worker: takes (library, name), gives back what was found."""
     import warnings
 
@@ -31,10 +32,13 @@ def work(pipe: Connection, seconds: float, listing: bool) -> None:
     from check import check_case
     from libraries import find_case
 
-    while (asked := pipe.recv()) is not None:
-        found = check_case(find_case(*asked), seconds, listing=listing)
-        found["worker_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        pipe.send(found)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent was killed
+        while (asked := pipe.recv()) is not None:
+            before = time.process_time()
+            found = check_case(find_case(*asked), **options)
+            found["cpu_seconds"] = round(time.process_time() - before, 2)
+            found["worker_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            pipe.send(found)
 
 
 @dataclass(slots=True)
@@ -46,51 +50,53 @@ class _Worker:
     outgrown: bool = False
 
     def end(self) -> None:
+        """Let it go if it is idle; kill it otherwise."""
+        if self.asked is None and self.process.is_alive():
+            self.pipe.send(None)
+            self.process.join(10)
         self.pipe.close()
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
 
 
-def run_all(
-    names: Sequence[tuple[str, str]], jobs: int, limit: float, *, listing: bool = False
-) -> Iterator[dict[str, Any]]:
+def run_all(names: Sequence[tuple[str, str]], jobs: int, limit: float, **options: Any) -> Iterator[dict[str, Any]]:
     """What is found for each (library, name), as it comes.
 
     Args:
         names: the cases.
         jobs: processes.
         limit: seconds per case.
-        listing: also ask `cuts()`.
+        **options: of `check_case`.
     """
     waiting, workers = list(names), []
     try:
-        workers = [_start(limit, listing) for _ in range(min(jobs, len(waiting)))]
+        workers = [_start(limit, options) for _ in range(min(jobs, len(waiting)))]
         while waiting or any(worker.asked for worker in workers):
             for i, worker in enumerate(workers):
                 if worker.asked is None and waiting:
                     if worker.outgrown:
                         worker.end()
-                        workers[i] = worker = _start(limit, listing)
+                        workers[i] = worker = _start(limit, options)
                     worker.asked, worker.since = waiting.pop(0), time.monotonic()
                     worker.pipe.send(worker.asked)
-            yield from _collect(workers, limit, listing)
+            yield from _collect(workers, limit, options)
     finally:
         for worker in workers:
             worker.end()
 
 
-def _start(limit: float, listing: bool) -> _Worker:
+def _start(limit: float, options: dict[str, Any]) -> _Worker:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, 0.8 * limit, listing), daemon=True)
+    process = context.Process(target=work, args=(theirs, {"seconds": 0.8 * limit, **options}), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
-def _collect(workers: list[_Worker], limit: float, listing: bool) -> Iterator[dict[str, Any]]:
+def _collect(workers: list[_Worker], limit: float, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     ready = wait([worker.pipe for worker in workers if worker.asked], timeout=1.0)
     for i, worker in enumerate(workers):
         if worker.asked is None:
@@ -103,11 +109,11 @@ def _collect(workers: list[_Worker], limit: float, listing: bool) -> Iterator[di
                 worker.process.join()
                 found = _lost(worker, "crash", f"the process ended with {worker.process.exitcode}")
                 worker.end()
-                workers[i] = _start(limit, listing)
+                workers[i] = _start(limit, options)
         elif time.monotonic() - worker.since > limit:
             found = _lost(worker, "timeout", f"after {limit:.0f} s")
             worker.end()
-            workers[i] = _start(limit, listing)
+            workers[i] = _start(limit, options)
         else:
             continue
         worker.asked = None

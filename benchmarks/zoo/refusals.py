@@ -38,6 +38,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("in training mode", "training mode takes another way"),
     ("do not compute what", "the halves would differ"),
     ("differs by", "the halves would differ"),
+    ("another size than those of the example", "rows of another size than the example's"),
     ("needs what was skipped", "a skipped value is read"),
 )
 

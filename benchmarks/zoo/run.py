@@ -26,6 +26,7 @@ ZOO = Path(__file__).parent
 sys.path[:0] = [str(ZOO), str(ZOO.parent)]
 
 import torch  # noqa: E402
+from check import LEVELS  # noqa: E402
 from libraries import LIBRARIES, cases_of  # noqa: E402
 from pool import run_all  # noqa: E402
 from table import failed, page, summary  # noqa: E402
@@ -33,18 +34,23 @@ from table import failed, page, summary  # noqa: E402
 from bench import RESULTS, machine  # noqa: E402
 
 SAMPLE = {
-    "torchvision": ["resnet18", "mobilenet_v3_small", "vit_l_16", "squeezenet1_0"],
-    "timm": [],
-    "transformers": [],
+    "torchvision": ["resnet18", "squeezenet1_1", "vit_l_32"],
+    "timm": ["test_convnext2", "test_efficientnet", "test_vit3"],
+    "transformers": ["bert", "gpt2", "llama", "t5"],
     "sentence-transformers": ["mean pooling"],
-    "diffusers": ["UNet2DModel", "DiTTransformer2DModel"],
+    "diffusers": ["AutoencoderKL, encoder", "DiTTransformer2DModel"],
 }
 """Cheap models of all kinds."""
 
 
+def installed() -> list[str]:
+    """The libraries that are there: `make test` does without two of them."""
+    return [library for library in LIBRARIES if versions()[library] != "none"]
+
+
 def sample() -> list[tuple[str, str]]:
     """The cheap models as (library, name)."""
-    return [(library, name) for library, names in SAMPLE.items() for name in names]
+    return [(library, name) for library, names in SAMPLE.items() if library in installed() for name in names]
 
 
 # -- remembering -------------------------------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
     """The models that were asked for."""
     if options.sample:
         return sample()
-    names = [(library, name) for library in options.library or LIBRARIES for name in cases_of(library)]
+    names = [(library, name) for library in options.library or installed() for name in cases_of(library)]
     return [pair for pair in names if any(part in "/".join(pair) for part in options.only or [""])]
 
 
@@ -124,14 +130,14 @@ def told(report: dict[str, Any], done: int, of: int) -> str:
 
 
 def run(
-    names: Sequence[tuple[str, str]], progress: Progress | None, jobs: int, limit: float, *, listing: bool = False
+    names: Sequence[tuple[str, str]], progress: Progress | None, jobs: int, limit: float, **options: Any
 ) -> list[dict[str, Any]]:
     """What is found for all of them, in their order; what is known already is not done again."""
     known = progress.load() if progress else {}
     found = {pair: known[pair] for pair in names if pair in known}
     if found:
         print(f"{len(found)} of {len(names)} models are known from before ({progress.path if progress else ''})")
-    for report in run_all([pair for pair in names if pair not in found], jobs, limit, listing=listing):
+    for report in run_all([pair for pair in names if pair not in found], jobs, limit, **options):
         found[report["library"], report["name"]] = report
         if progress:
             progress.add(report)
@@ -147,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", action="store_true", help="a dozen cheap models, in under three minutes")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
     parser.add_argument("--stale", action="store_true", help="keep what was found at other commits of torchrecycle")
+    parser.add_argument("--around", action="append", type=float, metavar="LEVEL", help="instead of 0.25, 0.5 and 0.75")
     parser.add_argument("--list", action="store_true", help="also keep what cuts() says of each model (takes longer)")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds per model")
@@ -158,10 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {"command": "make zoo", "date": date.today().isoformat(), "machine": machine(), "commit": commit()}
     about |= {"python": platform.python_version(), "torch": torch.__version__, "versions": versions()}
     stamp = {"versions": about["versions"], "commit": "any" if options.stale else about["commit"]}
+    stamp["levels"] = list(options.around or LEVELS)
     if options.fresh:
         options.progress.unlink(missing_ok=True)
     progress = Progress(options.progress, stamp)
-    reports = run(chosen(options), progress, options.jobs, options.limit, listing=options.list)
+    how = {"levels": tuple(options.around or LEVELS), "listing": options.list}
+    reports = run(chosen(options), progress, options.jobs, options.limit, **how)
     found = summary(reports)
     about["seconds"] = round(time.perf_counter() - began)
     tell(found)

@@ -7,6 +7,7 @@ that the file does not know is tried with the first model that timm lists for it
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +22,9 @@ from torchvision_cases import images
 SMALLEST = Path(__file__).with_name("timm_smallest.json")
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 384, 512)
 CLASSES = 10
+LARGE = 12_000_000
+CUT_DOWN: tuple[dict[str, int], ...] = ({"embed_dim": 192, "depth": 6, "num_heads": 3}, {"depth": 6}, {})
+"""What is tried on models with more parameters than that; most do not take it."""
 
 
 def cases() -> Iterator[Case]:
@@ -37,15 +41,15 @@ def cases() -> Iterator[Case]:
 def _build(name: str) -> Built:
     """The model at the smallest size that it runs at."""
     last: Exception | None = None
-    for size in SIZES:
+    for size, smaller in itertools.product(SIZES, CUT_DOWN if _parameters(name) > LARGE else [{}]):
         for more in ({"img_size": size}, {}):
             try:
-                model = _create(name, **more)
+                model = _create(name, **more, **smaller)
                 batch = partial(images, shape=(3, size, size))
                 with torch.no_grad():
                     model.eval()(batch(2))
                     model.train()(batch(2))
-                return Built(_create(name, **more), batch)
+                return Built(_create(name, **more, **smaller), batch)
             except Exception as error:
                 last = error
     assert last is not None

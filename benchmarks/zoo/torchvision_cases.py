@@ -1,9 +1,9 @@
 """Every classification, segmentation, detection and video model of torchvision.
 
 Images have 64 px where the model runs on that, clips four frames of 64 px. Models are as they are up to 200 M
-parameters, since nearly all have no size to choose; the three larger ones and the two MViTs, which only take one size
-of clip, are cut down. Detectors get what their loop gives them, a list of images; in a second case, marked "backbone",
-only their feature pyramid, which is where a user can cut them.
+parameters, since nearly all have no size to choose; larger ones are cut down, and so are the MaxViT and the MViTs,
+whose builders fix the size of images or clips. Detectors get what their loop gives them, a list of images; in a second
+case, marked "backbone", only their feature pyramid, which is where a user can cut them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from cases import Built, Case
 from torch import nn
 from torchvision import models
-from torchvision.models import regnet, vision_transformer
+from torchvision.models import maxvit, regnet, vision_transformer
 from torchvision.models.video import mvit
 
 CLASSES = 10
-SIZES = {"inception_v3": 96, "maxvit_t": 64, "alexnet": 64}
+SIZES = {"inception_v3": 96}
 
 
 def cases() -> Iterator[Case]:
@@ -52,10 +52,10 @@ def _arguments(name: str, size: int) -> dict[str, Any]:
     more: dict[str, Any] = {"num_classes": CLASSES}
     if name in ("googlenet", "inception_v3"):
         more["init_weights"] = False  # minutes otherwise
+    if name == "inception_v3":
+        more["aux_logits"] = False  # its auxiliary head needs images of 299 px, in training only
     if name.startswith("vit_"):
         more["image_size"] = size
-    if name == "maxvit_t":
-        more["input_size"] = (size, size)
     return more
 
 
@@ -68,10 +68,17 @@ def _large_regnet() -> nn.Module:
     return regnet.RegNet(blocks, num_classes=CLASSES)
 
 
+def _maxvit() -> nn.Module:
+    sizes: dict[str, Any] = {"block_channels": [64, 128, 256, 512], "block_layers": [2, 2, 5, 2], "stem_channels": 64}
+    sizes["stochastic_depth_prob"] = 0.2
+    return maxvit.MaxVit((64, 64), partition_size=2, head_dim=32, **sizes, num_classes=CLASSES)
+
+
 CUT_DOWN: dict[str, Callable[[], nn.Module]] = {
     "vit_h_14": lambda: _large_vit(image_size=56, patch_size=14, hidden_dim=320, mlp_dim=1280),
     "vit_l_16": lambda: _large_vit(image_size=64, patch_size=16, hidden_dim=256, mlp_dim=1024),
     "vit_l_32": lambda: _large_vit(image_size=64, patch_size=32, hidden_dim=256, mlp_dim=1024),
+    "maxvit_t": _maxvit,
     "regnet_y_128gf": _large_regnet,
 }
 
