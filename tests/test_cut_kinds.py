@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from small_models import WORDS, bert, images, resnet, texts
-from torchrecycle import CutError, RecycleWarning, recycle
+from torchrecycle import BatchError, CutError, RecycleWarning, recycle
 
 
 def _items(batch: dict[str, torch.Tensor], order: list[int] | None = None) -> list[dict[str, torch.Tensor]]:
@@ -268,6 +269,65 @@ def test_a_cut_in_the_decoder_keeps_rows_that_follow_two_sequences(make):
     assert torch.allclose(want[kept], got[kept], atol=1e-5)
 
 
+# -- lists of objects --------------------------------------------------------------------------------------------------
+
+
+def detector() -> nn.Module:
+    torch.manual_seed(0)
+    make = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    return make(weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=96)
+
+
+def _photos(count: int, size: int = 64) -> list[torch.Tensor]:
+    return list(torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(size)))
+
+
+TARGET = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+
+
+def _apart(items: list[Any]) -> tuple[Any, ...]:
+    return tuple(zip(*items, strict=True))
+
+
+def test_a_detector_takes_a_list_of_images_and_in_training_mode_its_targets_beside_them():
+    model = detector().eval()
+    photos = _photos(4)
+    with torch.no_grad():
+        want = model(photos)
+    data = [(photo, TARGET) for photo in photos]
+    with recycle(model, (photos,), cut="backbone.body.8", store="memory://") as recycling:
+        (batch,) = recycling.loader(data, batch_size=4, collate_fn=_apart)
+        with torch.no_grad():
+            for given in (batch[0], photos):
+                got = model(list(given))
+                assert all(torch.equal(a[name], b[name]) for a, b in zip(want, got, strict=True) for name in a)
+        assert recycling.stats.hits == 4
+        losses = []
+        for given in (batch, _apart(data)):
+            model.zero_grad()
+            torch.manual_seed(1)
+            found = model.train()(*map(list, given))
+            sum(found.values()).backward()
+            losses.append({name: loss.item() for name, loss in found.items()})
+            assert model.backbone.body["8"].block[0][0].weight.grad is None
+            assert model.backbone.body["9"].block[0][0].weight.grad is not None
+        assert losses[0] == losses[1]
+        assert recycling.stats.hits == 8
+
+
+def test_images_of_several_sizes_in_one_list_are_computed_and_not_recycled():
+    model = detector().eval()
+    mixed = [*_photos(2), *_photos(1, 80)]
+    with torch.no_grad():
+        want = model(mixed)
+    with recycle(model, (_photos(2),), cut="backbone.body.8", store="memory://") as recycling:
+        with torch.no_grad():
+            got = model(mixed)
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(want, got, strict=True) for name in a)
+        with pytest.raises(BatchError, match="Bring all to one size"):
+            recycling.fill([(photo, TARGET) for photo in mixed], batch_size=3, collate_fn=_apart)
+
+
 # -- joint cuts --------------------------------------------------------------------------------------------------------
 
 TOWERS = ["vision_model.encoder.layers.1", "text_model.encoder.layers.0"]
@@ -463,7 +523,7 @@ def test_a_batch_of_the_old_cut_is_refused_after_the_cut_has_moved():
 def test_a_hook_on_a_skipped_module_is_warned_of_once():
     model = bert()
     model.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
-    with pytest.warns(RecycleWarning, match=r"a hook on 'bert\.encoder\.layer\.0' does not fire") as said:
+    with pytest.warns(RecycleWarning, match=r"a hook on 'bert\.encoder\.layer\.0' does not fire") as said:  # noqa: PT031
         recycling = recycle(model, texts(2), cut="bert.encoder.layer.1", store="memory://")
         model.bert.encoder.layer[1].register_forward_pre_hook(lambda *_: None)
         for _ in range(2):

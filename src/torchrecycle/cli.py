@@ -1,9 +1,8 @@
 """The command ``torchrecycle``: reads arguments, calls a room, prints.
 
-``torchrecycle demo --quick`` compares four levels of recycling in a minute and a half; ``torchrecycle store verify
-activations/`` looks for damaged rows; ``torchrecycle cuts --model timm/resnet18`` shows in two seconds where a model can
-be cut. What a user did wrong is one line on stderr and exit code 2; ``--debug`` shows
-where it came from.
+``torchrecycle demo --quick`` compares four levels of recycling in a minute and a half; ``torchrecycle cuts --model
+timm/resnet18`` shows where a model can be cut; ``torchrecycle store verify activations/`` looks for damaged rows. What
+a user did wrong is one line on stderr and exit code 2; ``--debug`` shows where it came from.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torchrecycle.errors import RecycleError
 
 __all__ = ["Loaded", "ModelError", "load_model"]
 
-RANDOM = "random, since none were given; where a model can be cut does not depend on them"
+RANDOM = "random, since none were given; for cuts they do not matter"
 
 
 class ModelError(RecycleError, ValueError):

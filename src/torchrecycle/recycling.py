@@ -56,7 +56,7 @@ from torchrecycle.data import (
     RowSource,
 )
 from torchrecycle.data.known import items_of
-from torchrecycle.errors import BatchError, CutError, RecycleWarning, StaleActivationError, StoreError
+from torchrecycle.errors import BatchError, CutError, RecycleError, RecycleWarning, StaleActivationError, StoreError
 from torchrecycle.fill import FillReport, fill_pass
 from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
@@ -314,11 +314,20 @@ class Recycling:
                     self.reference = [leaf.detach().clone() for leaf in bypass.prefix(example)]
                 self.model.train()
                 with torch.enable_grad():
-                    prove(bypass, example)
+                    self._prove_training(bypass, example)
         finally:
             for module, training in flags:
                 module.training = training
         return padding
+
+    def _prove_training(self, bypass: Bypass, example: Inputs) -> None:
+        try:
+            prove(bypass, example)
+        except RecycleError:
+            raise
+        except Exception:
+            # In training mode it asks for more (a detector for its targets). The call that brings them is proven first.
+            return
 
     def _open(self, plan: Plan, padding: Padding) -> RowSource:
         key_inputs = [name for name in self._example.tensors() if name in plan.read_before]
@@ -351,7 +360,7 @@ class Recycling:
         )
 
     def _make_settings(self, plan: Plan, padding: Padding, key_inputs: Sequence[str]) -> dict[str, Any]:
-        plain = [(n, v) for n, v in self._example.items() if not isinstance(v, torch.Tensor)]
+        plain = list(self._example.plain().items())
         settings = settings_of(
             plan.cut,
             plan.layouts,
@@ -568,7 +577,10 @@ class Recycling:
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model: with rows, raw, or without recycling."""
-        inputs = Inputs(self._names, args, kwargs)
+        try:
+            inputs = Inputs(self._names, args, kwargs, self._rule.lists)
+        except BatchError:  # objects of several sizes: no row would be of one object alone, so nothing is recycled
+            return self.bypass.full(Inputs(self._names, args, kwargs))
         carriers = {name: value for name, value in inputs.items() if isinstance(value, RecycledTensor)}
         if not carriers:
             return self.bypass.full(inputs) if self.off else self._raw(inputs)
@@ -696,6 +708,7 @@ class Recycling:
         """The example's values in a call of this form; of inputs that the example has not, the first rows."""
         example = self._example.tensors()
         count = min(inputs.batch(), self._example.batch())
+        inputs = take_rows(inputs, range(count))
 
         def value(name: str, given: Any) -> Any:
             if not isinstance(given, torch.Tensor):
@@ -704,7 +717,7 @@ class Recycling:
                 return given
             if name in example:
                 return example[name][:count].to(device=given.device, dtype=given.dtype)
-            return given[:count].detach()
+            return given.detach()
 
         return inputs.map(value)
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrecycle.absent import Absent, AbsentRead
 from torchrecycle.bypass.example import device_of
 from torchrecycle.bypass.forms import Size, TreeForm
-from torchrecycle.bypass.inputs import Inputs
+from torchrecycle.bypass.inputs import Inputs, Listed
 from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_sources, evaluating
 from torchrecycle.bypass.plan import Plan, Probes, Shared
 from torchrecycle.bypass.sequences import Sequences
@@ -369,6 +369,8 @@ class Bypass:
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
                 arguments.append((name, value.dtype, value.dim()))
+            elif isinstance(value, Listed):
+                arguments.append((name, Listed, tuple(value.entries[0])))
             elif isinstance(value, (*SCALARS, torch.dtype, torch.device)):
                 arguments.append((name, type(value), value))
             elif isinstance(value, (tuple, list)) and all(isinstance(part, SCALARS) for part in value):

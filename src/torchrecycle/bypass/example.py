@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from torchrecycle.bypass.inputs import Inputs
+from torchrecycle.bypass.interceptor import evaluating
 from torchrecycle.errors import BatchError
+from torchrecycle.trace import undisturbed
 
 __all__ = ["BatchRule", "device_of", "example_inputs", "run_or_explain"]
 
@@ -36,6 +38,8 @@ class BatchRule:
     ) -> None:
         self.names = tuple(names)
         self._inputs = inputs
+        self.lists: frozenset[str] = frozenset()
+        """Model inputs that are a list with one tensor per object; found out by `example_inputs`."""
         self._keys = tuple(example) if isinstance(example, Mapping) else ()
         self._count = len(example) if isinstance(example, (tuple, list)) else 0
         if inputs is None and isinstance(example, (Mapping, tuple, list)) and not example:
@@ -61,7 +65,7 @@ class BatchRule:
                     "lambda batch: ((batch[0],), {})"
                 )
             args = found[0] if isinstance(found[0], (tuple, list)) else (found[0],)
-            return Inputs(self.names, args, found[1])
+            return Inputs(self.names, args, found[1], self.lists)
         if self._keys:
             return self._from_mapping(batch)
         if self._count:
@@ -72,7 +76,7 @@ class BatchRule:
                 f"a batch begins with a {type(first).__name__} where the example is a tensor. If the model input is "
                 "elsewhere in the batch, pass inputs=lambda batch: (args, kwargs)."
             )
-        return Inputs(self.names, [first], {})
+        return Inputs(self.names, [first], {}, self.lists)
 
     def _from_mapping(self, batch: Any) -> Inputs:
         if not isinstance(batch, Mapping):
@@ -85,10 +89,10 @@ class BatchRule:
                 f"a batch has no {missing}, which the example has; it has {list(batch)}. Make the recycling with an "
                 "example of the same keys, or pass inputs=lambda batch: (args, kwargs)."
             )
-        return Inputs(self.names, [], {name: batch[name] for name in self._keys})
+        return Inputs(self.names, [], {name: batch[name] for name in self._keys}, self.lists)
 
     def _from_sequence(self, batch: Any) -> Inputs:
-        return Inputs(self.names, self._elements(batch, self._count), {})
+        return Inputs(self.names, self._elements(batch, self._count), {}, self.lists)
 
     def _elements(self, batch: Any, count: int) -> Sequence[Any]:
         if not isinstance(batch, (tuple, list)) or len(batch) < count:
@@ -112,11 +116,16 @@ def example_inputs(model: nn.Module, rule: BatchRule, example: Any) -> Inputs:
     Raises:
         BatchError: it holds no tensor, fewer than two objects, or tensors that do not agree on their number.
     """
+    listed = _lists_of(rule(example))
+    if listed and not _runs(model, rule, example):
+        rule.lists = listed
+        if not _runs(model, rule, example):
+            rule.lists = frozenset()
     inputs = rule(example)
     tensors = inputs.tensors()
     if not tensors:
         raise BatchError("the example holds no tensor: give a batch of two objects or more, as your loop has it")
-    sizes = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
+    sizes = _sizes(inputs)
     if min(sizes.values()) < 2 or len(set(sizes.values())) > 1:
         raise BatchError(
             f"the example's tensors have the first dimensions {sizes}; each must count the objects of the batch, two "
@@ -124,6 +133,36 @@ def example_inputs(model: nn.Module, rule: BatchRule, example: Any) -> Inputs:
         )
     device = device_of(model)
     return inputs.map_tensors(lambda tensor: tensor.detach().to(device))
+
+
+def _sizes(inputs: Inputs) -> dict[str, int]:
+    return {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in inputs.tensors().items()}
+
+
+def _lists_of(inputs: Inputs) -> frozenset[str]:
+    """The arguments that are lists of tensors: several inputs, or one input as a list of objects."""
+    named = [(inputs.names[i] if i < len(inputs.names) else str(i), v) for i, v in enumerate(inputs.args)]
+    return frozenset(
+        name
+        for name, value in (*named, *inputs.kwargs.items())
+        if isinstance(value, (tuple, list)) and value and all(isinstance(part, torch.Tensor) for part in value)
+    )
+
+
+def _runs(model: nn.Module, rule: BatchRule, example: Any) -> bool:
+    """Whether the example's tensors count the same objects, and the model runs on two of them."""
+    device = device_of(model)
+    try:
+        inputs = rule(example)
+        sizes = set(_sizes(inputs).values())
+        if len(sizes) > 1 or min(sizes) < 2:
+            return False
+        two = inputs.take([0, 1]).map_tensors(lambda tensor: tensor.detach().to(device))
+        with undisturbed(model), evaluating(model):
+            model(*two.args, **two.kwargs)
+    except Exception:  # the model's own, whatever it is; the reading that runs is the right one
+        return False
+    return True
 
 
 def run_or_explain(model: nn.Module, run: Callable[[], Any]) -> Any:

@@ -394,6 +394,9 @@ def prove_rows(bypass: Bypass) -> Padding:
             others = _rows(bypass, _others_replaced(bypass, example, strength))
             if any(not torch.equal(a[:1], b[:1]) for a, b in zip(rows, others, strict=True)):
                 _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced")
+        listed = example.with_lists_turned()
+        if listed is not None:
+            _refuse_mixing(bypass, rows, _rows(bypass, listed), "exchange what stands beside them in a list")
         turned = _rows(bypass, take_rows(example, [1, 0]))
         more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
         _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places", rounding=True)
@@ -410,6 +413,8 @@ def _refuse_mixing(
     rounding: bool = False,
 ) -> None:
     difference, dtype = max((relative_difference(a, b), str(a.dtype)) for a, b in zip(want, got, strict=True))
+    if not difference:
+        return
     if not rounding or difference > max(noise(a.dtype) for a in want):
         raise CutError(
             f"cannot cut at '{bypass.plan.cut}': what the prefix gives for an object depends on the other objects of "

@@ -167,12 +167,6 @@ class RowSource:
         leaves = self.gather(locations, inputs)
         for name in [self.carrier, *sorted(self.absent - {self.carrier})]:
             given = tensors[name]
-            path = path_of(batch, given)
-            if path is None:
-                raise BatchError(
-                    f"inputs= makes a new tensor for '{name}'; it must hand on the batch's own, so that the rows can "
-                    "take its place"
-                )
             value = given.value if isinstance(given, RecycledTensor) else None if name in self.absent else given
             recycled = RecycledTensor(  # pyright: ignore[reportCallIssue]
                 given.shape,
@@ -185,8 +179,21 @@ class RowSource:
                 witnesses=self.witnesses(tensors) if name == self.carrier else None,
                 device=given.device,
             )
-            batch = with_leaf(batch, path, recycled)
+            if name in inputs.lists:
+                for entry, one in zip(inputs.entries(name), recycled.unbind(0), strict=True):
+                    batch = self._put(batch, name, entry, one)
+            else:
+                batch = self._put(batch, name, given, recycled)
         return batch
+
+    def _put(self, batch: Any, name: str, given: Any, recycled: Any) -> Any:
+        path = path_of(batch, given)
+        if path is None:
+            raise BatchError(
+                f"inputs= makes a new tensor for '{name}'; it must hand on the batch's own, so that the rows can take "
+                "its place"
+            )
+        return with_leaf(batch, path, recycled)
 
     def witnesses(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies of the other inputs that the rows were found under."""

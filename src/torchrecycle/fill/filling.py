@@ -188,10 +188,9 @@ class _Pass:
 
     def _compare_arguments(self, inputs: Inputs) -> None:
         """Arguments that are no tensors are part of the fingerprint, as the example has them."""
-        plain = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
+        plain = inputs.plain()
         for recycling in self.recyclings:
-            items = recycling.bypass.plan.example.items()
-            expected = {name: value for name, value in items if not isinstance(value, torch.Tensor)}
+            expected = recycling.bypass.plan.example.plain()
             if repr(plain) != repr(expected):
                 raise BatchError(
                     f"a batch calls the model with {plain} where the example has {expected}: rows computed with other "
