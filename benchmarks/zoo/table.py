@@ -18,7 +18,7 @@ def summary(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     libraries = list(dict.fromkeys(report["library"] for report in reports))
     every = [cut for report in reports for cut in report["cuts"]]
     refused = Counter(cut["kind"] for cut in every if cut["state"] == "refused")
-    later = Counter(one["kind"] for cut in every for one in cut["second"])
+    later = Counter(kind for cut in every for kind in {one["kind"] for one in cut["second"]})
     return {
         "libraries": {library: _counts([r for r in reports if r["library"] == library]) for library in libraries},
         "all": _counts(reports),
@@ -122,4 +122,8 @@ def _cut(cut: dict[str, Any]) -> str:
     text = f"{cut['level']:.2f} `{cut['name']}`"
     if cut["state"] == "refused":
         return f"{text} refused: {cut['kind']}"
-    return text if cut["state"] == "equal" else f"{text} **{cut['state']}**"
+    if cut["state"] != "equal":
+        return f"{text} **{cut['state']}**"
+    later = sorted({one["kind"] for one in cut["second"]})
+    notes = ["with share='freeze'"] * ("share" in cut) + [f"but for a second batch: {kind}" for kind in later]
+    return f"{text} ({'; '.join(notes)})" if notes else text
