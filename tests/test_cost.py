@@ -10,12 +10,14 @@ import torch
 import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from transformers import BertConfig, BertModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertModel, T5Config, T5Model
 
 from small_models import bert, efficientnet, images, resnet, sequential, state_of, texts, vit
-from torchrecycle import BatchError, Cut, CutError, cuts, recycle
-from torchrecycle.bypass import BatchRule, Probes, example_inputs, parameter_names, sequences_of
-from torchrecycle.cost import blocks_of, choose_cut, level_of
+from torchrecycle import BatchError, Cut, CutError, cost, cuts, recycle
+from torchrecycle.bypass import BatchRule, Probes, evaluating, example_inputs, parameter_names, sequences_of
+from torchrecycle.cost import Cuts, _block_names, _Remembering, blocks_of, choose_cut, level_of
+from torchrecycle.trace import Trace, trace
 
 
 def _probes(model: nn.Module, example: Any) -> Probes:
@@ -192,3 +194,156 @@ def test_a_vit_with_registers_and_another_pooling_can_be_cut_everywhere():
     model = VisionTransformer(**sizes, reg_tokens=2, global_pool="avg", class_token=False)
     found = cuts(model, images(2))
     assert [cut.valid for cut in found if cut.name.startswith("blocks.")] == [True] * 3
+
+
+# -- which rows are shown ----------------------------------------------------------------------------------------------
+
+
+def _traced(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
+    with evaluating(model):
+        return trace(model, args, kwargs)
+
+
+def _stages(count: int) -> list[str]:
+    return [f"stages.{number}" for number in range(count)]
+
+
+ROWS = {
+    "levit_128s": (_stages(3), 224),  # its stem is a list of seven
+    "poolformer_s12": (_stages(4), 64),  # its head is a list of five
+    "efficientvit_b0": (_stages(4), 64),  # its head holds three quarters of the parameters
+    "nfnet_l0": (_stages(4), 64),
+    "inception_v3": (["Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a"], 96),
+    "hrnet_w18_small": (["stage2", "stage3", "stage4"], 64),
+    "twins_svt_small": (["blocks.0.0", "blocks.0.1", "blocks.1.0"], 224),  # lists of lists, which are not called
+    "coat_tiny": (["serial_blocks1.0", "serial_blocks1.1", "serial_blocks2.0"], 224),
+    "vgg11_bn": (
+        ["features.3", "features.7", "features.10", "features.14"],
+        64,
+    ),  # conv, norm, act, pool: one row
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_rows_are_what_a_user_would_call_the_blocks(name):
+    first, size = ROWS[name]
+    model = timm.create_model(name)
+    traced = _traced(model, torch.randn(2, 3, size, size))
+    names = _block_names(model, traced)
+    assert names[: len(first)] == first
+    assert len(names) <= 24
+    ends = [traced.of(row)[0].end for row in names]
+    assert ends == sorted(ends)
+
+
+def test_an_encoder_and_a_decoder_share_the_levels():
+    model = T5Model(T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2, vocab_size=60)).eval()
+    ids = torch.randint(3, 60, (2, 7))
+    traced = _traced(model, input_ids=ids, decoder_input_ids=ids)
+    names = _block_names(model, traced)
+    blocks = [f"{half}.block.{number}" for half in ("encoder", "decoder") for number in range(3)]
+    assert [name for name in names if name in blocks] == blocks
+    assert names.index("encoder.block.2") < names.index("encoder") < names.index("decoder.block.0")
+    assert level_of(model, traced, "encoder") == 0.5
+    assert level_of(model, traced, ["encoder.block.0", "decoder.block.0"]) == pytest.approx(4 / 6, abs=1e-3)
+
+
+def test_blocks_that_are_called_twice_are_two_rows():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
+            self.head = nn.Linear(4, 1)
+
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return self.head(self.tower(left) * self.tower(right))
+
+    model = Twice()
+    traced = _traced(model, torch.randn(2, 4), torch.randn(2, 4))
+    rows = [f"tower.{block}#{call}" for call in (1, 2) for block in range(3)]
+    assert [name for name in _block_names(model, traced) if name in rows] == rows
+    assert [level_of(model, traced, row) for row in rows] == pytest.approx([(i + 1) / 6 for i in range(6)], abs=1e-3)
+
+
+def test_after_the_last_block_comes_what_changes_something():
+    names = [cut.name for cut in cuts(vit(3), images(2))]
+    assert names[:4] == ["blocks.0", "blocks.1", "blocks.2", "norm"]
+    assert "blocks" not in names  # keeps and freezes what blocks.2 does
+    assert "fc_norm" in names  # after it there is one row per image
+
+
+# -- what one forward takes, and computing once ------------------------------------------------------------------------
+
+
+def test_the_heading_says_what_the_shares_are_of():
+    model = resnet()
+    found = cuts(model, images(4))
+    assert (found.objects, found.parameters) == (4, sum(p.numel() for p in model.parameters()))
+    assert found.seconds > 0
+    assert found.flops > 1e7
+    assert repr(found).splitlines()[0].startswith("ResNet: 4.9 M parameters; a forward of 4 objects: ")
+
+
+def test_the_nearest_cut_is_the_one_that_a_level_chooses():
+    model = bert(6)
+    found, probes = cuts(model, _two()), _probes(model, _two())
+    for level in (0.25, 0.5, 0.6):
+        nearest = found.nearest(level)
+        assert nearest is not None
+        assert nearest.name == choose_cut(model, probes, level)
+    assert Cuts("Model", []).nearest(0.5) is None
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.convolutions += type(args[0]) is torch.Tensor and not args[0].is_meta  # no absent one
+        return func(*args, **(kwargs or {}))
+
+
+def _without_seconds(found: Cuts) -> list[tuple[Any, ...]]:
+    return [(c.name, c.level, c.valid, c.reason, c.parameters, c.flops_share, c.bytes_per_object) for c in found]
+
+
+def test_trying_every_cut_computes_each_convolution_once_and_finds_the_same(monkeypatch):
+    model = resnet()
+    own = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    with _Counting() as counting:
+        found = cuts(model, images(2), all=True)
+    assert own * 6 < counting.convolutions <= own * 7  # two sizes, three by the clock, one by the counter, one kept
+    monkeypatch.setattr(cost, "_COSTLY", frozenset())
+    with _Counting() as counting:
+        plainly = cuts(model, images(2), all=True)
+    assert counting.convolutions > own * 50
+    assert _without_seconds(found) == _without_seconds(plainly)
+
+
+def test_remembered_results_are_copies_for_these_operands_only():
+    layer = nn.Conv2d(3, 4, 3)
+    one, other = images(2), images(2) + 1
+    with torch.no_grad():
+        plain = layer(one), layer(other)
+        with _Remembering(layer):
+            layer(one).zero_()
+            again = layer(one)
+            operand = other.clone()
+            first = layer(operand)
+            operand.zero_()
+            second = layer(other)
+    assert torch.equal(again, plain[0])
+    assert torch.equal(first, plain[1])
+    assert torch.equal(second, plain[1])
+
+
+def test_what_does_not_fit_is_computed_each_time(monkeypatch):
+    monkeypatch.setattr(cost, "REMEMBERED", 10)
+    layer = nn.Linear(8, 8)
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        with _Remembering(layer) as remembering:
+            assert torch.equal(layer(x), layer(x))
+    assert not any(remembering._known.values())

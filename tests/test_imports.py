@@ -23,6 +23,7 @@ LEVELS = {
     "store": 2,
     "data": 3,
     "cost": 3,
+    "models": 3,
     "fill": 4,
     "recycling": 5,
     "similarity": 6,

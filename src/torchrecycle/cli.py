@@ -136,7 +136,7 @@ def _print_cuts(loaded: Any, found: Any, nearest: Any) -> None:
         "example: " + ", ".join(f"{name} {shape}" for name, shape in loaded.shapes().items()),
         f"weights: {loaded.weights}",
     ]
-    console.print("\n".join(words), markup=False)
+    console.print("\n".join(words), markup=False, soft_wrap=True)
     reasons = list(dict.fromkeys(cut.reason for cut in found if not cut.valid))
     rows = [_cut_cells(cut, reasons) for cut in found]
     widths = [max(len(cell) for cell in column) for column in zip(_HEAD[1:], *(row[1:] for row in rows), strict=True)]
@@ -149,7 +149,7 @@ def _print_cuts(loaded: Any, found: Any, nearest: Any) -> None:
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(f"no {number}: {reason}", markup=False, style="dim")
-    console.print(_advice(nearest), markup=False)
+    console.print(_advice(nearest), markup=False, soft_wrap=True)
 
 
 _HEAD = ("cut", "level", "frozen", "FLOPs", "time", "bytes/object", "kept")
@@ -160,7 +160,7 @@ def _cut_cells(cut: Any, reasons: Sequence[str]) -> tuple[str, ...]:
     if not cut.valid:
         return cut.name, f"{cut.level:.2f}", "", *shares, "", f"no {reasons.index(cut.reason) + 1}"
     kept = f"{cut.bytes_per_object:,}", f"{cut.leaves}"
-    return cut.name, f"{cut.level:.2f}", f"{cut.parameters / 1e6:,.2f} M", *shares, *kept
+    return cut.name, f"{cut.level:.2f}", f"{cut.parameters:,}", *shares, *kept
 
 
 def _shortened(name: str, width: int) -> str:
@@ -176,7 +176,7 @@ def _advice(nearest: Any) -> str:
         return "No cut of these is valid; --all shows every module."
     return (
         f"Nearest to 50 %: {nearest.name} (level {nearest.level:.2f})\n"
-        f"recycle(model, example, cut='{nearest.name}', store='activations/')"
+        f"recycle(model, example, cut='{nearest.name}', store=...)"
     )
 
 

@@ -116,8 +116,8 @@ class Cuts(Sequence[Cut]):
         if not self.objects:
             return f"{self.model}: where it can be cut"
         return (
-            f"{self.model}: {self.parameters / 1e6:,.1f} M parameters; a forward of {self.objects} objects takes "
-            f"{self.seconds * 1e3:,.1f} ms and {self.flops / 1e9:,.1f} GFLOPs"
+            f"{self.model}: {_amount(self.parameters).strip()} parameters; a forward of {self.objects} objects: "
+            f"{self.seconds * 1e3:,.{self.seconds < 0.1:d}f} ms, {_amount(self.flops)}FLOPs"
         )
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
@@ -153,6 +153,14 @@ class Cuts(Sequence[Cut]):
             f"<table><caption>{html.escape(self.heading())}</caption>"
             f"<thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{body}</tbody></table>"
         )
+
+
+def _amount(number: int) -> str:
+    """``86,567,656`` as ``86.6 M``, ``512`` as ``512``; what it counts follows."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number} "
 
 
 def cuts(model: nn.Module, example: Any, *, inputs: Any = None, mask: str | None = None, all: bool = False) -> Cuts:

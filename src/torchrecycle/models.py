@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,10 +94,16 @@ def load_model(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings that libraries give while a model is made."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without the warnings that libraries give while they are imported and a model is made."""
+    noisy = logging.getLogger("torch.utils._pytree")  # torch about torchao, which transformers imports
+    before = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        noisy.setLevel(before)
 
 
 def _library(name: str) -> Any:
