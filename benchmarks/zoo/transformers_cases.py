@@ -44,7 +44,7 @@ SAMPLES = 4000
 # The types by family, as they are named in transformers.
 FAMILIES: dict[str, str] = {
     "text encoder": (
-        "albert bert big_bird camembert canine clip_text_model convbert csm data2vec-text deberta deberta-v2 "
+        "albert bert big_bird camembert canine clip_text_model convbert data2vec-text deberta deberta-v2 "
         "distilbert dpr electra embedding_gemma2_text ernie esm esmc eurobert flaubert fnet funnel gte ibert "
         "jina_embeddings_v3 longformer luke markuplm megatron-bert mobilebert modernbert mpnet mra nomic_bert "
         "nystromformer perceiver reformer rembert roberta roberta-prelayernorm roc_bert roformer splinter squeezebert "
@@ -91,7 +91,7 @@ FAMILIES: dict[str, str] = {
         "vivit vjepa2 yolos"
     ),
     "audio": (
-        "audio-spectrogram-transformer audioflamingo3_encoder canary cohere_asr dac data2vec-audio dia encodec "
+        "csm audio-spectrogram-transformer audioflamingo3_encoder canary cohere_asr dac data2vec-audio dia encodec "
         "fastspeech2_conformer fastspeech2_conformer_with_hifigan gemma3n_audio gemma4_audio glmasr_encoder "
         "gradium_phonon_tts granite_speech5_ctc granite_speech5_encoder hubert kyutai_speech_to_text lasr_ctc "
         "lasr_encoder mimi mimi_encoder moonshine moss_transcribe_diarize_audio muse_spark_audio nemotron3_5_asr "
