@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from torchrecycle.errors import CutError
 
@@ -288,14 +290,12 @@ class _Recorder:
         if not self._count_flops:
             yield
             return
-        from torch.utils.flop_counter import FlopCounterMode
-
-        self._flops = FlopCounterMode(display=False)
+        self._flops = _Flops()
         with self._flops:
             yield
 
     def _now(self) -> tuple[float, int]:
-        return time.perf_counter() - self._started, self._flops.get_total_flops() if self._flops else 0
+        return time.perf_counter() - self._started, self._flops.total if self._flops else 0
 
     def slot(self, module: nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -317,10 +317,31 @@ class _Recorder:
                 this.seconds, this.flops = (began[0], ended[0]), (began[1], ended[1])
                 this.end = self._events
                 self._events += 1
-            this.output = output if self._keep_outputs else pytree.tree_map(_form_only, output)
+            # A copy of its containers: the model may append to a list that a layer gave.
+            this.output = pytree.tree_map(_itself if self._keep_outputs else _form_only, output)
             return output
 
         return call
+
+
+class _Flops(TorchDispatchMode):
+    """Counts what PyTorch's own counter counts, without its look at modules, which fails on parameters as inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        count = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=output)
+        return output
+
+
+def _itself(leaf: Any) -> Any:
+    return leaf
 
 
 def _form_only(leaf: Any) -> Any:

@@ -168,12 +168,12 @@ class Run:
 
     def _output(self, step: Step, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self.mode in ("bypass", "glue") and step.action == "keep":
-            return self.kept[step.number]
+            return _own_containers(self.kept[step.number])
         if self.mode in ("bypass", "glue") and step.action == "skip":
-            return self.absent[step.number]
+            return _own_containers(self.absent[step.number])
         output = self._tap(module, self._frozen(step, module, args, kwargs))
         if self.mode == "prefix" and step.action == "keep":
-            self.captured[step.number] = output
+            self.captured[step.number] = _own_containers(output)
         return output
 
     def _tap(self, module: nn.Module, output: Any) -> Any:
@@ -216,6 +216,11 @@ class Run:
                 f"the forward runs under autocast {_words(ambient)}, but the rows were made under "
                 f"{_words(self.autocast)}. Declare it: recycle(..., autocast={ambient})."
             )
+
+
+def _own_containers(tree: Any) -> Any:
+    """The same leaves in lists and dicts of its own: a model may append to what a layer gave."""
+    return tree if isinstance(tree, torch.Tensor) else pytree.tree_map(lambda leaf: leaf, tree)
 
 
 def _words(dtype: torch.dtype | None) -> str:

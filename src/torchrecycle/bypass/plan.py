@@ -371,7 +371,7 @@ class _Planner:
             return form
         if not form.tensors:
             return "its output holds no tensor"
-        if not form.rows:
+        if not form.rows and any(call is cut for cut in self.cuts):
             return "its output has no dimension that counts the objects of the batch, so it is no row of each"
         for position in form.rows:
             dims = form.leaves[position].dims
