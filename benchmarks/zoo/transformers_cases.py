@@ -247,7 +247,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"d_inner|inner_dim|(\w+_)?mlp_dim|mamba_d_ssm", at_most(2 * HIDDEN)),
     (r"(\w+_)?(hidden|embedding|embed|projection|model|proj|emb)_(size|dim|dims)|d_model|n_embd", at_most(HIDDEN)),
     (
-        r"hidden_size_per_layer_input|embeddings_size|hidden_dim|dim|width|upsample_groups|output_channels|(en|de)coder_dim|output_dim",
+        r"hidden_size_per_layer_input|embeddings_size|hidden_dim|dim|width|upsample_groups|output_channels"
+        r"|(en|de)coder_dim|output_dim",
         at_most(HIDDEN),
     ),
     # vocabularies and positions
