@@ -20,6 +20,9 @@ from transformers import (
     BartModel,
     CLIPConfig,
     CLIPModel,
+    DetrConfig,
+    DetrModel,
+    ResNetConfig,
     T5Config,
     T5EncoderModel,
     T5Model,
@@ -267,6 +270,55 @@ def test_a_cut_in_the_decoder_keeps_rows_that_follow_two_sequences(make):
         want = model(**plain).last_hidden_state
     kept = plain["decoder_attention_mask"].bool()
     assert torch.allclose(want[kept], got[kept], atol=1e-5)
+
+
+# -- images of several sizes -------------------------------------------------------------------------------------------
+
+
+def detr() -> DetrModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    backbone = ResNetConfig(embedding_size=8, layer_type="basic", out_features=["stage4"], **sizes)
+    layers = {
+        f"{half}_{name}": n
+        for half in ("encoder", "decoder")
+        for name, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+    }
+    return DetrModel(DetrConfig(backbone_config=backbone, d_model=16, num_queries=5, **layers)).eval()
+
+
+def _pad_images(items: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Images ``[3, height, width]`` of any size, padded to the largest, and where they are."""
+    height, width = (max(item.shape[dim] for item in items) for dim in (1, 2))
+    pixels, mask = torch.zeros(len(items), 3, height, width), torch.zeros(len(items), height, width, dtype=torch.long)
+    for row, item in enumerate(items):
+        pixels[row, :, : item.shape[1], : item.shape[2]] = item
+        mask[row, : item.shape[1], : item.shape[2]] = 1
+    return {"pixel_values": pixels, "pixel_mask": mask}
+
+
+@pytest.mark.parametrize("cut", ["backbone.model.encoder.stages.1", "encoder.layers.0"])
+def test_images_of_several_sizes_are_kept_for_the_size_to_which_they_were_padded(cut):
+    model = detr()
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(64, 64), (64, 40), (96, 64), (50, 64), (96, 64), (70, 30)]
+    photos = [torch.randn(3, *size, generator=generator) for size in sizes]
+    batches = [photos[:2], photos[2:4], photos[4:]]
+    with torch.no_grad():
+        want = [model(**_pad_images(batch)).last_hidden_state for batch in batches]
+    with recycle(model, _pad_images(photos[:2]), cut=cut, store="memory://") as recycling:
+        loader = recycling.loader(photos, batch_size=2, collate_fn=_pad_images)
+        with torch.no_grad():
+            got = [model(**batch).last_hidden_state for batch in loader]
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+        assert recycling.stats.hits == 6
+        with torch.no_grad():  # padded further, it is another row: computed, not taken
+            other = [photos[1], photos[2]]
+            mixed = next(iter(recycling.loader(other, batch_size=2, collate_fn=_pad_images)))
+            got_mixed, hits = model(**mixed).last_hidden_state, recycling.stats.hits
+    assert hits == 8
+    with torch.no_grad():
+        assert torch.allclose(got_mixed, model(**_pad_images(other)).last_hidden_state, atol=1e-4)
 
 
 # -- lists of objects --------------------------------------------------------------------------------------------------

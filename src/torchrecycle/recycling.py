@@ -377,7 +377,7 @@ class Recycling:
 
     def _is_padded(self, name: str) -> bool:
         """Whether an input is as long as the batch's longest object: its collate function must see it to pad it."""
-        return name in dict(self._sequences.followers(self._example))
+        return name in self._sequences.padded_names(self._example)
 
     def _input_bytes(self, name: str) -> int:
         tensor = self._example.tensors()[name]
@@ -521,7 +521,7 @@ class Recycling:
         generator = torch.Generator().manual_seed(20_220_107)
         example = self._example.tensors()
         made = {
-            name: _synthetic(example[name].cpu(), name in self._sequences.masks, generator)
+            name: _synthetic(example[name].cpu(), name in (*self._sequences.masks, *self._sequences.spatial), generator)
             for name in self.source.key_inputs
         }
         with undisturbed(self.model):

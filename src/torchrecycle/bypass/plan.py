@@ -93,13 +93,16 @@ def _at_other_lengths(model: nn.Module, inputs: Inputs, sequences: Sequences) ->
     """The model run with one and with three places more, of padding and of tokens; fewer, where more are too many."""
     samples, traces = [], []
     lengths = sequences.lengths(inputs)
+
+    def changed(which: int, by: int) -> Inputs:
+        return sequences.resized(inputs, [max(1, n + by * (at == which)) for at, n in enumerate(lengths)])
+
     for which in range(len(lengths)):
-        longer = tuple(length + 3 * (n == which) for n, length in enumerate(lengths))
-        shorter = [tuple(max(1, length - m * (n == which)) for n, length in enumerate(lengths)) for m in (1, 3)]
-        attempts = (
-            [sequences.padded(inputs, which, 1), sequences.padded(inputs, which, 3), sequences.resized(inputs, longer)],
-            [sequences.resized(inputs, length) for length in shorter],
-        )
+        if which < len(sequences.masks):
+            more = [sequences.padded(inputs, which, 1), sequences.padded(inputs, which, 3), changed(which, 3)]
+            attempts = (more, [changed(which, -1), changed(which, -3)])
+        else:
+            attempts = ([changed(which, 32), changed(which, 64)], [changed(which, -32), changed(which, -16)])
         for attempt in attempts:
             try:
                 found = [trace(model, sample.args, sample.kwargs) for sample in attempt]
@@ -515,7 +518,7 @@ class _Planner:
         kept = [call.number for call in self.before if self.actions[call.number] == "keep"]
         captured = self.captured
         layouts = [
-            _layout(form, leaf, precision)
+            _layout(form, leaf, precision, self.probes.sequences)
             for number in kept
             for form, leaf in _leaf_forms(forms[number], forms[number].taken(captured[number]))
         ]
@@ -574,7 +577,7 @@ def _leaf_forms(form: TreeForm, leaves: Sequence[torch.Tensor]) -> list[tuple[Te
     return [(form.leaves[position], leaf) for position, leaf in zip(form.rows, leaves, strict=True)]
 
 
-def _layout(form: TensorForm, leaf: torch.Tensor, precision: torch.dtype | None) -> Layout:
+def _layout(form: TensorForm, leaf: torch.Tensor, precision: torch.dtype | None, sequences: Sequences) -> Layout:
     batch_dim = next(i for i, dim in enumerate(form.dims) if dim.law == "batch")
     per_object = form.dims[batch_dim].number
     moved = int(per_object > 1)  # later dimensions move when the frames of an object get one of their own
@@ -589,12 +592,13 @@ def _layout(form: TensorForm, leaf: torch.Tensor, precision: torch.dtype | None)
         (),
         leaf.dtype,
         kept,
-        ragged_by=tuple(_sequence_of(dim) for dim in ragged.values()),
+        ragged_by=tuple(_sequence_of(dim, sequences) for dim in ragged.values()),
         per_object=per_object,
     )
     return replace(layout, shape=layout.row_shape(leaf.shape))
 
 
-def _sequence_of(dim: Dim) -> int:
+def _sequence_of(dim: Dim, sequences: Sequences) -> int:
     """The sequence whose places are places of the row, one to one; -1 for none."""
-    return dim.sequence if dim.law == "tokens" and dim.number == 0 else -1
+    one_to_one = dim.law == "tokens" and dim.number == 0 and dim.sequence < len(sequences.masks)
+    return dim.sequence if one_to_one else -1

@@ -223,8 +223,8 @@ def _run_another(bypass: Bypass, inputs: Inputs) -> None:
     that of the last batch that ran, not of the rows at hand. If it was this batch, nobody would notice.
     """
     other = take_rows(inputs, [*reversed(range(inputs.batch())), 0])
-    for which, length in enumerate(bypass.plan.sequences.lengths(other)):
-        if length:
+    for which, mask in enumerate(bypass.plan.sequences.masks):
+        if mask in other.tensors():
             other = bypass.plan.sequences.padded(other, which, 1, "right", bypass.plan.read_before)
     with contextlib.suppress(Exception):  # one place too many for its table of positions, say
         bypass.prefix(other)
@@ -401,7 +401,7 @@ def prove_rows(bypass: Bypass) -> Padding:
         more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
         _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places", rounding=True)
         _refuse_mixing(bypass, rows, [leaf[:2] for leaf in more], "become more", rounding=True)
-        return _prove_padding(bypass) if bypass.plan.sequences else Padding()
+        return _prove_padding(bypass) if bypass.plan.sequences.masks else Padding()
 
 
 def _refuse_mixing(
@@ -435,7 +435,7 @@ def _others_replaced(bypass: Bypass, inputs: Inputs, strength: float) -> Inputs:
         if not isinstance(value, torch.Tensor) or name not in bypass.plan.read_before:
             return value
         mine = first.tensors()[name].clone()
-        if name in bypass.plan.sequences.masks:
+        if name in (*bypass.plan.sequences.masks, *bypass.plan.sequences.spatial):
             return value
         mine[1] = value[1].flip(-1) if value.dim() > 1 else value[1]
         if value.is_floating_point():

@@ -2,6 +2,9 @@
 
 ``input_ids`` and ``attention_mask`` are one sequence; an encoder-decoder has a second, ``decoder_input_ids`` under
 ``decoder_attention_mask``. Two texts of 9 and 12 tokens are padded to 12; their rows keep 9 and 12 places.
+
+Images of several sizes are padded likewise, under a ``pixel_mask`` ``[batch, height, width]``. Convolutions look across
+the border, so that what they give depends on the padding: such rows are kept whole, for the padded size.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ __all__ = ["Sequences", "sequences_of"]
 
 USUAL = ("attention_mask", "decoder_attention_mask")
 """Masks that are known by their names; others are named with ``mask=``."""
+USUAL_SPATIAL = ("pixel_mask",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +31,20 @@ class Sequences:
     """The masks of a model's inputs. False where there is none."""
 
     masks: tuple[str, ...] = ()
+    """``[batch, tokens]``: one sequence each, numbered in this order."""
+    spatial: tuple[str, ...] = ()
+    """``[batch, height, width]``: two further numbers each."""
 
     def __bool__(self) -> bool:
-        return bool(self.masks)
+        return bool(self.masks or self.spatial)
 
     def lengths(self, inputs: Inputs) -> tuple[int, ...]:
-        """The padded length of each sequence; 0 where the call has no such mask."""
+        """The padded length of each sequence, then height and width of images; 0 where the call has no such mask."""
         tensors = inputs.tensors()
-        return tuple(tensors[mask].shape[1] if mask in tensors else 0 for mask in self.masks)
+        found = [tensors[mask].shape[1] if mask in tensors else 0 for mask in self.masks]
+        for mask in self.spatial:
+            found += tensors[mask].shape[1:] if mask in tensors else (0, 0)
+        return tuple(found)
 
     def size(self, inputs: Inputs) -> Size:
         """The size of a call's batch."""
@@ -65,6 +75,12 @@ class Sequences:
             number = self.of(name, tensor.shape, tensors)
             if number is not None:
                 yield name, number
+
+    def padded_names(self, inputs: Inputs) -> set[str]:
+        """The inputs that a collate function pads, and must see for that."""
+        tensors = inputs.tensors()
+        images = {n for n, t in tensors.items() for mask in self.spatial if _follows_image(t, tensors.get(mask))}
+        return images | {name for name, _ in self.followers(inputs)}
 
     def padded(
         self,
@@ -102,8 +118,13 @@ class Sequences:
     def resized(self, inputs: Inputs, lengths: Sequence[int]) -> Inputs:
         """The same call with its sequences of other lengths, all of it tokens: cut off, or zeros appended."""
         following = dict(self.followers(inputs))
+        tensors = inputs.tensors()
 
         def resized(name: str, value: Any) -> Any:
+            for number, mask in enumerate(self.spatial):
+                height, width = lengths[len(self.masks) + 2 * number :][:2]
+                if height and _follows_image(value, tensors.get(mask)):
+                    return _resized_image(value, height, width, whole=name == mask)
             if name not in following or not lengths[following[name]]:
                 return value
             length = lengths[following[name]]
@@ -118,7 +139,22 @@ class Sequences:
     def without_padding(self, inputs: Inputs) -> Inputs:
         """The same call with every place a token."""
         tensors = inputs.tensors()
-        return inputs.replace({mask: torch.ones_like(tensors[mask]) for mask in self.masks if mask in tensors})
+        masks = (*self.masks, *self.spatial)
+        return inputs.replace({mask: torch.ones_like(tensors[mask]) for mask in masks if mask in tensors})
+
+
+def _follows_image(value: Any, mask: torch.Tensor | None) -> bool:
+    return (
+        isinstance(value, torch.Tensor) and mask is not None and value.dim() > 2 and value.shape[-2:] == mask.shape[1:]
+    )
+
+
+def _resized_image(value: torch.Tensor, height: int, width: int, *, whole: bool) -> torch.Tensor:
+    if whole:
+        return value.new_ones((*value.shape[:-2], height, width))
+    made = value.new_zeros((*value.shape[:-2], height, width))
+    made[..., : value.shape[-2], : value.shape[-1]] = value[..., :height, :width]
+    return made
 
 
 def _side(name: str) -> bool:
@@ -139,12 +175,14 @@ def sequences_of(inputs: Inputs, mask: str | Sequence[str] | None) -> Sequences:
         if not _is_mask(tensors[name], asked=True):
             value = tensors[name]
             raise BatchError(
-                f"mask='{name}' is {list(value.shape)}, {value.dtype}; it must be [batch, tokens] of zeros and ones"
+                f"mask='{name}' is {list(value.shape)}, {value.dtype}; it must be [batch, tokens] or [batch, height, "
+                "width] of zeros and ones"
             )
-    found = asked or tuple(name for name in USUAL if name in tensors and _is_mask(tensors[name], asked=False))
-    return Sequences(found)
+    found = asked or tuple(n for n in (*USUAL, *USUAL_SPATIAL) if n in tensors and _is_mask(tensors[n], asked=False))
+    flat = tuple(name for name in found if tensors[name].dim() == 2)
+    return Sequences(flat, tuple(name for name in found if name not in flat))
 
 
 def _is_mask(value: torch.Tensor, *, asked: bool) -> bool:
-    plain = value.dim() == 2 and (asked or not value.is_floating_point())
+    plain = value.dim() in (2, 3) and (asked or not value.is_floating_point())
     return plain and bool(((value == 0) | (value == 1)).all())

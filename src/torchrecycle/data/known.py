@@ -195,7 +195,8 @@ class KnownManifests:
         if self.user_key is not None:
             found = [user_key_of(item, dataset.name, self.user_key) for item in items]
             return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
-        if self.source.sequences and not (self.source.padding.right and self.source.padding.left):
+        sequences, padding = self.source.sequences, self.source.padding
+        if sequences.spatial or (sequences and not (padding.right and padding.left)):
             return None
         batch = (dataset.fill_arguments.get("collate_fn") or default_collate)(items)
         return self.source.keys(self.source.rule(batch))
