@@ -314,7 +314,8 @@ def test_trying_every_cut_computes_each_convolution_once_and_finds_the_same(monk
     own = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     with _Counting() as counting:
         found = cuts(model, images(2), all=True)
-    assert own * 6 < counting.convolutions <= own * 7  # two sizes, three by the clock, one by the counter, one kept
+    # Six forwards measure, and the cuts are tried on the example and on a few others made from it.
+    assert own * 6 < counting.convolutions <= own * 12
     monkeypatch.setattr(cost, "_COSTLY", frozenset())
     with _Counting() as counting:
         plainly = cuts(model, images(2), all=True)

@@ -114,7 +114,7 @@ class Cuts(Sequence[Cut]):
     def heading(self) -> str:
         """The model, its size, and what one forward takes."""
         if not self.objects:
-            return f"{self.model}: where it can be cut"
+            return self.model
         return (
             f"{self.model}: {_amount(self.parameters).strip()} parameters; a forward of {self.objects} objects: "
             f"{self.seconds * 1e3:,.{self.seconds < 0.1:d}f} ms, {_amount(self.flops)}FLOPs"
@@ -142,7 +142,7 @@ class Cuts(Sequence[Cut]):
                         [f"{row[0]:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:], strict=True))]
                     )
                 )
-        return f"{self.heading()}\n" + "\n".join(lines)
+        return f"{self.heading()}; where it can be cut:\n" + "\n".join(lines)
 
     def _repr_html_(self) -> str:
         import html
