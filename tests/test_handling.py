@@ -17,34 +17,42 @@ new iterator fills anew. A ResNet, a BERT and a Llama of 32 channels are treated
 | int8 (torchao) | prefix | *wrong*: a traceback | `test_int8_weights_...` |
 | LoRA (PEFT) | suffix, `get_peft_model` before and after, merged | works | `test_peft_...` |
 | LoRA (PEFT) | prefix | *wrong*: frozen without a word | `test_lora_in_the_prefix_...` |
-| `torch.compile(model)` | before | refused | test_recycling.py: `test_a_model_that_is_wrapped_already_is_refused` |
+| `torch.compile(model)` | before | refused | test_recycling.py: `test_a_model_that_is_wrapped_...` |
 | `torch.compile(model)` | after | works (its own call stays eager) | `test_compiling_the_whole_model_...` |
 | `model.compile()` | before | refused | test_bypass.py: `test_a_model_that_was_compiled_in_place_is_refused_...` |
 | `model.compile()` | after | *wrong*: recycling is off without a word | `test_compiling_the_model_in_place_...` |
 | a module compiled, in place or replaced | suffix, before and after | works; *wrong*: a BERT's block that was \
 replaced before: a traceback | `test_a_compiled_suffix_...` |
-| a module compiled in place | prefix | refused, *by a wrong name* | `test_a_layer_of_the_prefix_...` |
+| a module compiled in place | prefix, after | refused, *by a wrong name* | `test_a_layer_of_the_prefix_...` |
+| a module compiled in place | prefix, before | *wrong*: its settings are not watched | \
+`test_a_setting_of_a_layer_that_was_compiled_...` |
 | inductor | suffix | works | `test_inductor_...` |
-| gradient checkpointing | before | works; across the cut refused: test_bypass.py | `test_gradient_checkpointing_...` |
+| gradient checkpointing | before | works; a region across the cut refused | `test_gradient_checkpointing_...`; \
+test_bypass.py: `test_a_checkpoint_region_across_...` |
 | gradient checkpointing | after | old rows refused, then works | `test_gradient_checkpointing_...` |
-| autocast | undeclared: refused; declared: works | test_bypass.py, and training: `test_training_under_autocast_...` |
-| half, bfloat16, double | after | pictures: refused (test_staleness.py); ids: old rows refused, then works | \
-`test_another_dtype_...` |
+| autocast | around the loop | undeclared: refused; declared: works | test_bypass.py: `test_autocast_...`; \
+`test_training_under_autocast_...` |
+| half, bfloat16, double | after | pictures: refused; ids: old rows refused, then works | \
+`test_another_dtype_...`, here and in test_staleness.py |
 | `.to("cuda")` | after | works | `test_a_model_that_moves_to_another_device_...` |
 | `.to("meta")`, `accelerate.cpu_offload` | after | *wrong*: a traceback | `test_a_model_without_its_weights_...` |
-| DDP | before: refused; after: works | `test_two_processes_...` |
-| FSDP2 | before: refused; the modules of the suffix, after: works | `test_two_processes_...` |
-| EMA (`AveragedModel`, deepcopy) | works on objects; recycled pictures in a copy are refused | `test_an_average_...` |
-| two recyclings of one model | works | test_bypass.py, test_recycling.py, and training: `test_two_recyclings_...` |
-| pickling, deepcopy, `state_dict` of the model | works | test_bypass.py: `test_copies_pickles_and_state_dicts_...` |
-| pickling or deepcopy of the `Recycling` | *wrong*: a traceback | `test_a_recycling_itself_...` |
-| `functional_call` | of the suffix works, of the prefix refused | `test_functional_call_...` |
-| `requires_grad_(True)` on all | works | `test_unfreezing_...` |
-| hooks on skipped modules | one that changes values is refused | test_attacks.py: `test_a_setting_or_a_hook_...` |
-| `inference_mode` | works | test_bypass.py, test_attacks.py: `..._inference_mode...` |
-| `model.train()`: batch norm, dropout, drop path | eval mode in the prefix | `test_batch_norm_dropout_...` |
-| two threads, one model or two | works | test_bypass.py, and on rows: `test_two_threads_...` |
-| `detach()` after weights were replaced | *wrong*: they stay frozen | `test_weights_that_replaced_frozen_ones_...` |
+| DDP | the model | before: refused; after: works | `test_two_processes_...` |
+| FSDP2 | the model, before | refused | `test_two_processes_...` |
+| FSDP2 | all modules of the suffix, after | works | `test_two_processes_...` |
+| EMA (`AveragedModel`, deepcopy) | after | works on objects; recycled pictures in a copy are refused | \
+`test_an_average_...` |
+| two recyclings of one model | | works | test_bypass.py, test_recycling.py, and training: `test_two_recyclings_...` |
+| pickling, deepcopy, `state_dict` | of the model, after | works | test_bypass.py: `test_copies_pickles_...` |
+| pickling, deepcopy | of the `Recycling` | *wrong*: a traceback | `test_a_recycling_itself_...` |
+| `functional_call` | other weights after the cut | works | `test_functional_call_...` |
+| `functional_call` | other weights before the cut | rows refused | `test_functional_call_...` |
+| `requires_grad_(True)` | the model, after | works | `test_unfreezing_...` |
+| hooks | on skipped modules | warned of once; refused if they change values | test_cut_kinds.py: \
+`test_a_hook_on_a_skipped_module_...`; test_attacks.py: `test_a_setting_or_a_hook_...` |
+| `inference_mode` | around the loop | works | test_bypass.py, test_attacks.py: `..._inference_mode...` |
+| `model.train()`: batch norm, dropout, drop path | prefix | stays in eval mode | `test_batch_norm_dropout_...` |
+| two threads | one model or two | works | test_bypass.py, and on rows: `test_two_threads_...` |
+| `detach()` | after weights were replaced | *wrong*: they stay frozen | `test_weights_that_replaced_...` |
 """
 
 from __future__ import annotations
@@ -355,6 +363,15 @@ def test_a_whole_layer_of_the_prefix_that_was_replaced_is_refused_and_a_new_iter
         pair.trains()
 
 
+def test_batch_norm_of_the_whole_model_may_be_made_synchronised_after_attaching():
+    pair = Pair("resnet")
+    old = pair.recycled()
+    pair.do(nn.SyncBatchNorm.convert_sync_batchnorm)
+    pair.refuses_old_rows(old)
+    pair.serves()
+    pair.trains()
+
+
 def test_channels_last_after_attaching_works_within_rounding():
     pair = Pair("resnet")
     old = pair.recycled()
@@ -558,6 +575,24 @@ def _words() -> nn.Module:
 
 
 WORDS = Sample("words", _words, torch.arange(72).reshape(8, 9) % 60, "1", ["0", "1"])
+
+
+@pytest.mark.xfail(strict=True, reason="what is taken for glue has weights in the fingerprint, and no settings")
+@compiling
+def test_a_setting_of_a_layer_that_was_compiled_before_attaching_is_noticed_or_the_layer_refused(dynamo):
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 5))
+
+    one = Sample("norm", plain, sample("sequential").batch, "2", ["0", "1", "2"])
+    try:
+        pair = Pair(one, lambda model: _compile_in_place(model, "1"))
+    except CutError:
+        return
+    pair.serves()
+    pair.do(lambda model: setattr(model.get_submodule("1"), "eps", 0.5))
+    pair.serves()
+
+
 SILENT = "model.compile() takes the root's slot, and nobody looks whether it is still there"
 
 
