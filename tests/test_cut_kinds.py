@@ -502,6 +502,114 @@ def test_a_module_that_is_called_several_times_must_be_named_with_the_call():
         recycle(albert(), texts(2), cut=f"{LAYER}#5", store="memory://")
 
 
+class Frozen(nn.Module):
+    """A table of positions that all layers read, and nobody trains."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(6), requires_grad=trained)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x + self.position)
+        return x
+
+
+def test_a_parameter_that_nobody_trains_may_be_read_by_both_halves():
+    x = torch.randn(4, 6)
+    with pytest.raises(CutError, match="share 'position'"):
+        recycle(Frozen(trained=True), x, cut="layers.1", store="memory://")
+    model = Frozen(trained=False)
+    with recycle(model, x, cut="layers.1", store="memory://") as first:
+        assert "position" in first.bypass.prefix_parameters
+    trained = Frozen(trained=True)
+    with recycle(trained, x, cut="layers.1", store="memory://", share="freeze"):  # frozen by us alone
+        with pytest.raises(CutError, match="share 'position'"):
+            recycle(trained, x, cut="layers.0", store="memory://")
+    assert trained.position.requires_grad
+
+
+class Again(nn.Module):
+    """Two layers that are called three times over, as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.last = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = self.twice(x)
+        return self.last(x)
+
+
+def test_a_cut_inside_the_second_of_three_calls_of_one_module():
+    torch.manual_seed(0)
+    model = Again().eval()
+    x = torch.randn(4, 6)
+    want = model(x)
+    with recycle(model, x, cut="twice.1#2", store="memory://", share="freeze") as recycling:
+        (batch,) = recycling.loader(list(x), batch_size=4)
+        assert torch.equal(model(batch), want)
+        assert torch.equal(model(x), want)
+        assert recycling.stats.hits == 4
+
+
+class Appending(nn.Module):
+    """Appends to the list that its first layer gave, and changes the dict of its second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Listing(), Naming(), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.first(x)
+        named = self.second(parts[0])
+        parts.append(named["y"])
+        named["y"] = self.third(named["y"] + parts[-1])
+        parts.append(named["y"])
+        return torch.stack(parts)
+
+
+class Listing(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:  # pyright: ignore
+        return [super().forward(x)]
+
+
+class Naming(Listing):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # pyright: ignore
+        return {"y": super().forward(x)[0]}
+
+
+def test_a_model_that_changes_the_containers_which_its_layers_gave():
+    torch.manual_seed(0)
+    model = Appending().eval()
+    x = torch.randn(4, 6)
+    want = model(x)
+    with recycle(model, x, cut="second", store="memory://") as recycling:
+        (batch,) = recycling.loader(list(x), batch_size=4)
+        for _ in range(3):
+            assert torch.equal(model(batch), want)
+        assert recycling.stats.hits == 12
+
+
+@pytest.mark.parametrize("cut", ["text_model", "vision_model", "text_model.encoder.layers.1"])
+def test_one_tower_alone_whose_output_the_model_changes_afterwards(cut):
+    model = clip()
+    batch = _captioned(4)
+    with torch.no_grad():
+        want = model(**batch)
+    with recycle(model, _captioned(2), cut=cut, store="memory://") as recycling:
+        (hit,) = recycling.loader(_items(batch), batch_size=4)
+        with torch.no_grad():
+            got = model(**hit)
+        assert recycling.stats.hits == 4
+    assert torch.equal(got.logits_per_image, want.logits_per_image)
+
+
 # -- moving the cut ----------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ from torchrecycle.bypass import (
 from torchrecycle.errors import CutError
 from torchrecycle.trace import Call, Trace, trace
 
-__all__ = ["Cut", "Cuts", "blocks_of", "choose_cut", "cuts", "level_of"]
+__all__ = ["Cut", "Cuts", "blocks_of", "choose_cut", "cuts", "level_of", "level_of_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,9 +410,15 @@ def _inside(inner: Sequence[str], outer: Sequence[str]) -> bool:
     return any(inner[0].startswith(f"{name}.") for name in outer)
 
 
-def level_of(model: nn.Module, traced: Trace, name: str | Sequence[str]) -> float:
-    """The share of the blocks that has ended when the cut is there. A joint cut is there when its last part is."""
+def level_of(model: nn.Module, traced: Trace, name: str) -> float:
+    """The share of the blocks that has ended when the cut is there."""
     return _Levels(model, traced).of(name)
+
+
+def level_of_plan(model: nn.Module, traced: Trace, plan: Plan) -> float:
+    """The share of the blocks that lies before the cut; of a joint cut, before any of its parts."""
+    levels = _Levels(model, traced)
+    return levels.of(plan.cut) if len(plan.cuts) == 1 else levels.before({step.number for step in plan.steps})
 
 
 class _Levels:
@@ -421,11 +427,16 @@ class _Levels:
     def __init__(self, model: nn.Module, traced: Trace) -> None:
         self._traced = traced
         blocks = [name for tower in _called_towers(model, traced) for name in tower]
-        self._ends = [call.end for block in blocks for call in _calls(traced, block)]
+        self._blocks = [call for block in blocks for call in _calls(traced, block)]
+        self._ends = [call.end for call in self._blocks]
 
-    def of(self, name: str | Sequence[str]) -> float:
-        names = [name] if isinstance(name, str) else name
-        end = max(_calls(self._traced, one)[0].end for one in names)
+    def before(self, steps: set[int]) -> float:
+        """The share of the blocks that are among these calls or within them."""
+        within = [steps & {call.number, *(c.number for c in self._traced.ancestors(call))} for call in self._blocks]
+        return round(sum(map(bool, within)) / max(len(within), 1), 4)
+
+    def of(self, name: str) -> float:
+        end = _calls(self._traced, name)[0].end
         if not self._ends:
             return round(end / max(self._traced.calls[0].end, 1), 4)
         return round(sum(other <= end for other in self._ends) / len(self._ends), 4)

@@ -46,7 +46,7 @@ from torchrecycle.bypass import (
     take_rows,
 )
 from torchrecycle.codec import PRECISIONS, Layout
-from torchrecycle.cost import choose_cut, level_of
+from torchrecycle.cost import choose_cut, level_of_plan
 from torchrecycle.data import (
     KnownManifests,
     Manifest,
@@ -282,8 +282,7 @@ class Recycling:
             self._cut = choose_cut(self.model, probes, self._options.level)
         plan = make_plan(probes, self._cut, precision=PRECISIONS.get(self._options.precision or ""))
         traced = probes.traces[0]
-        names = [self._cut] if isinstance(self._cut, str) else self._cut
-        self._level = sum(level_of(self.model, traced, name) for name in names) / len(names)
+        self._level = level_of_plan(self.model, traced, plan)
         self._sequences = plan.sequences
         self.bypass = Bypass(self.model, plan, traced, autocast=self._options.autocast, share=self._options.share)
         self.bypass.attach(self)

@@ -16,6 +16,7 @@ import copy
 import random
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,7 +114,11 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     """The module's dicts, lists and sets (parameters, hooks, caches), each with a copy of its content."""
-    return [(value, copy.copy(value)) for value in module.__dict__.values() if isinstance(value, (dict, list, set))]
+    found = [value for value in module.__dict__.values() if isinstance(value, (dict, list, set))]
+    return [(value, value.copy() if type(value) in _PLAIN_CONTAINERS else copy.copy(value)) for value in found]
+
+
+_PLAIN_CONTAINERS = (dict, list, set, OrderedDict)
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ class Bypass:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         owned = {p for module in self.plan.prefix_modules for p in module.parameters()}
         before = owned | {p for p in reads.before if p in names}
-        shared = [names[p] for p in names if p in before and p in reads.after]
+        shared = [names[p] for p in names if p in before and p in reads.after and self.interceptor.trains(p)]
         if shared and share != "freeze":
             raise CutError(
                 f"cannot cut at '{self.plan.cut}': the layers before and after it share {_listed(shared)}, which "

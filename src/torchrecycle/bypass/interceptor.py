@@ -370,6 +370,10 @@ class Interceptor:
             parameter.requires_grad_(False)
             parameter.grad = None
 
+    def trains(self, parameter: nn.Parameter) -> bool:
+        """Whether the user has it trained, a recycling aside."""
+        return self._frozen[parameter][0] if parameter in self._frozen else parameter.requires_grad
+
     def thaw(self, parameters: Iterable[nn.Parameter]) -> None:
         """Undo `freeze`, where no other recycling of the model still needs them frozen."""
         for parameter in parameters:

@@ -356,7 +356,7 @@ class _Planner:
     def _called_again(self) -> Iterator[str]:
         own = {call.number for call in self.before}
         for call in self.probes.traces[0].calls:
-            inside = any(a.module in self.modules for a in self.probes.traces[0].ancestors(call))
+            inside = any(a.number in own for a in self.probes.traces[0].ancestors(call))
             if call.number not in own and call.module in self.modules and not inside:
                 yield call.name
 

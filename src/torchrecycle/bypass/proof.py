@@ -448,9 +448,11 @@ def _others_replaced(bypass: Bypass, inputs: Inputs, strength: float) -> Inputs:
 def _prove_padding(bypass: Bypass) -> Padding:
     if any(layout.free for layout in bypass.plan.layouts):
         return Padding(right=False, left=False, because="places of the rows are no places of the mask")
-    found: dict[str, str] = {}
+    plan, found = bypass.plan, dict[str, str]()
+    concerned = {number for name, number in plan.sequences.followers(plan.example) if name in plan.read_before}
+    concerned |= {by for layout in plan.layouts for by in layout.ragged_by}
     for side in ("right", "left"):
-        whys = (_padding_matters(bypass, which, side) for which in range(len(bypass.plan.sequences.masks)))
+        whys = (_padding_matters(bypass, which, side) for which in sorted(concerned))
         found[side] = next((why for why in whys if why), "")
     because = "; ".join(f"{side}: {why}" for side, why in found.items() if why)
     return Padding(right=not found["right"], left=not found["left"], because=because)

@@ -98,7 +98,7 @@ class Sequences:
             which: the number of the sequence.
             tokens: how many places more.
             side: ``"right"`` or ``"left"``.
-            read_before: the inputs that the prefix reads; integers among the others are labels, padded with -100.
+            read_before: the inputs that the prefix reads; labels among the others are padded with -100.
             other_fill: put the largest value of each input at the padded places instead of 0.
         """
         following = {name for name, number in self.followers(inputs) if number == which}
@@ -107,8 +107,8 @@ class Sequences:
             if name not in following:
                 return value
             fill: Any = value.max().item() if other_fill else 0
-            if read_before is not None and name not in read_before and not value.is_floating_point():
-                fill = -100
+            if read_before is not None and name not in read_before and _is_label(name, value):
+                fill = IGNORED
             shape = (value.shape[0], tokens, *value.shape[2:])
             more = value.new_full(shape, 0 if name == self.masks[which] else fill)
             return torch.cat([value, more] if side == "right" else [more, value], dim=1)
@@ -155,6 +155,14 @@ def _resized_image(value: torch.Tensor, height: int, width: int, *, whole: bool)
     made = value.new_zeros((*value.shape[:-2], height, width))
     made[..., : value.shape[-2], : value.shape[-1]] = value[..., :height, :width]
     return made
+
+
+IGNORED = -100
+"""What PyTorch's losses pass over."""
+
+
+def _is_label(name: str, value: torch.Tensor) -> bool:
+    return not value.is_floating_point() and any(word in name.lower() for word in ("label", "target", "tag"))
 
 
 def _side(name: str) -> bool:
