@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from batches import Padded, arguments, call, collate_of, items_of, ragged_items
+from batches import Padded, arguments, call, collate_of, copy_of, items_of, ragged_items
 from cases import Built, Case
 from compare import copied, distance, far, first_unequal, leaves
 from refusals import SHARED, kind_of
@@ -79,7 +79,7 @@ def places(built: Built, batch: Any, traced: Trace) -> tuple[list[Place], Callab
 
 
 def _counted(built: Built, batch: Any, traced: Trace) -> Trace | None:
-    args, kwargs = arguments(built, batch)
+    args, kwargs = arguments(built, copy_of(batch))
     try:
         counted = trace(built.model, args, kwargs, count_flops=True, keep_outputs=False)
     except Exception:  # the counter knows not every operation
@@ -119,7 +119,7 @@ class Subject:
     want_first: list[tuple[str, Any]] = field(repr=False)
     want_second: list[tuple[str, Any]] = field(repr=False)
     notes: list[str]
-    traced: Trace = field(repr=False)
+    traced: Trace | None = field(default=None, repr=False)
     """The calls of one forward."""
 
     def plain(self, batch: Any) -> list[tuple[str, Any]]:
@@ -139,8 +139,7 @@ def subject_of(built: Built) -> Subject:
     built.model.eval()
     notes: list[str] = []
     first = built.batch(OBJECTS)
-    args, kwargs = arguments(built, first)
-    subject = Subject(built, first, None, [], [], notes, trace(built.model, args, kwargs, keep_outputs=False))
+    subject = Subject(built, first, None, [], [], notes)
     subject.want_first = subject.plain(subject.first)
     if first_unequal(subject.want_first, subject.plain(subject.first)):
         notes.append("the plain model gives other values for the same batch and seed")
@@ -173,10 +172,14 @@ def check_case(
         built = case.make()
         report["parameters"] = sum(p.numel() for p in built.model.parameters())
         subject = subject_of(built)
-        first, rest = places(built, subject.first, subject.traced)
     except Exception as error:
-        report |= {"status": "untested", "reason": _line(error), "where": _where(error), "cuts": []}
-        return report | {"seconds": round(time.perf_counter() - began, 2)}
+        return report | _ended("untested", error, began)
+    try:
+        args, kwargs = arguments(built, copy_of(subject.first))
+        subject.traced = trace(built.model, args, kwargs, keep_outputs=False)
+        first, rest = places(built, subject.first, subject.traced)
+    except Exception as error:  # the model runs, so this is our fault
+        return report | _ended("crash", error, began)
     report["cuts"] = found = []
     if listing:
         report["listed"] = _listed(subject)
@@ -198,6 +201,12 @@ def check_case(
     report["notes"] = subject.notes
     report["seconds"] = round(time.perf_counter() - began, 2)
     return report
+
+
+def _ended(status: str, error: Exception, began: float) -> dict[str, Any]:
+    """What is told of a case in which no cut was tried."""
+    seconds = round(time.perf_counter() - began, 2)
+    return {"status": status, "reason": _line(error), "where": _where(error), "cuts": [], "seconds": seconds}
 
 
 def _listed(subject: Subject) -> dict[str, Any]:
@@ -416,8 +425,9 @@ class Trial:
         call the embedding inside of the first block, which drops labels.)
         """
         traced, plan = self.subject.traced, self.recycling.bypass.plan
+        assert traced is not None
         owned = list(plan.modules.values())
-        end = traced.of(plan.cut)[0].end
+        end = traced.of(self.place.name)[0].end
         for name in {one.name for one in traced.calls if one.begin > end}:
             if any(name == one or name.startswith(f"{one}.") for one in owned):
                 yield name, sum(one.end <= end for one in traced.of(name))

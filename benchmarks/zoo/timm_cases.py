@@ -20,7 +20,7 @@ from torch import nn
 from torchvision_cases import images
 
 SMALLEST = Path(__file__).with_name("timm_smallest.json")
-SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 384, 512)
+SIZES = (64, 84, 96, 128, 160, 192, 224, 256, 288, 384, 512)
 CLASSES = 10
 LARGE = 12_000_000
 CUT_DOWN: tuple[dict[str, int], ...] = ({"embed_dim": 192, "depth": 6, "num_heads": 3}, {"depth": 6}, {})
