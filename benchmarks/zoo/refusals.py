@@ -9,6 +9,7 @@ from __future__ import annotations
 SHARED = "both halves read a parameter"
 
 KINDS: tuple[tuple[str, str], ...] = (
+    ("how far the others pad it", "objects of several sizes in one batch"),
     ("depends on the other objects", "a row depends on the rest of the batch"),
     ("gives other values each time", "the prefix is random in eval mode"),
     ("share='freeze'", SHARED),

@@ -2,8 +2,9 @@
 
 Images have 64 px where the model runs on that, clips four frames of 64 px. Models are as they are up to 200 M
 parameters, since nearly all have no size to choose; larger ones are cut down, and so are the MaxViT and the MViTs,
-whose builders fix the size of images or clips. Detectors get what their loop gives them, a list of images; in a second
-case, marked "backbone", only their feature pyramid, which is where a user can cut them.
+whose builders fix the size of images or clips. Detectors get what their loop gives them, a list of images, of several
+sizes in the second batch; each has another case, marked "backbone", with its feature pyramid alone, which can be trained
+without targets.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def _make_detector(name: str) -> nn.Module:
 
 def _detector(name: str) -> Built:
     def batch(objects: int, *, tokens: int | None = None, seed: int = 0) -> list[torch.Tensor]:
-        return list(images(objects, seed=seed, shape=(3, 64, 64)).sigmoid())
+        found = list(images(objects, seed=seed, shape=(3, 64, 96)).sigmoid())
+        widths = (64,) if seed == 0 else (64, 96, 80)  # a detector pads its images to the largest of the batch
+        return [image[:, :, : widths[i % len(widths)]].clone() for i, image in enumerate(found)]
 
     return Built(_make_detector(name), batch, inputs=lambda batch: ((list(batch),), {}))
 
