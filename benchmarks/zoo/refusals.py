@@ -9,6 +9,8 @@ from __future__ import annotations
 SHARED = "both halves read a parameter"
 
 KINDS: tuple[tuple[str, str], ...] = (
+    ("can neither", "a side value can neither run nor be kept"),
+    ("belongs to none of them", "a part of the output depends on all objects"),
     ("how far the others pad it", "objects of several sizes in one batch"),
     ("depends on the other objects", "a row depends on the rest of the batch"),
     ("gives other values each time", "the prefix is random in eval mode"),
@@ -25,7 +27,6 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("more than one way", "the output follows the sequence in two dimensions"),
     ("by no law", "the output's size follows no law"),
     ("depends on the batch", "nothing before it depends on the batch"),
-    ("can neither", "a side value can neither run nor be kept"),
     ("reaches the output", "a skipped value reaches the output"),
     ("reads a value", "a skipped value is read"),
     ("would have computed", "a skipped value is read"),

@@ -3,8 +3,8 @@
 Images have 64 px where the model runs on that, clips four frames of 64 px. Models are as they are up to 200 M
 parameters, since nearly all have no size to choose; larger ones are cut down, and so are the MaxViT and the MViTs,
 whose builders fix the size of images or clips. Detectors get what their loop gives them, a list of images, of several
-sizes in the second batch; each has another case, marked "backbone", with its feature pyramid alone, which can be trained
-without targets.
+sizes in the second batch; each has another case, marked "backbone", with its feature pyramid alone, which can be
+trained without targets.
 """
 
 from __future__ import annotations
