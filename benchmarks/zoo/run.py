@@ -162,14 +162,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, help="also write a page, such as docs/zoo.md")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
-    about = {"command": "make zoo", "date": date.today().isoformat(), "machine": machine(), "commit": commit()}
+    about: dict[str, Any] = {"command": "make zoo", "arguments": list(sys.argv[1:] if arguments is None else arguments)}
+    about |= {
+        "levels": list(options.around or LEVELS),
+        "stale": options.stale,
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "commit": commit(),
+    }
     about |= {"python": platform.python_version(), "torch": torch.__version__, "versions": versions()}
     stamp = {"versions": about["versions"], "commit": "any" if options.stale else about["commit"]}
-    stamp["levels"] = list(options.around or LEVELS)
+    stamp["levels"] = about["levels"]
     if options.fresh:
         options.progress.unlink(missing_ok=True)
     progress = Progress(options.progress, stamp)
-    how = {"levels": tuple(options.around or LEVELS), "listing": options.list}
+    how = {"levels": tuple(about["levels"]), "listing": options.list}
     reports = run(chosen(options), progress, options.jobs, options.limit, **how)
     found = summary(reports)
     about["seconds"] = round(time.perf_counter() - began)

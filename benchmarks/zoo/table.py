@@ -67,11 +67,13 @@ def _head(about: dict[str, Any], found: dict[str, Any]) -> list[str]:
         "# The zoo: which models can be cut",
         "",
         f"Made by `make zoo`: {about['date']}, {about['machine']}, torch {about['torch']}; torchrecycle at "
-        f"`{about['commit']}`. Each model has random weights and is cut at about a quarter, a half and three quarters "
-        "of its blocks. *Equal*: outputs to the bit for the same batch, from kept rows and raw; gradients of the "
+        f"`{about['commit']}`{' and before' if about['stale'] else ''}. Each model has random weights and is cut after "
+        f"about {', '.join(f'{level:.0%}' for level in about['levels'])} of its blocks. *Equal*: "
+        "outputs to the bit for the same batch, from kept rows and raw; gradients of the "
         "suffix within rounding of a prefix frozen by hand; a second batch of another size (and length, and padding) "
         "within rounding; and as before after `detach`. *Useful*: such a cut between 25 % and 75 % of the blocks or of "
-        "the operations. *Untested*: the model does not run without us either.",
+        "the operations. Where both halves read a parameter, the cut is tried again with `share='freeze'`, as the "
+        "refusal advises. *Untested*: the model does not run without us either.",
         "",
         "| library | models | cut usefully | cuts tried | equal | refused | wrong | crashed | out of time | untested |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -115,7 +115,9 @@ def _small_mvit(name: str) -> nn.Module:
 
 def _make_detector(name: str) -> nn.Module:
     torch.manual_seed(0)
-    small = {} if name.startswith("ssd") else {"min_size": 64, "max_size": 96}
+    small: dict[str, Any] = {} if name.startswith("ssd") else {"min_size": 64, "max_size": 96}
+    if "rcnn" in name:
+        small["box_detections_per_img"] = 5  # key points and masks are pasted one by one
     return models.get_model(name, weights=None, weights_backbone=None, num_classes=3, **small)
 
 
@@ -129,5 +131,5 @@ def _detector(name: str) -> Built:
 
 
 def _backbone(name: str) -> Built:
-    size = 128 if name.startswith("ssd") else 64
+    size = 300 if name == "ssd300_vgg16" else 64
     return Built(_make_detector(name).backbone, partial(images, shape=(3, size, size)))
