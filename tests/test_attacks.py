@@ -164,6 +164,7 @@ def a_pre_hook_on_the_root(model: Any) -> None:
     model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
 
 
+@pytest.mark.filterwarnings("ignore:a hook on:torchrecycle.RecycleWarning")
 @pytest.mark.parametrize("change", [a_dict, a_namespace, a_nested_list, a_hook_on_a_layer, a_pre_hook_on_the_root])
 def test_a_setting_or_a_hook_of_the_prefix_that_changes_while_attached_is_noticed(change, tmp_path):
     right_or_refused_after(attached(glue, tmp_path / "store"), change, DATA)

@@ -301,6 +301,7 @@ class Counter:
         self.calls += 1
 
 
+@pytest.mark.filterwarnings("ignore:a hook on:torchrecycle.RecycleWarning")
 @pytest.mark.parametrize("copies", [False, True])
 def test_several_cuts_filled_in_one_pass_have_the_rows_of_separate_fills(copies, tmp_path):
     model = residual()

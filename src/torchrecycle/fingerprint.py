@@ -24,6 +24,7 @@ from blake3 import blake3
 from torch import nn
 
 from torchrecycle.codec import Layout
+from torchrecycle.errors import CutError
 
 __all__ = ["FINGERPRINT_VERSION", "Fingerprint", "Watch", "take_fingerprint"]
 
@@ -126,6 +127,9 @@ def settings_of(
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Digest of dtype, shape and bytes."""
+    inner = _inner_tensors(tensor)
+    if inner is not None:
+        return blake3(f"{type(tensor).__name__} {tensor.dtype} {tuple(tensor.shape)}: {inner}".encode()).hexdigest()
     value = tensor.detach()
     if value.layout is not torch.strided or value.is_quantized:
         value = value.to_dense() if value.layout is not torch.strided else value.int_repr()
@@ -135,6 +139,35 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     hasher.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
     hasher.update(data)  # pyright: ignore (an array is a buffer)
     return hasher.hexdigest()
+
+
+def _inner_tensors(tensor: torch.Tensor) -> str | None:
+    """Of a tensor that wraps others (int8 weights with their scales), their digests; None if it wraps none.
+
+    Raises:
+        CutError: its bytes are not at hand.
+    """
+    if tensor.device.type == "meta":
+        raise CutError(
+            "the frozen weights are not there (device meta): they were offloaded or not loaded yet. Attach and fill "
+            "while the model has its weights."
+        )
+    kind = type(tensor.data)
+    if kind is torch.Tensor:
+        return None
+    if any(k.__name__ == "DTensor" for k in kind.__mro__):
+        raise CutError(
+            "fully_shard (FSDP2) has sharded frozen weights, so that no process has all of their bytes. Shard each "
+            "module after the cut by itself, and neither the model nor what lies before the cut."
+        )
+    flatten = getattr(tensor.data, "__tensor_flatten__", None)
+    if flatten is None:
+        raise CutError(
+            f"a frozen weight is a {kind.__module__}.{kind.__qualname__}, whose bytes cannot be looked at, so that a "
+            "change would go unnoticed. Cut before it, or convert it to a plain tensor."
+        )
+    names, context = flatten()
+    return f"{[(name, tensor_digest(getattr(tensor.data, name))) for name in names]} {context!r}"
 
 
 def _all_modules(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -175,7 +208,7 @@ def _describe(module: nn.Module, own: Mapping[str, Any]) -> str:
     kind = type(module)
     lines = [f"{kind.__module__}.{kind.__qualname__}", module.extra_repr()]
     for name, value in sorted(own.items()):
-        if name not in _OF_ANY_MODULE and (plain := _plain(value)) is not None:
+        if name not in _OF_ANY_MODULE and name not in _WITHOUT_EFFECT and (plain := _plain(value)) is not None:
             lines.append(f"{name}={plain}")
     return "\n".join(lines)
 
@@ -194,11 +227,21 @@ def _plain(value: Any) -> str | None:
     return None if None in parts else f"{type(value).__name__}({', '.join(map(str, parts))})"
 
 
+_WITHOUT_EFFECT = frozenset({"gradient_checkpointing", "_gradient_checkpointing_func"})
+"""Attributes that change what is remembered for backward, and no value."""
+
 _HOOKING_LIBRARIES = frozenset({"torch", "transformers", "accelerate", "peft"})
 """Their hooks serve the forward that they belong to: weight norm, outputs that are recorded, moves between devices."""
 
 
 # -- while attached ----------------------------------------------------------------------------------------------------
+
+
+def _place_of(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() if type(tensor) in _WITH_STORAGE else 0
+
+
+_WITH_STORAGE = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 class Watch:
@@ -229,7 +272,7 @@ class Watch:
             *map(id, tensors),
             *[id(child) for table in self._children for child in table.values()],
             *[t._version for t in tensors],
-            *[t.data_ptr() for t in tensors],
+            *[_place_of(t) for t in tensors],
             *[t.dtype for t in tensors],
             *self.hooks(),
         ]

@@ -60,7 +60,7 @@ from torchrecycle.errors import BatchError, CutError, RecycleError, RecycleWarni
 from torchrecycle.fill import FillReport, fill_pass
 from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
-from torchrecycle.trace import slot_of, undisturbed
+from torchrecycle.trace import is_sharded, slot_of, undisturbed
 
 __all__ = ["CheckReport", "Recycling", "Stats", "fill_many", "recycle"]
 
@@ -229,6 +229,12 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 f"the model is wrapped in {_WRAPPERS[kind.__name__]} already: attach first, wrap after. "
                 "recycle(model, ...), then wrap the same model."
             )
+    sharded = next((name for name, module in model.named_modules() if is_sharded(module)), None)
+    if sharded is not None:
+        raise CutError(
+            f"'{sharded}' is sharded with fully_shard (FSDP2) already: attach first, then shard each module after the "
+            "cut by itself."
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise CutError("a ScriptModule runs outside of Python, where no call can be skipped: recycle the Python module")
     if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
@@ -576,6 +582,7 @@ class Recycling:
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model: with rows, raw, or without recycling."""
+        self.bypass.refuse_lost()
         try:
             inputs = Inputs(self._names, args, kwargs, self._rule.lists)
         except BatchError:  # objects of several sizes: no row would be of one object alone, so nothing is recycled
@@ -887,8 +894,7 @@ class Recycling:
         """
         if self.off:
             return
-        if self._look_again():
-            self._rebuild()
+        self._renew_prefix()
         known = self._manifests.of(dataset, lambda: self._fill(dataset), made=made)
         if (
             dataset.manifest is known.manifest
@@ -897,6 +903,12 @@ class Recycling:
         ):
             return
         dataset.renew(known.manifest, torch.from_numpy(known.locations), self.source)
+
+    def _renew_prefix(self) -> None:
+        """Divide the model anew if its prefix is not what it was."""
+        self.bypass.interceptor.refuse_lost(self.bypass.plan.modules)
+        if self.bypass.replaced() or self._look_again():
+            self._rebuild()
 
     def _fill(self, dataset: RecycledDataset) -> None:
         fill_many([self], dataset.base, name=dataset.name, **dataset.fill_arguments)
@@ -997,6 +1009,13 @@ class Recycling:
             self._attached = False
             self.bypass.detach(self)
             self.source.rows.publish()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a Recycling cannot be copied or pickled, since it is tied to its model and to its store at work. Copy or "
+            "save the model (the copy is a plain one), and call recycle() on it. Keep a Recycling out of modules that "
+            "are copied."
+        )
 
     def __enter__(self) -> Recycling:
         return self
@@ -1112,8 +1131,7 @@ def fill_many(
             raise BatchError(
                 "recyclings that are filled in one pass must have the same key=, inputs= and form of example"
             )
-        if recycling._look_again():
-            recycling._rebuild()
+        recycling._renew_prefix()
         recycling._write_probe()
     results = fill_pass(
         recyclings,

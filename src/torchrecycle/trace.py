@@ -30,9 +30,32 @@ from torch.utils.flop_counter import flop_registry
 
 from torchrecycle.errors import CutError
 
-__all__ = ["Call", "Trace", "attributes_kept", "clear_slot", "set_slot", "slot_of", "trace", "undisturbed"]
+__all__ = [
+    "Call",
+    "Trace",
+    "attributes_kept",
+    "clear_slot",
+    "is_compiled",
+    "is_sharded",
+    "set_slot",
+    "slot_of",
+    "trace",
+    "undisturbed",
+]
 
 SLOT = "_compiled_call_impl"
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it was compiled, in place or as a wrapper: its code does not look at what happens inside."""
+    slot = slot_of(module)
+    in_place = slot is not None and not getattr(slot, "is_recycling", False)
+    return in_place or (type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"))
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) governs its parameters: it swaps them in each forward."""
+    return any(k.__name__ == "FSDPModule" and k.__module__.startswith("torch.") for k in type(module).__mro__)
 
 
 def slot_of(module: nn.Module) -> Any:
@@ -102,7 +125,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Whatever runs inside, the modules have the same attributes afterwards, and their dicts, lists and sets the same
     content."""
-    kept = [(module, dict(module.__dict__), _containers(module)) for module in modules]
+    kept = [(module, dict(module.__dict__), _containers(module)) for module in modules if not is_sharded(module)]
     try:
         yield
     finally:
@@ -229,8 +252,7 @@ def trace(
 ) -> Trace:
     """Run the model once as it stands, without gradient, and write down every module call.
 
-    The model and all generators are as before afterwards. Modules compiled with ``module.compile()`` are seen as a
-    whole.
+    The model and all generators are as before afterwards. Compiled modules are seen as a whole.
 
     Args:
         model: any module; its training flags are left as they are.
@@ -245,14 +267,14 @@ def trace(
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names[module] = name
-    if slot_of(model) is not None and not getattr(slot_of(model), "is_recycling", False):
+    if is_compiled(model):
         raise CutError(
             "the model itself has been compiled in place (model.compile()): compiled code ignores what happens to "
             "inner modules. Attach first, or compile only the modules after the cut."
         )
     recorder = _Recorder(names, count_flops, keep_outputs)
     with undisturbed(model), torch.no_grad():
-        for module in _watchable(model):
+        for module in list(_watchable(model)):
             set_slot(module, recorder.slot(module))
         with recorder.counting():
             before = {module: dict(module.__dict__) for module in names}
@@ -271,11 +293,11 @@ def _watchable(model: nn.Module) -> Iterator[nn.Module]:
     stack, seen = [model], set()
     while stack:
         module = stack.pop()
-        if module in seen or (slot_of(module) is not None and not getattr(slot_of(module), "is_recycling", False)):
-            continue
-        seen.add(module)
-        yield module
-        stack.extend(module.children())
+        if module not in seen:
+            seen.add(module)
+            yield module
+            if not is_compiled(module):
+                stack.extend(module.children())
 
 
 class _Recorder:
@@ -303,6 +325,10 @@ class _Recorder:
         return time.perf_counter() - self._started, self._flops.total if self._flops else 0
 
     def slot(self, module: nn.Module) -> Callable[..., Any]:
+        compiled = slot_of(module)
+        run = module._call_impl if compiled is None or getattr(compiled, "is_recycling", False) else compiled
+
+        @torch._dynamo.disable  # what is compiled around it must not trace into it
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.calls:
                 self._started = time.perf_counter()
@@ -315,7 +341,7 @@ class _Recorder:
             self._open.append(this.number)
             began = self._now()
             try:
-                output = module._call_impl(*args, **kwargs)
+                output = run(*args, **kwargs)
             finally:
                 self._open.pop()
                 ended = self._now()

@@ -25,7 +25,7 @@ from torchrecycle.bypass.inputs import Inputs, Listed
 from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_sources, evaluating
 from torchrecycle.bypass.plan import Plan, Probes, Shared
 from torchrecycle.bypass.sequences import Sequences
-from torchrecycle.errors import BatchError, CutError
+from torchrecycle.errors import BatchError, CutError, StaleActivationError
 from torchrecycle.trace import Trace, attributes_kept, random_state, set_random_state, undisturbed
 
 __all__ = ["Bypass"]
@@ -100,6 +100,7 @@ class Bypass:
 
     def _divide(self, reads: _Reads, share: str) -> tuple[dict[str, nn.Parameter], list[str]]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self._refuse_adapters()
         owned = {p for module in self.plan.prefix_modules for p in module.parameters()}
         before = owned | {p for p in reads.before if p in names}
         shared = [names[p] for p in names if p in before and p in reads.after and self.interceptor.trains(p)]
@@ -111,6 +112,20 @@ class Bypass:
             )
         untouched = [name for p, name in names.items() if p not in before and p not in reads.after]
         return {names[p]: p for p in names if p in before}, untouched
+
+    def _refuse_adapters(self) -> None:
+        """An adapter is there to be trained, and before the cut it would not be."""
+        for outer in self.plan.prefix_modules:
+            for part in outer.modules():
+                kinds = {k.__name__ for k in type(part).__mro__ if k.__module__.startswith("peft.")}
+                if "BaseTunerLayer" in kinds and any(self.interceptor.trains(p) for p in part.parameters()):
+                    where = self.plan.modules[outer]
+                    raise CutError(
+                        f"cannot cut at '{self.plan.cut}': '{where}' lies before it and holds an adapter "
+                        f"({type(part).__name__} of PEFT, LoRA or the like), which would move if it were trained and "
+                        "not learn if it were not. Put adapters on layers after the cut (layers_to_transform=), or "
+                        "merge it first (merge_and_unload())."
+                    )
 
     # -- attaching -----------------------------------------------------------------------------------------------------
 
@@ -127,14 +142,21 @@ class Bypass:
     def attach(self, entry: Any) -> None:
         """Freeze the prefix and let the model's calls go to `entry`."""
         self.interceptor.slots(list(self.plan.modules))
+        self._places = [self._place(module, name) for module, name in self.plan.modules.items() if name]
         self.interceptor.attach(entry)
         self.interceptor.freeze(self.prefix_parameters.values())
         self.attached = True
 
+    def _place(self, module: nn.Module, name: str) -> tuple[dict[str, Any], str, nn.Module, str]:
+        owner, _, key = name.rpartition(".")
+        return self.model.get_submodule(owner)._modules, key, module, name
+
     def detach(self, entry: Any) -> None:
         """Undo `attach`."""
         self.attached = False
-        self.interceptor.thaw(self.prefix_parameters.values())
+        now = {id(module): table.get(key) for table, key, module, _ in self._places}
+        pairs = [(module, now.get(id(module), module)) for module in self.plan.prefix_modules]
+        self.interceptor.thaw(self.prefix_parameters.values(), [(a, b) for a, b in pairs if b is not None])
         self.interceptor.detach(entry)
         self.interceptor.free(list(self.plan.modules))
 
@@ -233,6 +255,24 @@ class Bypass:
             f"in training mode the forward may end before it reaches '{self.plan.cut}' (LayerDrop, or an early "
             "exit). Switch that off, or cut before it."
         )
+
+    def refuse_lost(self) -> None:
+        """At each forward: is the model still the one that was divided?
+
+        Raises:
+            CutError: a module of the prefix was compiled, sharded or replaced since.
+        """
+        self.interceptor.refuse_lost(self.plan.modules)
+        name = self.replaced()
+        if name:
+            raise StaleActivationError(
+                f"the frozen prefix has moved: '{name}' was replaced by another module since the rows were made. Make "
+                "a new iterator of the loader: it fills anew."
+            )
+
+    def replaced(self) -> str:
+        """The name of a module of the prefix in whose place there is another now; empty if there is none."""
+        return next((name for table, key, module, name in self._places if table.get(key) is not module), "")
 
     def _is_loud(self) -> bool:
         """Whether flags must be switched for the time of a forward."""

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from torchrecycle.absent import Absent, AbsentRead
 from torchrecycle.errors import AutocastError, CutError
-from torchrecycle.trace import clear_slot, set_slot, slot_of
+from torchrecycle.trace import clear_slot, is_compiled, is_sharded, set_slot, slot_of
 
 __all__ = ["Interceptor", "Run", "Step", "Stopped", "evaluating", "frozen_call"]
 
@@ -308,6 +308,9 @@ class Interceptor:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._users: dict[nn.Module, int] = {}
+        self._own: dict[nn.Module, Callable[..., Any]] = {}
+        self._kinds: dict[nn.Module, type] = {}
+        self._trained: dict[nn.Module, bool] = {}
         self.entries: list[Entry] = []
         """What the model's own call does; the last attached governs."""
         self._frozen: dict[nn.Parameter, list[Any]] = {}
@@ -323,15 +326,49 @@ class Interceptor:
         for module in modules:
             if module not in self._users:
                 self._refuse_recycled(module)
-            if slot_of(module) is not None and module not in self._users:
+            if module not in self._users and is_compiled(module):
                 raise CutError(
-                    f"a module before the cut ({type(module).__name__}) has been compiled in place (module.compile()). "
-                    "Attach first, or compile only what comes after the cut."
+                    f"a module before the cut ({type(module).__name__}) has been compiled: what is frozen is computed "
+                    "once, and compiled code would not notice that it is skipped. Compile only what comes after the "
+                    "cut."
                 )
         for module in modules:
             self._users[module] = self._users.get(module, 0) + 1
             if self._users[module] == 1:
-                set_slot(module, self._slot(module))
+                self._set(module, self._slot(module))
+
+    def _set(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        set_slot(module, function)
+        self._own[module], self._kinds[module] = function, type(module)
+
+    def _clear(self, module: nn.Module) -> None:
+        del self._kinds[module]
+        if slot_of(module) is self._own.pop(module):  # else the user has compiled it since, and keeps that
+            clear_slot(module)
+
+    def refuse_lost(self, modules: Mapping[nn.Module, str]) -> None:
+        """At each forward: are the slots still there, or has somebody else put something into them?
+
+        Raises:
+            CutError: a module was compiled in place, sharded or replaced since.
+        """
+        own, kinds = self._own, self._kinds
+        for module in (self.model, *modules):
+            if slot_of(module) is not own.get(module) or (type(module) is not kinds.get(module) and is_sharded(module)):
+                self._refuse_lost(module, modules.get(module, ""))
+
+    def _refuse_lost(self, module: nn.Module, name: str) -> None:
+        what = f"'{name}', which lies before the cut," if name else "the model"
+        if is_sharded(module):
+            raise CutError(
+                f"{what} was sharded with fully_shard after attaching, so that frozen weights are no longer at hand. "
+                "Shard each module after the cut by itself, and neither the model nor what lies before the cut."
+            )
+        raise CutError(
+            f"{what} was compiled in place after attaching (module.compile()), and compiled code does not look whether "
+            "it is skipped. Use torch.compile(model), or compile modules after the cut; set "
+            "module._compiled_call_impl = None and attach again to undo it."
+        )
 
     def _refuse_recycled(self, module: nn.Module) -> None:
         if getattr(slot_of(module), "is_recycling", False):
@@ -346,25 +383,27 @@ class Interceptor:
             self._users[module] -= 1
             if not self._users[module]:
                 del self._users[module]
-                clear_slot(module)
+                self._clear(module)
 
     def attach(self, entry: Entry) -> None:
         """Let the model's own call go to `entry`."""
         if not self.entries:
-            set_slot(self.model, self._root_slot())
+            self._set(self.model, self._root_slot())
         self.entries.append(entry)
 
     def detach(self, entry: Entry) -> None:
         """Undo `attach`."""
         self.entries.remove(entry)
         if not self.entries:
-            clear_slot(self.model)
+            self._clear(self.model)
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """No gradient for these. `thaw` is the inverse.
 
         Their ``.grad`` is dropped: an optimiser made before would still move them by momentum or weight decay.
         """
+        if not self._frozen:
+            self._trained = {m: any(p.requires_grad for p in m.parameters(recurse=False)) for m in self.model.modules()}
         for parameter in parameters:
             self._frozen.setdefault(parameter, [parameter.requires_grad, 0])[1] += 1
             parameter.requires_grad_(False)
@@ -374,14 +413,33 @@ class Interceptor:
         """Whether the user has it trained, a recycling aside."""
         return self._frozen[parameter][0] if parameter in self._frozen else parameter.requires_grad
 
-    def thaw(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Undo `freeze`, where no other recycling of the model still needs them frozen."""
+    def thaw(self, parameters: Iterable[nn.Parameter], modules: Iterable[tuple[nn.Module, nn.Module]] = ()) -> None:
+        """Undo `freeze`, where no other recycling of the model still needs them frozen.
+
+        Args:
+            parameters: what was frozen.
+            modules: those of the prefix, and what is in their places now: parameters that took the place of frozen
+                ones were made frozen, too.
+        """
+        parameters = list(parameters)
+        for module, now in modules:
+            trained = any(self._trained.get(part, False) for part in module.modules())
+            self._thaw_replaced(now, trained, {*map(id, parameters)})
         for parameter in parameters:
             before = self._frozen[parameter]
             before[1] -= 1
             if not before[1]:
                 del self._frozen[parameter]
                 parameter.requires_grad_(before[0])
+
+    def _thaw_replaced(self, module: nn.Module, trained: bool, known: set[int]) -> None:
+        trained = self._trained.get(module, trained)
+        for parameter in module.parameters(recurse=False):
+            plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+            if trained and plain and id(parameter) not in known and parameter not in self._frozen:
+                parameter.requires_grad_(True)
+        for child in module.children():
+            self._thaw_replaced(child, trained, known)
 
     @contextmanager
     def running(self, run: Run) -> Iterator[None]:
@@ -406,6 +464,7 @@ class Interceptor:
         return root
 
     def _slot(self, module: nn.Module) -> Callable[..., Any]:
+        @torch._dynamo.disable
         def slot(*args: Any, **kwargs: Any) -> Any:
             current = _RUN.get()
             if current is not None and current[0] is self:
@@ -417,6 +476,8 @@ class Interceptor:
 
     def _outside(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A module of the prefix called outside of the model's own forward."""
+        if self.entries and slot_of(self.model) is not self._own.get(self.model):
+            self._refuse_lost(self.model, "")
         if any(isinstance(leaf, Absent) for leaf in pytree.tree_leaves((args, dict(kwargs)))):
             raise CutError(
                 "a checkpoint region reaches across the cut: it computes the frozen layers again during backward, "
