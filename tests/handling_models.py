@@ -75,6 +75,9 @@ def train_as_one_of_two(rank: int, folder: str) -> None:
         "ddp before": _refusal(DistributedDataParallel(layers()), f"module.{CUT}"),
         "fsdp2 before": _refusal(fully_shard(layers()), CUT),
     }
+    for part, name in (("the model", ""), ("the prefix", "0")):
+        for batch in ("rows", "objects"):
+            found[f"fsdp2 after, {part}, {batch}"] = _refusal_after(name, batch)
     if rank == 0:
         torch.save(found, root / "found.pt")
     dist.destroy_process_group()
@@ -115,3 +118,16 @@ def _refusal(wrapped: nn.Module, cut: str) -> str:
     except CutError as error:
         return str(error)
     return ""
+
+
+def _refusal_after(name: str, batch: str) -> tuple[str, str]:
+    """What the model says after a part of it has been sharded that holds frozen weights."""
+    model = layers()
+    with recycle(model, X[:2], cut=CUT, store="memory://") as recycling:
+        (rows,) = recycling.loader(list(X), batch_size=8)
+        fully_shard(model.get_submodule(name))
+        try:
+            model(rows if batch == "rows" else X)
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return "nothing", ""

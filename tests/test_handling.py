@@ -14,36 +14,35 @@ new iterator fills anew. A ResNet, a BERT and a Llama of 32 channels are treated
 | the same but LoRA, int8 and channels last | prefix, after | old rows refused, then works | \
 `..._of_the_prefix_after_attaching_...` |
 | channels last | prefix, after | works within rounding | `test_channels_last_...` |
-| int8 (torchao) | prefix | *wrong*: a traceback | `test_int8_weights_...` |
+| int8 (torchao) | prefix | before: works; after: old rows refused, then works | `test_int8_weights_...` |
 | LoRA (PEFT) | suffix, `get_peft_model` before and after, merged | works | `test_peft_...` |
-| LoRA (PEFT) | prefix | *wrong*: frozen without a word | `test_lora_in_the_prefix_...` |
+| LoRA (PEFT) | prefix | refused: it would move | `test_lora_in_the_prefix_...` |
 | `torch.compile(model)` | before | refused | test_recycling.py: `test_a_model_that_is_wrapped_...` |
 | `torch.compile(model)` | after | works (its own call stays eager) | `test_compiling_the_whole_model_...` |
 | `model.compile()` | before | refused | test_bypass.py: `test_a_model_that_was_compiled_in_place_is_refused_...` |
-| `model.compile()` | after | *wrong*: recycling is off without a word | `test_compiling_the_model_in_place_...` |
-| a module compiled, in place or replaced | suffix, before and after | works; *wrong*: a BERT's block that was \
-replaced before: a traceback | `test_a_compiled_suffix_...` |
-| a module compiled in place | prefix, after | refused, *by a wrong name* | `test_a_layer_of_the_prefix_...` |
-| a module compiled in place | prefix, before | *wrong*: its settings are not watched | \
-`test_a_setting_of_a_layer_that_was_compiled_...` |
+| `model.compile()` | after | refused by the next iterator (until then recycling is off) | \
+`test_compiling_the_model_in_place_...` |
+| a module compiled, in place or replaced | suffix, before and after | works | `test_a_compiled_suffix_...` |
+| a module compiled in place | prefix, after | refused | `test_a_layer_of_the_prefix_...` |
+| a module compiled in place | prefix, before | refused | `test_a_setting_of_a_layer_that_was_compiled_...` |
 | inductor | suffix | works | `test_inductor_...` |
 | gradient checkpointing | before | works; a region across the cut refused | `test_gradient_checkpointing_...`; \
 test_bypass.py: `test_a_checkpoint_region_across_...` |
-| gradient checkpointing | after | old rows refused, then works | `test_gradient_checkpointing_...` |
+| gradient checkpointing | after | works | `test_gradient_checkpointing_...` |
 | autocast | around the loop | undeclared: refused; declared: works | test_bypass.py: `test_autocast_...`; \
 `test_training_under_autocast_...` |
 | half, bfloat16, double | after | pictures: refused; ids: old rows refused, then works | \
 `test_another_dtype_...`, here and in test_staleness.py |
 | `.to("cuda")` | after | works | `test_a_model_that_moves_to_another_device_...` |
-| `.to("meta")`, `accelerate.cpu_offload` | after | *wrong*: a traceback | `test_a_model_without_its_weights_...` |
+| `.to("meta")`, `accelerate.cpu_offload` | after | refused | `test_a_model_without_its_weights_...` |
 | DDP | the model | before: refused; after: works | `test_two_processes_...` |
-| FSDP2 | the model, before | refused | `test_two_processes_...` |
+| FSDP2 | the model or the prefix, before or after | refused | `test_two_processes_...`, `test_sharding_...` |
 | FSDP2 | all modules of the suffix, after | works | `test_two_processes_...` |
 | EMA (`AveragedModel`, deepcopy) | after | works on objects; recycled pictures in a copy are refused | \
 `test_an_average_...` |
 | two recyclings of one model | | works | test_bypass.py, test_recycling.py, and training: `test_two_recyclings_...` |
 | pickling, deepcopy, `state_dict` | of the model, after | works | test_bypass.py: `test_copies_pickles_...` |
-| pickling, deepcopy | of the `Recycling` | *wrong*: a traceback | `test_a_recycling_itself_...` |
+| pickling, deepcopy | of the `Recycling` | refused | `test_a_recycling_itself_...` |
 | `functional_call` | other weights after the cut | works | `test_functional_call_...` |
 | `functional_call` | other weights before the cut | rows refused | `test_functional_call_...` |
 | `requires_grad_(True)` | the model, after | works | `test_unfreezing_...` |
@@ -52,7 +51,7 @@ test_bypass.py: `test_a_checkpoint_region_across_...` |
 | `inference_mode` | around the loop | works | test_bypass.py, test_attacks.py: `..._inference_mode...` |
 | `model.train()`: batch norm, dropout, drop path | prefix | stays in eval mode | `test_batch_norm_dropout_...` |
 | two threads | one model or two | works | test_bypass.py, and on rows: `test_two_threads_...` |
-| `detach()` | after weights were replaced | *wrong*: they stay frozen | `test_weights_that_replaced_...` |
+| `detach()` | after weights were replaced | they ask for a gradient again | `test_weights_that_replaced_...` |
 """
 
 from __future__ import annotations
@@ -717,6 +716,14 @@ def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(two_pr
 @pytest.mark.parametrize(("way", "name"), [("ddp before", "DistributedDataParallel"), ("fsdp2 before", "fully_shard")])
 def test_two_processes_that_wrap_before_attaching_are_refused_in_words(two_processes, way, name):
     assert re.search(f"{name}.* already: attach first, wrap after", two_processes[way])
+
+
+@pytest.mark.parametrize("part", ["the model", "the prefix"])
+@pytest.mark.parametrize("batch", ["rows", "objects"])
+def test_sharding_what_is_frozen_after_attaching_is_refused_in_words(two_processes, part, batch):
+    kind, words = two_processes[f"fsdp2 after, {part}, {batch}"]
+    assert kind in ("CutError", "StaleActivationError"), words
+    assert re.search(r"fully_shard.*[Ss]hard each module after the cut by itself", words)
 
 
 # -- copies and several ------------------------------------------------------------------------------------------------
