@@ -60,7 +60,7 @@ class Place:
 
 
 def places(built: Built, batch: Any, traced: Trace) -> tuple[list[Place], Callable[[], list[Place]]]:
-    """Blocks (or what the root calls itself); and every other module that is called once, outermost first."""
+    """Blocks (or what the root calls itself); and every other call, outermost first (`block#2` is a second one)."""
     counted = _counted(built, batch, traced)
     once = [c for c in traced.calls if c.name and len(traced.of(c.name)) == 1]
     total = max(counted.calls[0].flops[1], 1) if counted else 1
@@ -73,9 +73,9 @@ def places(built: Built, batch: Any, traced: Trace) -> tuple[list[Place], Callab
     names = {one.name for one in once}
     blocks = [name for name in blocks_of(built.model) if name in names]
     blocks = blocks or [one.name for one in once if one.parent == 0]
-    rest = [one for one in once if one.name not in blocks]
-    rest = sorted(rest, key=lambda one: (one.name.count("."), one.number))[:60]
-    return [place(name) for name in blocks], lambda: [place(one.name) for one in rest]
+    outermost = sorted(traced.calls[1:], key=lambda one: (one.name.count("."), one.number))
+    rest = [one.name if one.name in names else f"{one.name}#{one.occurrence + 1}" for one in outermost if one.name]
+    return [place(name) for name in blocks], lambda: [place(name) for name in rest if name not in blocks][:60]
 
 
 def _counted(built: Built, batch: Any, traced: Trace) -> Trace | None:
