@@ -21,7 +21,7 @@ from torchvision.models import maxvit, regnet, vision_transformer
 from torchvision.models.video import mvit
 
 CLASSES = 10
-SIZES = {"inception_v3": 96}
+SIZES = {"inception_v3": 96, "vit_h_14": 56}
 
 
 def cases() -> Iterator[Case]:
