@@ -68,6 +68,8 @@ _RESHAPE_IN_PLACE = {
 }
 
 _shape_rules: dict[Any, Any] = {}
+_plain_rules: dict[Any, tuple[Any, Any, torch.dtype]] = {}
+"""Shape, strides and dtype of what operations give that write nothing and return one tensor, by `_token`."""
 _written_arguments: dict[Any, tuple[int, ...]] = {}
 _REMEMBERED = 4096
 
@@ -108,6 +110,18 @@ class Absent(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        found: list[Absent] = []
+        token = _token(func, args, kwargs, found)
+        known = _plain_rules.get(token) if token is not None else None
+        if known is not None:
+            sources = found[0].sources if len(found) == 1 else frozenset().union(*(value.sources for value in found))
+            shape, stride, dtype = known
+            return Absent(shape, dtype, kwargs.get("device") or found[0].device, sources, stride)
+        return cls._by_rule(func, args, kwargs, token)
+
+    @classmethod
+    def _by_rule(cls, func: Any, args: Any, kwargs: Any, token: Any) -> Any:
+        """The same for what was not seen before, or gives more than one plain tensor."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         absent = [value for value in flat if isinstance(value, Absent)]
         sources = frozenset().union(*(value.sources for value in absent))
@@ -118,6 +132,10 @@ class Absent(torch.Tensor):
         if target is not None:
             target.sources |= sources
             return target
+        if token is not None and isinstance(rule, torch.Tensor) and not _written_arguments[func]:
+            if len(_plain_rules) >= _REMEMBERED:
+                _plain_rules.clear()
+            _plain_rules[token] = (rule.shape, rule.stride(), rule.dtype)
         device = kwargs.get("device") or absent[0].device
         return _absent_like_rule(rule, torch.device(device), sources)
 
@@ -199,6 +217,34 @@ def _shape_rule(func: Any, flat: list[Any], spec: Any, sources: frozenset[Any]) 
             _shape_rules.clear()
         _shape_rules[token] = rule
     return rule
+
+
+_HASHED = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+
+def _token(func: Any, args: Any, kwargs: Any, found: list[Absent]) -> Any:
+    """An operation with the forms of its arguments, and the absent ones among them; None where an argument is rare."""
+    forms = tuple([_own_token(value, found) for value in args])
+    if kwargs:
+        forms += tuple([(name, _own_token(value, found)) for name, value in kwargs.items()])
+    return None if _RARE in forms else (func, forms)
+
+
+_RARE = object()
+
+
+def _own_token(value: Any, found: list[Absent]) -> Any:
+    kind = type(value)
+    if kind in _HASHED:
+        return kind, value
+    if isinstance(value, torch.Tensor):
+        if kind is Absent:
+            found.append(value)
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if kind is list or kind is tuple:
+        parts = tuple([_own_token(part, found) for part in value])
+        return _RARE if _RARE in parts else parts
+    return _RARE
 
 
 def _form(value: Any) -> Any:

@@ -13,6 +13,7 @@ libraries. Many heads share one trunk; what else changes the function is found b
 from __future__ import annotations
 
 import enum
+import operator
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,11 +238,9 @@ _HOOKING_LIBRARIES = frozenset({"torch", "transformers", "accelerate", "peft"})
 # -- while attached ----------------------------------------------------------------------------------------------------
 
 
-def _place_of(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() if type(tensor) in _WITH_STORAGE else 0
-
-
-_WITH_STORAGE = (torch.Tensor, nn.Parameter, nn.Buffer)
+_VERSION, _DTYPE = operator.attrgetter("_version"), operator.attrgetter("dtype")
+_WITH_STORAGE = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
+"""Wrappers of other tensors (int8 weights) have none of their own; their bytes are hashed at each iteration."""
 
 
 class Watch:
@@ -263,17 +262,21 @@ class Watch:
         self._children = [part._modules for part in parts if part._modules]
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._loose = list(loose)
-        self._seen = self._look()
+        self.renew()
 
-    def _look(self) -> list[Any]:
+    def _objects(self) -> list[Any]:
+        """The tensors and the modules, held, so that no other gets the address of one that is gone."""
         tensors = [t for table in self._tables for t in table.values() if t is not None]
         tensors += [t for table, name in self._loose if (t := table.get(name)) is not None]
+        self._tensors = tensors
+        return tensors + [child for table in self._children for child in table.values()]
+
+    def _look(self, stored: Sequence[torch.Tensor]) -> list[Any]:
+        """Of the tensors, what a write or a move changes."""
         return [
-            *map(id, tensors),
-            *[id(child) for table in self._children for child in table.values()],
-            *[t._version for t in tensors],
-            *[_place_of(t) for t in tensors],
-            *[t.dtype for t in tensors],
+            *map(_VERSION, self._tensors),
+            *map(_DTYPE, self._tensors),
+            *map(torch.Tensor.data_ptr, stored),
             *self.hooks(),
         ]
 
@@ -293,8 +296,13 @@ class Watch:
 
     def moved(self) -> bool:
         """Whether any tensor was replaced, written or moved since the last `renew`."""
-        return self._look() != self._seen
+        now = self._objects()
+        if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
+            return True
+        return self._look(self._stored) != self._seen
 
     def renew(self) -> None:
         """Take the present state as the one to compare with."""
-        self._seen = self._look()
+        self._held = self._objects()
+        self._stored = [tensor for tensor in self._tensors if type(tensor) in _WITH_STORAGE]
+        self._seen = self._look(self._stored)

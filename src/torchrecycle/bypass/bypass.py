@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -76,6 +76,8 @@ class Bypass:
             module: cut.number for cut in plan.cuts for module in (call.module for call in traced.ancestors(cut))
         }
         self._prefix_parts = {part for module in plan.modules for part in module.modules()}
+        run_after_all = {step.name for step in plan.steps if step.action == "run"}
+        self._run_parts = {p for m, name in plan.modules.items() if name in run_after_all for p in m.modules()}
         self.written = traced.written
         """Attributes that the forward itself sets: no part of the fingerprint."""
         self.ends = {(call.name, call.occurrence): call.end for call in traced.calls}
@@ -83,9 +85,10 @@ class Bypass:
         self.occurrences = {step.number: traced.calls[step.number].occurrence for step in plan.steps}
         self._absent_cache: dict[Any, dict[int, Any]] = {}
         self._forms: dict[Any, dict[int, TreeForm]] = {}
-        if not plan.free:
-            self._forms[self.shapes(plan.example)] = plan.forms
         self._shared: dict[Any, Shared] = {}
+        self._is_free, self._shares = plan.free, plan.shares
+        if not self._is_free:
+            self._forms[self.shapes(plan.example)] = plan.forms
         with self.slotted(), undisturbed(model):
             reads = _read_parameters(self)
         self.constants = reads.constants
@@ -165,7 +168,7 @@ class Bypass:
     def full(self, inputs: Inputs) -> Any:
         """The ordinary forward, with the prefix in eval mode and without gradient."""
         run = self.plan.run("full")
-        with self._turn(self._is_loud), self._quiet(run), self.interceptor.running(run):
+        with self._turn(self._prefix_parts), self._quiet(run), self.interceptor.running(run):
             output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         self._must_be_complete(run)
         return output
@@ -189,7 +192,7 @@ class Bypass:
         device = _device(inputs)
         # Rows are made under the declared autocast, whatever is ambient.
         cast = torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
-        with self._turn(lambda: self.model.training):
+        with self._turn(self._prefix_parts, self.model):
             state = random_state()
             try:
                 # What the glue writes into attributes is undone, since it runs again in the suffix.
@@ -222,7 +225,7 @@ class Bypass:
         run = self.plan.run("bypass", self.autocast, absent=absent, kept=kept)
         run.at_cut = at_cut
         try:
-            with self._turn(self._is_loud), self._quiet(run), self.interceptor.running(run):
+            with self._turn(self._run_parts), self._quiet(run), self.interceptor.running(run):
                 output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         except AbsentRead as stop:
             raise CutError(
@@ -245,7 +248,7 @@ class Bypass:
         absent, kept = self._absent(inputs, size, device), self._kept(inputs, leaves, size, device)
         run = self.plan.run("glue", absent=absent, kept=kept)
         try:
-            with self._turn(self._is_loud), self._quiet(run), self.interceptor.running(run):
+            with self._turn(self._run_parts), self._quiet(run), self.interceptor.running(run):
                 self.model._call_impl(*inputs.args, **inputs.kwargs)
         except Stopped:
             return
@@ -291,9 +294,11 @@ class Bypass:
             for module in loud:
                 module.__dict__["training"] = True
 
-    def _turn(self, alone: Callable[[], bool] = bool) -> Any:
-        """One's turn among threads: alone where modules of the prefix must be switched to eval mode."""
-        return self.interceptor.turns.take(lambda: alone() or any(part.training for part in self._prefix_parts))
+    def _turn(self, parts: Iterable[nn.Module], *more: nn.Module) -> Any:
+        """One's turn among threads: alone where modules must be switched to eval mode for a moment."""
+        return self.interceptor.turns.take(
+            lambda: self._is_loud() or any([part.training for part in more]) or any([part.training for part in parts])
+        )
 
     def _must_be_complete(self, run: Run) -> None:
         if run.position != len(run.steps):
@@ -316,8 +321,8 @@ class Bypass:
 
     def _kept(self, inputs: Inputs, leaves: Sequence[torch.Tensor], size: Size, device: torch.device) -> dict[int, Any]:
         """What each kept call returns."""
-        forms = self._forms_for(inputs, self.shapes(inputs)) if self.plan.free else self.plan.forms
-        shared = self._shared_at(inputs, size, device) if self.plan.shares else {}
+        forms = self._forms_for(inputs, self.shapes(inputs)) if self._is_free else self.plan.forms
+        shared = self._shared_at(inputs, size, device) if self._shares else {}
         return self.plan.filled(leaves, shared, forms, size)
 
     def _shared_at(self, inputs: Inputs, size: Size, device: torch.device) -> Shared:
@@ -356,7 +361,7 @@ class Bypass:
         shapes: list[Any] = []
         for name, tensor in tensors.items():
             if name in self.plan.read_before:
-                follows = None if self.plan.free else sequences.of(name, tensor.shape, tensors)
+                follows = None if self._is_free else sequences.of(name, tensor.shape, tensors)
                 rest = tensor.shape[1:] if follows is None else (f"tokens {follows}", *tensor.shape[2:])
                 shapes.append((name, *rest))
         return tuple(shapes)
@@ -367,7 +372,7 @@ class Bypass:
             if len(self._forms) >= 256:
                 self._forms.clear()
             like = self.plan.sequences.without_padding(self._like(inputs))
-            sequences = Sequences() if self.plan.free else self.plan.sequences
+            sequences = Sequences() if self._is_free else self.plan.sequences
             probes = Probes.of(self.model, like.map_tensors(lambda t: t.to(self.device)), sequences)
             found: dict[int, TreeForm] = {}
             for step in self.plan.steps:
@@ -437,7 +442,7 @@ class Bypass:
         volatile = self.volatile
         found = []
         for name, value in attributes.items():
-            if name in _OF_ANY_MODULE or (position, name) in volatile:
+            if name in _OF_ANY_MODULE or name in _INERT or (position, name) in volatile:
                 continue
             if not isinstance(value, SCALARS):
                 value = _in_words(value, 0)
@@ -448,6 +453,10 @@ class Bypass:
 
 
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__) - {"training", "_forward_hooks", "_forward_pre_hooks"}
+
+
+_INERT = frozenset({"pretrained_cfg", "default_cfg", "feature_info"})
+"""What timm writes down about a model: long, and read by no forward."""
 
 
 def _in_words(value: Any, depth: int) -> Any:

@@ -88,7 +88,7 @@ class Inputs:
             looked up as one tensor ``[batch, ...]``.
     """
 
-    __slots__ = ("_args", "_kwargs", "_wrapped", "lists", "names")
+    __slots__ = ("_args", "_kwargs", "_tensors", "_wrapped", "lists", "names")
 
     def __init__(
         self,
@@ -102,6 +102,7 @@ class Inputs:
         self._args = [self._wrap(self._name(i), value) for i, value in enumerate(args)]
         self._kwargs = {name: self._wrap(name, value) for name, value in kwargs.items()}
         self._wrapped = any(isinstance(value, Listed) for value in (*self._args, *self._kwargs.values()))
+        self._tensors: dict[str, torch.Tensor] | None = None
 
     def _name(self, position: int) -> str:
         return self.names[position] if position < len(self.names) else str(position)
@@ -132,8 +133,10 @@ class Inputs:
             yield from _walk(name, value)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The arguments that are tensors."""
-        return {name: value for name, value in self.items() if isinstance(value, torch.Tensor)}
+        """The arguments that are tensors. Looked up once: not to be changed."""
+        if self._tensors is None:
+            self._tensors = {name: value for name, value in self.items() if isinstance(value, torch.Tensor)}
+        return self._tensors
 
     def plain(self) -> dict[str, Any]:
         """The arguments that are the same for all objects: flags and numbers."""
@@ -141,7 +144,7 @@ class Inputs:
 
     def map(self, function: Callable[[str, Any], Any]) -> Inputs:
         """The same call with every argument replaced by ``function(name, argument)``."""
-        made = copy.copy(self)
+        made = self._blank()
         made._args = [_rebuild(self._name(i), value, function) for i, value in enumerate(self._args)]
         made._kwargs = {name: _rebuild(name, value, function) for name, value in self._kwargs.items()}
         return made
@@ -154,7 +157,7 @@ class Inputs:
                 return value.take(index)
             return _rows(value, index) if isinstance(value, torch.Tensor) and value.dim() else value
 
-        made = copy.copy(self)
+        made = self._blank()
         made._args = [_map_parts(value, taken) for value in self._args]
         made._kwargs = {name: _map_parts(value, taken) for name, value in self._kwargs.items()}
         return made
@@ -170,9 +173,14 @@ class Inputs:
                 value.take(range(len(value.entries))[::-1]) if isinstance(value, Listed) and value in found else value
             )
 
-        made = copy.copy(self)
+        made = self._blank()
         made._args = [turned(value) for value in self._args]
         made._kwargs = {name: turned(value) for name, value in self._kwargs.items()}
+        return made
+
+    def _blank(self) -> Inputs:
+        made = object.__new__(Inputs)
+        made.names, made.lists, made._wrapped, made._tensors = self.names, self.lists, self._wrapped, None
         return made
 
     def replace(self, values: Mapping[str, Any]) -> Inputs:
