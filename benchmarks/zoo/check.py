@@ -314,14 +314,32 @@ class Trial:
         """The same batch, from rows and raw: to the bit."""
         first = self.subject.first
         batch = self.recycled_batch(items_of(first), collate_of(first))
-        _must_equal(self.subject.want_first, copied(self.on_hits(batch, OBJECTS)), "eval, from rows")
-        _must_equal(self.subject.want_first, copied(call(self.built, self.model, first)), "eval, raw")
+        self._must_equal(self.subject.want_first, copied(self.on_hits(batch, OBJECTS)), "eval, from rows", first)
+        self._must_equal(self.subject.want_first, copied(call(self.built, self.model, first)), "eval, raw", first)
+
+    def _must_equal(self, want: Any, got: Any, where: str, batch: Any) -> None:
+        """To the bit, what the plain model gives; or what it gives with the same weights frozen.
+
+        PyTorch takes other kernels for weights that ask for no gradient (a matrix product is folded or not), so that
+        freezing alone can change the last bits.
+        """
+        unequal = first_unequal(want, got)
+        if not unequal:
+            return
+        frozen = copy.deepcopy(self.built.model).eval()
+        for name in self.recycling.bypass.prefix_parameters:
+            frozen.get_parameter(name).requires_grad_(False)
+        off = far(want, got)
+        if off or first_unequal(copied(call(self.built, frozen, batch)), got):
+            raise Wrong(f"{where}: {unequal}")
+        self._note("equal to the bit to the model with the same weights frozen: freezing alone moves the last bits")
 
     def second_batches(self, refused: list[dict[str, str]]) -> None:
         """Another size; rows that were made in another company; ragged and padded on either side."""
         second, padded = self.subject.second, {}
         with self._second(refused, "another size, raw"):
-            _must_equal(self.subject.want_second, copied(call(self.built, self.model, second)), "second batch, raw")
+            got = copied(call(self.built, self.model, second))
+            self._must_equal(self.subject.want_second, got, "second batch, raw", second)
         padded["another size, from rows"] = items_of(second), collate_of(second)
         tokens = self.subject.tokens()
         if tokens:
@@ -351,7 +369,7 @@ class Trial:
             self._note(f"{name}: the plain model fails: {_line(error)}")
             return
         if collate is not None and not isinstance(together, list):
-            _must_equal(want, copied(call(self.built, self.model, together)), f"{name}, raw")
+            self._must_equal(want, copied(call(self.built, self.model, together)), f"{name}, raw", together)
         self.recycling.fill(items, batch_size=2, collate_fn=collate)
         got = copied(self.on_hits(self.recycled_batch(reverse, collate), len(items)))
         mask = together[self.built.mask] if isinstance(collate, Padded) else None
@@ -416,7 +434,30 @@ class Trial:
             by_hand.get_parameter(name).requires_grad_(False)
         for name, times in self._called_on_both_sides():
             _eval_at_first(by_hand.get_submodule(name), times)
+        if self.recycling.bypass.quiet:
+            self._around_in_eval(by_hand)
         return by_hand
+
+    def _around_in_eval(self, by_hand: nn.Module) -> None:
+        """What the modules around the cut drop in their own forward before it is the prefix's: in eval mode.
+
+        Their flags are off until the cut's call has ended. (A Bart drops some of its embeddings, and whole layers.)
+        """
+        traced = self.subject.traced
+        assert traced is not None
+        cut = traced.of(self.place.name)[0]
+        around = [by_hand.get_submodule(one.name) for one in traced.ancestors(cut)]
+        for module in around:
+            module.training = False
+        calls = itertools.count()
+
+        def reached(*_: Any) -> None:
+            if next(calls) == cut.occurrence:
+                for module in around:
+                    module.training = True
+
+        by_hand.get_submodule(cut.name).register_forward_hook(reached)
+        self._note("what the forward around the cut drops before it, in training mode, is off: it is the prefix's")
 
     def _called_on_both_sides(self) -> Iterator[tuple[str, int]]:
         """Modules of the prefix that the suffix calls too, and how often the prefix does.

@@ -138,10 +138,16 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     """The module's dicts, lists and sets (parameters, hooks, caches), each with a copy of its content."""
     found = [value for value in module.__dict__.values() if isinstance(value, (dict, list, set))]
-    return [(value, value.copy() if type(value) in _PLAIN_CONTAINERS else copy.copy(value)) for value in found]
+    return [(value, _copied(value)) for value in found]
 
 
-_PLAIN_CONTAINERS = (dict, list, set, OrderedDict)
+def _copied(value: Any) -> Any:
+    if type(value) in _PLAIN_CONTAINERS:
+        return value.copy() if value else type(value)()
+    return copy.copy(value)
+
+
+_PLAIN_CONTAINERS = frozenset({dict, list, set, OrderedDict})
 
 
 def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:

@@ -204,7 +204,7 @@ class Bypass:
                 if captured is not None:
                     captured.update(run.captured)
                 # A view made without gradient could not be written by the suffix.
-                return [leaf.clone() if leaf._is_view() else leaf for leaf in self.plan.taken(run.captured)]
+                return [_copied(leaf) if leaf._is_view() else leaf for leaf in self.plan.taken(run.captured)]
             finally:
                 set_random_state(state)
         raise CutError(f"the forward ended before it reached '{self.plan.cut}'")
@@ -482,6 +482,14 @@ def _in_words(value: Any, depth: int) -> Any:
             else None
         )
     return None
+
+
+def _copied(leaf: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, gaps and all: other strides can change the last bits of what the suffix gives."""
+    made = leaf.clone()
+    if made.stride() == leaf.stride() or 0 in leaf.stride():
+        return made
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
 
 
 def _device(inputs: Inputs) -> torch.device:

@@ -61,6 +61,8 @@ class Probes:
     sequences: Sequences
     sizes: tuple[Size, ...]
     traces: tuple[Trace, ...] = field(repr=False)
+    other_in_training: bool = False
+    """Whether it calls other modules in training mode: auxiliary heads, fewer layers."""
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, sequences: Sequences) -> Probes:
@@ -72,10 +74,12 @@ class Probes:
         with evaluating(model):
             traces = [trace(model, sample.args, sample.kwargs) for sample in (two, three)]
             longer, more = _at_other_lengths(model, two, sequences)
-        if not longer:
-            sequences = Sequences()
+            while sequences and not longer:
+                sequences = sequences.fewer()
+                longer, more = _at_other_lengths(model, two, sequences)
         sizes = [sequences.size(sample) for sample in (two, three, *longer)]
-        return cls(model, two, sequences, tuple(sizes), (*traces, *more))
+        other = _names_in_training(model, two) not in (None, [call.name for call in traces[0].calls])
+        return cls(model, two, sequences, tuple(sizes), (*traces, *more), other)
 
     def form(self, call: Call) -> TreeForm | str:
         """The form of what a call returns, or in words why it has none."""
@@ -87,6 +91,29 @@ class Probes:
     def form_here(self, call: Call) -> TreeForm | str:
         """Its form at the example's lengths alone, at which no dimension is free."""
         return solve_tree([trace.calls[call.number].output for trace in self.traces[:2]], self.sizes[:2])
+
+
+def _names_in_training(model: nn.Module, inputs: Inputs) -> list[str] | None:
+    """What the model calls in training mode, in order; None if it asks for more than the example there."""
+    with training(model):
+        try:
+            return [call.name for call in trace(model, inputs.args, inputs.kwargs, keep_outputs=False).calls]
+        except Exception:  # a detector without targets
+            return None
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """All of the model in training mode, without gradient; flags as before afterwards."""
+    flags = [(part, part.training) for part in model.modules()]
+    for part, _ in flags:
+        part.__dict__["training"] = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, flag in flags:
+            part.__dict__["training"] = flag
 
 
 def _at_other_lengths(model: nn.Module, inputs: Inputs, sequences: Sequences) -> tuple[list[Inputs], list[Trace]]:
@@ -101,6 +128,8 @@ def _at_other_lengths(model: nn.Module, inputs: Inputs, sequences: Sequences) ->
         if which < len(sequences.masks):
             more = [sequences.padded(inputs, which, 1), sequences.padded(inputs, which, 3), changed(which, 3)]
             attempts = (more, [changed(which, -1), changed(which, -3)])
+        elif which >= len(lengths) - len(sequences.bare):
+            attempts = ([changed(which, 1), changed(which, 3)], [changed(which, -1), changed(which, -3)])
         else:
             attempts = ([changed(which, 32), changed(which, 64)], [changed(which, -32), changed(which, -16)])
         for attempt in attempts:
@@ -388,11 +417,12 @@ class _Planner:
         return tuple(Step(call.number, call.name, self.actions[call.number]) for call in self.before)
 
     @contextmanager
-    def _running(self, run: Run) -> Iterator[None]:
+    def _running(self, run: Run, *, in_training: bool = False) -> Iterator[None]:
         modules = list(self.modules)
         self.interceptor.slots(modules)
+        mode = training(self.model) if in_training else evaluating(self.model)
         try:
-            with self.interceptor.running(run), evaluating(self.model):
+            with self.interceptor.running(run), mode:
                 yield
         finally:
             self.interceptor.free(modules)
@@ -408,7 +438,7 @@ class _Planner:
             _until_stopped(self.model, inputs)
         return run.captured
 
-    def _bypass(self, inputs: Inputs) -> None:
+    def _bypass(self, inputs: Inputs, *, in_training: bool = False) -> None:
         """One run as planned.
 
         Raises:
@@ -421,7 +451,7 @@ class _Planner:
         kept = {n: self.captured[n] for n, a in self.actions.items() if a == "keep"}
         run = self._run("bypass", self.steps(), absent=absent, kept=kept)
         run.autocast = _ambient_autocast(device.type)
-        with self._running(run):
+        with self._running(run, in_training=in_training):
             output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         sources = absent_sources(output)
         if sources:
@@ -431,13 +461,30 @@ class _Planner:
         """Skip all that can be skipped; run or keep what a later part of the model needs."""
         while True:
             try:
-                return self._bypass(self.inputs)
+                self._bypass(self.inputs)
+                return self._mend_training()
             except AbsentRead as stop:
                 self._mend(stop)
             except RecycleError:
                 raise
             except Exception as error:  # the model itself has run well before
                 raise CutError(fails_without(self.name, error)) from error
+
+    def _mend_training(self) -> None:
+        """In training mode, a head on the way may read what is skipped (GoogLeNet's auxiliary ones).
+
+        Raises:
+            AbsentRead: it does.
+        """
+        if not self.probes.other_in_training:
+            return
+        state = random_state()
+        try:
+            self._bypass(self.inputs, in_training=True)
+        except Exception:
+            return  # it asks for targets, or drops layers at random: the proof has the last word
+        finally:
+            set_random_state(state)
 
     def _mend(self, stop: AbsentRead) -> None:
         runs = [s[1] for s in stop.sources if isinstance(s, tuple) and s[0] == "run"]
@@ -446,7 +493,7 @@ class _Planner:
             now = self.actions[number]
             call = next(call for call in self.before if call.number == number)
             keepable = not self._why_unkeepable(call)
-            if now == "skip" and (self._is_cheap(call) or not keepable):
+            if now == "skip" and (not keepable or self._is_cheap(call)):
                 self.actions[number] = "run"
             elif now in ("skip", "run") and keepable:
                 self.actions[number] = "keep"
@@ -459,8 +506,12 @@ class _Planner:
             raise CutError(f"cannot cut at '{self.name}': {stop.reason}. See cuts(model, example).")
 
     def _is_cheap(self, call: Call) -> bool:
-        free = next(call.module.parameters(), None) is None
-        return free and (call.seconds[1] - call.seconds[0]) < CHEAP * self.prefix_seconds
+        if next(call.module.parameters(), None) is not None:
+            return False
+        form = self.forms[call.number]
+        if isinstance(form, TreeForm) and not form.rows:  # a table of positions
+            return True
+        return call.seconds[1] - call.seconds[0] < CHEAP * self.prefix_seconds
 
     def readers(self) -> tuple[frozenset[str], frozenset[str]]:
         """The tensor inputs that are read before the cut, and those that are read after it."""

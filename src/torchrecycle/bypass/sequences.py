@@ -10,7 +10,7 @@ the border, so that what they give depends on the padding: such rows are kept wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,9 +34,18 @@ class Sequences:
     """``[batch, tokens]``: one sequence each, numbered in this order."""
     spatial: tuple[str, ...] = ()
     """``[batch, height, width]``: two further numbers each."""
+    bare: tuple[str, ...] = ()
+    """Token ids ``[batch, tokens]`` without a mask, whose padding is not known: one further number each. Their rows are
+    kept whole."""
 
     def __bool__(self) -> bool:
-        return bool(self.masks or self.spatial)
+        return bool(self.masks or self.spatial or self.bare)
+
+    def fewer(self) -> Sequences:
+        """Without those that are told least surely, where the model does not take other lengths."""
+        if self.bare:
+            return Sequences(self.masks, self.spatial)
+        return Sequences(self.masks) if self.spatial else Sequences()
 
     def lengths(self, inputs: Inputs) -> tuple[int, ...]:
         """The padded length of each sequence, then height and width of images; 0 where the call has no such mask."""
@@ -44,6 +53,7 @@ class Sequences:
         found = [tensors[mask].shape[1] if mask in tensors else 0 for mask in self.masks]
         for mask in self.spatial:
             found += tensors[mask].shape[1:] if mask in tensors else (0, 0)
+        found += [tensors[name].shape[1] if name in tensors else 0 for name in self.bare]
         return tuple(found)
 
     def size(self, inputs: Inputs) -> Size:
@@ -79,7 +89,8 @@ class Sequences:
     def padded_names(self, inputs: Inputs) -> set[str]:
         """The inputs that a collate function pads, and must see for that."""
         tensors = inputs.tensors()
-        images = {n for n, t in tensors.items() for mask in self.spatial if _follows_image(t, tensors.get(mask))}
+        images = {n for n, t in tensors.items() for one in self.bare if self._accompanies(n, t, one, tensors)}
+        images |= {n for n, t in tensors.items() for mask in self.spatial if _follows_image(t, tensors.get(mask))}
         return images | {name for name, _ in self.followers(inputs)}
 
     def padded(
@@ -119,8 +130,12 @@ class Sequences:
         """The same call with its sequences of other lengths, all of it tokens: cut off, or zeros appended."""
         following = dict(self.followers(inputs))
         tensors = inputs.tensors()
+        bare = {name: lengths[len(lengths) - len(self.bare) + n] for n, name in enumerate(self.bare)}
 
         def resized(name: str, value: Any) -> Any:
+            for leader, length in bare.items():
+                if length and name not in following and self._accompanies(name, value, leader, tensors):
+                    return _resized(value, length)
             for number, mask in enumerate(self.spatial):
                 height, width = lengths[len(self.masks) + 2 * number :][:2]
                 if height and _follows_image(value, tensors.get(mask)):
@@ -128,19 +143,27 @@ class Sequences:
             if name not in following or not lengths[following[name]]:
                 return value
             length = lengths[following[name]]
-            if name in self.masks:
-                return value.new_ones((value.shape[0], length))
-            made = value.new_zeros((value.shape[0], length, *value.shape[2:]))
-            made[:, : value.shape[1]] = value[:, :length]
-            return made
+            return value.new_ones((value.shape[0], length)) if name in self.masks else _resized(value, length)
 
         return inputs.map(resized)
+
+    def _accompanies(self, name: str, value: Any, leader: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether an input has a place for each token of a sequence without a mask."""
+        if not isinstance(value, torch.Tensor) or leader not in tensors or value.dim() < 2:
+            return False
+        return value.shape[:2] == tensors[leader].shape and _side(name) == _side(leader)
 
     def without_padding(self, inputs: Inputs) -> Inputs:
         """The same call with every place a token."""
         tensors = inputs.tensors()
         masks = (*self.masks, *self.spatial)
         return inputs.replace({mask: torch.ones_like(tensors[mask]) for mask in masks if mask in tensors})
+
+
+def _resized(value: torch.Tensor, length: int) -> torch.Tensor:
+    made = value.new_zeros((value.shape[0], length, *value.shape[2:]))
+    made[:, : value.shape[1]] = value[:, :length]
+    return made
 
 
 def _follows_image(value: Any, mask: torch.Tensor | None) -> bool:
@@ -188,7 +211,13 @@ def sequences_of(inputs: Inputs, mask: str | Sequence[str] | None) -> Sequences:
             )
     found = asked or tuple(n for n in (*USUAL, *USUAL_SPATIAL) if n in tensors and _is_mask(tensors[n], asked=False))
     flat = tuple(name for name in found if tensors[name].dim() == 2)
-    return Sequences(flat, tuple(name for name in found if name not in flat))
+    made = Sequences(flat, tuple(name for name in found if name not in flat))
+    following = dict(made.followers(inputs))
+    return replace(made, bare=tuple(n for n, t in tensors.items() if n not in following and _is_tokens(n, t)))
+
+
+def _is_tokens(name: str, value: torch.Tensor) -> bool:
+    return name.rpartition(".")[2] in ("input_ids", "decoder_input_ids") and value.dim() == 2
 
 
 def _is_mask(value: torch.Tensor, *, asked: bool) -> bool:

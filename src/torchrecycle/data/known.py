@@ -196,7 +196,7 @@ class KnownManifests:
             found = [user_key_of(item, dataset.name, self.user_key) for item in items]
             return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
         sequences, padding = self.source.sequences, self.source.padding
-        if sequences.spatial or (sequences and not (padding.right and padding.left)):
+        if sequences.spatial or sequences.bare or (sequences and not (padding.right and padding.left)):
             return None
         batch = (dataset.fill_arguments.get("collate_fn") or default_collate)(items)
         return self.source.keys(self.source.rule(batch))
