@@ -11,14 +11,15 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench zoo clean
+.PHONY: help demo test test-slow check format bench bench-machinery zoo clean
 
 help:
 	@echo "make demo    compare the levels of recycling on images and texts (ARGS=--quick: in 90 seconds)"
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types and tests"
 	@echo "make bench   measure against the same suffix trained from RAM tensors, by hand"
-	@echo "make zoo     cut some 300 models of five libraries and judge each (hours; ARGS=--sample: in three minutes)"
+	@echo "make bench-machinery   microseconds that a recycled step adds, and where they go"
+	@echo "make zoo     cut some 750 models of five libraries and judge each (hours; ARGS=--sample: in three minutes)"
 	@echo "make clean   remove the virtual environment and what the demo keeps"
 	@echo "make PYTHON=python3.12 demo   with another interpreter"
 
@@ -56,6 +57,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-demo
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-machinery: $(VENV)/.installed-demo
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/machinery.py $(ARGS)
 
 zoo: $(VENV)/.installed-zoo
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo/run.py --table docs/zoo.md $(ARGS)

@@ -150,6 +150,9 @@ def recycle(
         share: what to do with parameters that both halves read: refuse the cut, or freeze them.
         verify_every: every so many batches of a loader, one object is read and computed afresh and compared; 0 never.
 
+    The prefix is all that the model runs up to the cut: it is in eval mode and without gradient also under
+    ``model.train()``, with what the modules around the cut do between its layers (dropout, LayerDrop).
+
     Raises:
         CutError: the model cannot be divided there, in words.
         BatchError: the model does not run on the example.
