@@ -193,6 +193,73 @@ def test_a_leaf_without_a_dimension_for_objects_that_depends_on_them_all_the_sam
         recycle(Table(depends=True).eval(), texts(2), cut="blocks.0", store="memory://")
 
 
+class Lengths(Table):
+    """Hands on a table of the batch's longest text, which no text by itself has."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(input_ids) * attention_mask[..., None]
+        table = attention_mask.sum(1).max() * torch.ones(1, input_ids.shape[1], 8)
+        for block in self.blocks:
+            hidden, table = block(hidden, table)
+        return hidden
+
+
+def test_a_table_that_depends_on_the_padding_of_the_batch_is_refused():
+    torch.manual_seed(0)
+    with pytest.raises(CutError, match="depends on"):
+        recycle(
+            Lengths(depends=True).eval(),
+            {"input_ids": torch.ones(2, 6, dtype=torch.long), "attention_mask": torch.ones(2, 6, dtype=torch.long)},
+            cut="blocks.0",
+            store="memory://",
+        )
+
+
+class Featured(nn.Module):
+    """A text and sixteen numbers about it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.numbers = nn.Embedding(WORDS, 8), nn.Embedding(WORDS, 8)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        about = self.numbers(numbers).sum(1, keepdim=True)
+        mask = attention_mask[..., None]
+        hidden = self.first((self.embed(input_ids) + about) * mask)
+        return self.last((hidden * mask).sum(1))
+
+
+def _beside(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    texts_alone = [{name: part for name, part in item.items() if name != "numbers"} for item in items]
+    return {**Pad()(texts_alone), "numbers": torch.stack([item["numbers"] for item in items])}
+
+
+def test_numbers_that_are_as_many_as_the_tokens_of_a_batch_by_chance_count_in_full():
+    torch.manual_seed(0)
+    model = Featured().eval()
+    example = {**texts(2), "numbers": torch.arange(32).reshape(2, 16)}
+    text = torch.randint(1, WORDS, (5,))
+    items = [{"input_ids": text, "attention_mask": torch.ones(5, dtype=torch.long), "numbers": torch.arange(16)}]
+    items += [{**items[0], "numbers": torch.arange(16).flip(0) * torch.tensor([1] * 5 + [2] * 11)}]
+    items[1]["numbers"][:5] = torch.arange(5)  # they differ only where the text has ended
+    items += [
+        {
+            "input_ids": torch.randint(1, WORDS, (16,)),
+            "attention_mask": torch.ones(16, dtype=torch.long),
+            "numbers": torch.arange(16),
+        }
+    ]
+    with torch.no_grad():
+        want = model(**_beside(items))
+    with recycle(model, example, cut="first", store="memory://") as recycling:
+        recycling.fill(items, batch_size=3, collate_fn=_beside)
+        (batch,) = recycling.loader(items, batch_size=3, collate_fn=_beside)
+        with torch.no_grad():
+            assert torch.allclose(model(**batch), want, atol=1e-5)
+        assert recycling.stats.hits == 3
+
+
 class Clip(nn.Module):
     """Each frame of a clip through one network, then all frames of a clip together."""
 

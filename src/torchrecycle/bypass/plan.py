@@ -552,8 +552,8 @@ class _Planner:
         forms = {n: form for n, form in self.forms.items() if self.actions[n] == "keep" and isinstance(form, TreeForm)}
         if not any(form.shared for form in forms.values()):
             return
-        for change in (_turned, _first_twice, _last_twice):
-            others = self._capture(self.inputs.map(lambda n, value, c=change: c(value) if n in read_before else value))
+        for other in self._other_contents(read_before):
+            others = self._capture(other)
             for number, form in forms.items():
                 one, other = (form.taken_shared(captured[number]).values() for captured in (self.captured, others))
                 if any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, other, strict=True)):
@@ -563,6 +563,16 @@ class _Planner:
                         "the objects of the batch, and it depends on them all the same, so it belongs to none of "
                         "them. See cuts(model, example)."
                     )
+
+    def _other_contents(self, read_before: frozenset[str]) -> Iterator[Inputs]:
+        """The example with other content of the same form: turned, one object twice, padded."""
+        for change in (_turned, _first_twice, _last_twice):
+            yield self.inputs.map(lambda name, value, c=change: c(value) if name in read_before else value)
+        for mask in self.probes.sequences.masks:
+            for rows in ([0], [0, 1]):
+                padded = self.inputs.tensors()[mask].clone()
+                padded[rows, -1] = 0
+                yield self.inputs.replace({mask: padded})
 
     def plan(self, before: frozenset[str], after: frozenset[str], precision: torch.dtype | None) -> Plan:
         forms = {n: form for n, form in self.forms.items() if isinstance(form, TreeForm)}

@@ -37,6 +37,9 @@ class Sequences:
     bare: tuple[str, ...] = ()
     """Token ids ``[batch, tokens]`` without a mask, whose padding is not known: one further number each. Their rows are
     kept whole."""
+    known: tuple[tuple[str, int | None], ...] = ()
+    """Which sequence each input of the example follows: features ``[batch, 16]`` beside texts of 16 tokens do not, once
+    the example has shown texts of another length."""
 
     def __bool__(self) -> bool:
         return bool(self.masks or self.spatial or self.bare)
@@ -44,8 +47,8 @@ class Sequences:
     def fewer(self) -> Sequences:
         """Without those that are told least surely, where the model does not take other lengths."""
         if self.bare:
-            return Sequences(self.masks, self.spatial)
-        return Sequences(self.masks) if self.spatial else Sequences()
+            return replace(self, bare=())
+        return replace(self, spatial=()) if self.spatial else Sequences()
 
     def lengths(self, inputs: Inputs) -> tuple[int, ...]:
         """The padded length of each sequence, then height and width of images; 0 where the call has no such mask."""
@@ -62,6 +65,9 @@ class Sequences:
 
     def of(self, name: str, shape: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> int | None:
         """The number of the sequence that an input of that shape follows in its second dimension, if any."""
+        for own, number in self.known:
+            if own == name:
+                return number
         if len(shape) < 2:
             return None
         fits = [
@@ -213,7 +219,8 @@ def sequences_of(inputs: Inputs, mask: str | Sequence[str] | None) -> Sequences:
     flat = tuple(name for name in found if tensors[name].dim() == 2)
     made = Sequences(flat, tuple(name for name in found if name not in flat))
     following = dict(made.followers(inputs))
-    return replace(made, bare=tuple(n for n, t in tensors.items() if n not in following and _is_tokens(n, t)))
+    bare = tuple(name for name, t in tensors.items() if name not in following and _is_tokens(name, t))
+    return replace(made, bare=bare, known=tuple((name, following.get(name)) for name in tensors))
 
 
 def _is_tokens(name: str, value: torch.Tensor) -> bool:
