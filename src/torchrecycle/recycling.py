@@ -65,6 +65,10 @@ from torchrecycle.trace import is_sharded, slot_of, undisturbed
 __all__ = ["CheckReport", "Recycling", "Stats", "fill_many", "recycle"]
 
 
+MOST = 64
+"""Batches larger than this are tried at this size."""
+
+
 @dataclass(slots=True)
 class Stats:
     """What a recycling has done so far, in this process."""
@@ -273,6 +277,7 @@ class Recycling:
         self.bypass: Bypass
         self.source: RowSource
         self.reference: list[torch.Tensor] = []
+        self._counts: set[int] = set()
         self._build()
 
     # -- building ------------------------------------------------------------------------------------------------------
@@ -293,6 +298,7 @@ class Recycling:
         traced = probes.traces[0]
         self._level = level_of_plan(self.model, traced, plan)
         self._sequences = plan.sequences
+        self._counts = {2, 4}  # which the proof tries
         self.bypass = Bypass(self.model, plan, traced, autocast=self._options.autocast, share=self._options.share)
         self.bypass.attach(self)
         try:
@@ -631,6 +637,7 @@ class Recycling:
         if main.locations.dim() == 0:
             raise BatchError("a single item came where a batch was expected: collate items into a batch first")
         given = inputs.replace({n: v.value if v.value is not None else _absent(n, v) for n, v in carriers.items()})
+        self._prove_count_of_rows(main.rows)
         rows = main.leaves
         if rows is None:
             rows = tuple(leaf.to(main.device) for leaf in self.source.gather(main.locations, given))
@@ -687,6 +694,46 @@ class Recycling:
         self._compare_rows(call)
         prove(self.bypass, call)
         self.bypass.proven.add(signature)
+
+    def prove_count(self, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> None:
+        """Are the rows of a batch what two of its objects give alone? Asked once per number of objects.
+
+        A forward may take another way for large batches (chunks), or for a single object.
+
+        Raises:
+            CutError: they are not.
+        """
+        count = inputs.batch()
+        if count in self._counts:
+            return
+        some = [0, min(1, count - 1)]
+        with undisturbed(self.model):
+            alone = self.bypass.prefix(take_rows(inputs, some))
+        self._compare_counts(count, leaves, some, alone, [0, 1])
+
+    def _prove_count_of_rows(self, objects: int) -> None:
+        """The same where a batch holds no objects, with the example's; up to `MOST`, for want of memory."""
+        count = min(objects, MOST)
+        if count in self._counts:
+            return
+        many = [row % 2 for row in range(count)]
+        with undisturbed(self.model):
+            leaves = self.bypass.prefix(take_rows(self._example, many))
+        self._compare_counts(count, self.reference, many, leaves, list(range(count)))
+
+    def _compare_counts(self, count: int, one: Any, its: list[int], other: Any, others: list[int]) -> None:
+        for layout, *leaves in zip(self.bypass.plan.layouts, one, other, strict=True):
+            a, b = (
+                layout.to_rows(leaf).index_select(0, torch.tensor(index, device=leaf.device))
+                for leaf, index in zip(leaves, (its, others), strict=True)
+            )
+            if a.shape != b.shape or relative_difference(a, b) > noise(layout.dtype):
+                raise CutError(
+                    f"cannot cut at '{self.cut}': what the prefix gives for an object in a batch of {count} is not "
+                    "what it gives in a batch of 2, so it cannot be kept for the object. The forward takes another "
+                    "way for such batches; cut before it."
+                )
+        self._counts.add(count)
 
     def _compare_rows(self, call: Inputs) -> None:
         """Other arguments or flags must not change the rows."""

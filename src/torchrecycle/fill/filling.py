@@ -63,6 +63,8 @@ class Fillable(Protocol):
 
     def fingerprint_on(self, model: nn.Module) -> str: ...
 
+    def prove_count(self, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> None: ...
+
 
 def fill_pass(
     recyclings: Sequence[Fillable],
@@ -223,6 +225,8 @@ class _Pass:
         began = time.perf_counter()
         on_device = inputs.map_tensors(lambda tensor: tensor.to(self.recyclings[0].device))
         activations = self.deepest.run(on_device)
+        for recycling, leaves in zip(self.recyclings, activations, strict=True):
+            recycling.prove_count(on_device, leaves)
         self.prefix_seconds += time.perf_counter() - began
         place = {row: i for i, row in enumerate(wanted)}
         for number, recycling in enumerate(self.recyclings):
