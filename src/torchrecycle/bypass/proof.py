@@ -396,35 +396,40 @@ def prove_rows(bypass: Bypass) -> Padding:
             )
         for strength in (0.5, 8.0):
             others = _rows(bypass, _others_replaced(bypass, example, strength))
-            if any(not torch.equal(a[:1], b[:1]) for a, b in zip(rows, others, strict=True)):
-                _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced")
+            _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced", LAST_BITS)
         listed = example.with_lists_turned()
         if listed is not None:
-            _refuse_mixing(bypass, rows, _rows(bypass, listed), "exchange what stands beside them in a list")
+            _refuse_mixing(bypass, rows, _rows(bypass, listed), "exchange what stands beside them in a list", 0.0)
         turned = _rows(bypass, take_rows(example, [1, 0]))
         more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
-        _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places", rounding=True)
-        _refuse_mixing(bypass, rows, [leaf[:2] for leaf in more], "become more", rounding=True)
+        _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places")
+        _refuse_mixing(bypass, rows, [leaf[:2] for leaf in more], "become more")
         return _prove_padding(bypass) if bypass.plan.sequences.masks else Padding()
 
 
+LAST_BITS = 16
+"""How many steps of its dtype a row may move when the other objects are replaced. A mixture of experts multiplies the
+tokens of all objects together, expert by expert, so that other objects are another matrix product. What mixes objects on
+purpose (their mean, their largest value) moves a row by far more."""
+
+
 def _refuse_mixing(
-    bypass: Bypass,
-    want: Sequence[torch.Tensor],
-    got: Sequence[torch.Tensor],
-    when: str,
-    *,
-    rounding: bool = False,
+    bypass: Bypass, want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], when: str, steps: float | None = None
 ) -> None:
-    difference, dtype = max((relative_difference(a, b), str(a.dtype)) for a, b in zip(want, got, strict=True))
-    if not difference:
-        return
-    if not rounding or difference > max(noise(a.dtype) for a in want):
-        raise CutError(
-            f"cannot cut at '{bypass.plan.cut}': what the prefix gives for an object depends on the other objects of "
-            f"the batch (a difference of {difference:.1%} in {dtype} when they {when}), so it cannot be kept for the "
-            "object"
-        )
+    """Refuse rows that differ by more than rounding: of some dozens of layers, or of so many steps of their dtype."""
+    for a, b in zip(want, got, strict=True):
+        difference = relative_difference(a, b)
+        allowed = noise(a.dtype) if steps is None else steps * _step(a.dtype)
+        if difference > allowed:
+            raise CutError(
+                f"cannot cut at '{bypass.plan.cut}': what the prefix gives for an object depends on the other objects "
+                f"of the batch (a difference of {difference:.1e} of its size in {a.dtype} when they {when}, where "
+                f"{allowed:.1e} is rounding), so it cannot be kept for the object"
+            )
+
+
+def _step(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
 def _rows(bypass: Bypass, inputs: Inputs) -> list[torch.Tensor]:
