@@ -238,7 +238,7 @@ def _own_token(value: Any, found: list[Absent]) -> Any:
     if kind in _HASHED:
         return kind, value
     if isinstance(value, torch.Tensor):
-        if kind is Absent:
+        if isinstance(value, Absent):
             found.append(value)
         return value.shape, value.stride(), value.dtype, value.device.type
     if kind is list or kind is tuple:

@@ -409,8 +409,8 @@ def prove_rows(bypass: Bypass) -> Padding:
 
 LAST_BITS = 16
 """How many steps of its dtype a row may move when the other objects are replaced. A mixture of experts multiplies the
-tokens of all objects together, expert by expert, so that other objects are another matrix product. What mixes objects on
-purpose (their mean, their largest value) moves a row by far more."""
+tokens of all objects together, expert by expert, so that other objects are another matrix product. What mixes objects
+on purpose (their mean, their largest value) moves a row by far more."""
 
 
 def _refuse_mixing(

@@ -100,12 +100,13 @@ class RowSource:
             leaf = next(gathered)
             if isinstance(leaf, Ragged):
                 sizes = next(gathered) if layout.sized else leaf.lengths[:, None]
-                shape = (len(leaf.lengths), *(sizes[0].tolist() if layout.free and len(sizes) else ()))
+                assert isinstance(sizes, torch.Tensor)
                 if layout.free and bool((sizes != sizes[:1]).any()):
                     raise BatchError(
                         f"the rows of this batch have the sizes {sizes.tolist()[:4]}: objects of one batch must have "
                         "been computed at one padded length"
                     )
+                shape = (len(sizes), *(sizes[0].tolist() if len(sizes) else ()))
                 leaf = layout.pad(leaf.values, leaf.lengths, *self._masks(layout, kept, shape))
             dense.append(leaf)
         return dense

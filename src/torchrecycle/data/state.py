@@ -119,7 +119,7 @@ class _Walk:
         first = values[0] if len(values) else None
         places = [0] if isinstance(first, str) else range(len(first)) if isinstance(first, tuple) else []
         for place in places:
-            name = first if isinstance(first, str) else first[place]
+            name = first[place] if isinstance(first, tuple) else first
             if isinstance(name, str) and len(name) < 4096 and "\0" not in name and os.path.isfile(name):
                 for value in values:
                     self._file(value if isinstance(value, str) else value[place])
