@@ -342,10 +342,8 @@ class Regions(nn.Module):
                     y = layer(y)
                 return y
 
-            if self.training or self.always:
-                x = checkpoint(region, x, use_reentrant=self.reentrant)
-            else:
-                x = region(x)
+            checkpointed = self.training or self.always
+            x = checkpoint(region, x, use_reentrant=self.reentrant) if checkpointed else region(x)
             at += size
         return x
 
