@@ -8,7 +8,8 @@ from torchrecycle.bypass.bypass import Bypass
 from torchrecycle.bypass.example import BatchRule, device_of, example_inputs, run_or_explain
 from torchrecycle.bypass.inputs import Inputs, parameter_names
 from torchrecycle.bypass.interceptor import Interceptor, evaluating
-from torchrecycle.bypass.plan import Plan, Probes, joined, make_plan, take_rows
+from torchrecycle.bypass.plan import Plan, make_plan
+from torchrecycle.bypass.probes import Probes, take_rows
 from torchrecycle.bypass.proof import (
     Padding,
     first_difference,
@@ -33,7 +34,6 @@ __all__ = [
     "evaluating",
     "example_inputs",
     "first_difference",
-    "joined",
     "make_plan",
     "noise",
     "parameter_names",

@@ -23,7 +23,8 @@ from torchrecycle.bypass.example import device_of
 from torchrecycle.bypass.forms import Size, TreeForm
 from torchrecycle.bypass.inputs import Inputs, Listed
 from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_sources, evaluating
-from torchrecycle.bypass.plan import Plan, Probes, Shared
+from torchrecycle.bypass.plan import Plan, Shared
+from torchrecycle.bypass.probes import Probes
 from torchrecycle.bypass.sequences import Sequences
 from torchrecycle.errors import BatchError, CutError, StaleActivationError
 from torchrecycle.trace import Trace, attributes_kept, random_state, set_random_state, undisturbed

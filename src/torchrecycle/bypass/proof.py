@@ -24,7 +24,8 @@ import torch
 from torchrecycle.absent import Absent, AbsentRead
 from torchrecycle.bypass.bypass import Bypass
 from torchrecycle.bypass.inputs import Inputs
-from torchrecycle.bypass.plan import fails_without, take_rows
+from torchrecycle.bypass.plan import fails_without
+from torchrecycle.bypass.probes import take_rows
 from torchrecycle.codec import Layout, places
 from torchrecycle.errors import CutError, RecycleError
 from torchrecycle.trace import random_state, set_random_state, undisturbed
