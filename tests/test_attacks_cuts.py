@@ -105,6 +105,55 @@ def test_what_a_nest_holds_besides_tensors_is_that_of_the_batch_and_not_of_the_e
         same(model(*batch), want)
 
 
+class HandsOn(nn.Module):
+    """A skipped layer works out, beside the hidden states, what all later ones read."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.embed, self.first, self.last = GivesMore(way), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        hidden, more = self.embed(x, keep)
+        hidden = self.last(self.first(hidden))
+        if isinstance(more, torch.Tensor):
+            return (hidden * more[..., None]).sum(1)
+        return hidden.sum(1) * (1 if more is None else 1 + more)
+
+
+class TellsThroughADict(nn.Module):
+    """A skipped layer writes into a dict that it is given, if there is something to say."""
+
+    class Telling(nn.Linear):
+        def forward(self, x: torch.Tensor, keep: torch.Tensor, told: dict[str, torch.Tensor]) -> torch.Tensor:
+            if not bool(keep.all()):
+                told["keep"] = keep
+            return super().forward(x)
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.embed, self.first, self.last = self.Telling(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        told: dict[str, torch.Tensor] = {}
+        hidden = self.last(self.first(self.embed(x, keep, told)))
+        return (hidden * told["keep"][..., None] if told else hidden).sum(1)
+
+
+@pytest.mark.xfail(strict=True, reason="what a skipped call gives besides tensors is the example's, and nobody looks")
+@pytest.mark.parametrize("from_store", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "way"), [(HandsOn, "none"), (HandsOn, "bool"), (HandsOn, "float"), (TellsThroughADict, "")]
+)
+def test_what_a_skipped_layer_tells_besides_tensors_is_that_of_the_batch_and_not_of_the_example(kind, way, from_store):
+    model = kind(way).eval()
+    x, keep = torch.randn(4, 5, 6), (torch.arange(5) < torch.tensor([[2], [5], [3], [4]])).float()
+    with torch.no_grad():
+        want = model(x, keep)
+    with attached(model, (x[:2], torch.ones(2, 5)), "first") as recycling, suppress(RecycleError), torch.no_grad():
+        batch = next(iter(recycling.loader(list(zip(x, keep, strict=True)), batch_size=4))) if from_store else (x, keep)
+        same(model(*batch), want)
+
+
 def _table(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight[: x.shape[1]].cos()
 
