@@ -532,18 +532,27 @@ class Recycling:
     def _write_probe(self) -> None:
         if self.source.rows.read_probe() is not None:
             return
-        generator = torch.Generator().manual_seed(20_220_107)
-        example = self._example.tensors()
-        made = {
-            name: _synthetic(example[name].cpu(), name in (*self._sequences.masks, *self._sequences.spatial), generator)
-            for name in self.source.key_inputs
-        }
-        with undisturbed(self.model):
-            leaves = self.bypass.prefix(self._probe_call(made))
+        made, leaves = self._probe_rows()
         tensors = {f"input.{name}": tensor for name, tensor in made.items()}
         for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves, strict=True)):
             tensors[f"row.{number}"] = layout.to_rows(leaf).cpu().contiguous()
         self.source.rows.write_probe(tensors)
+
+    def _probe_rows(self) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Seeded inputs and their rows; where a model does not take any ids (some stand for images), the example's."""
+        example = {name: self._example.tensors()[name].cpu() for name in self.source.key_inputs}
+        generator = torch.Generator().manual_seed(20_220_107)
+        masks = (*self._sequences.masks, *self._sequences.spatial)
+        made = {name: _synthetic(tensor, name in masks, generator) for name, tensor in example.items()}
+        own_ids = {name: t if not t.is_floating_point() else made[name] for name, t in example.items()}
+        try:
+            with undisturbed(self.model):
+                return made, self.bypass.prefix(self._probe_call(made))
+        except RecycleError:
+            raise
+        except Exception:
+            with undisturbed(self.model):
+                return own_ids, self.bypass.prefix(self._probe_call(own_ids))
 
     # -- what it works with --------------------------------------------------------------------------------------------
 

@@ -451,8 +451,15 @@ class _Planner:
         forms = {n: form for n, form in self.forms.items() if self.actions[n] == "keep" and isinstance(form, TreeForm)}
         if not any(form.shared for form in forms.values()):
             return
+        tried = 0
         for other in self._other_contents(read_before):
-            others = self._capture(other)
+            try:
+                others = self._capture(other)
+            except RecycleError:
+                raise
+            except Exception:  # it takes no such content (images at the places of words)
+                continue
+            tried += 1
             for number, form in forms.items():
                 one, other = (form.taken_shared(captured[number]).values() for captured in (self.captured, others))
                 if any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, other, strict=True)):
@@ -462,6 +469,13 @@ class _Planner:
                         "the objects of the batch, and it depends on them all the same, so it belongs to none of "
                         "them. See cuts(model, example)."
                     )
+
+        if not tried:
+            raise CutError(
+                f"cannot cut at '{self.name}': a part of what is kept has no dimension that counts the objects of the "
+                "batch, and the model runs on no other content than the example's, so that it cannot be tried whether "
+                "that part depends on it. See cuts(model, example)."
+            )
 
     def _other_contents(self, read_before: frozenset[str]) -> Iterator[Inputs]:
         """The example with other content of the same form: turned, one object twice, padded."""

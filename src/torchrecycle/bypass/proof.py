@@ -385,27 +385,61 @@ def prove_rows(bypass: Bypass) -> Padding:
     Raises:
         CutError: a row depends on chance or on the other objects of its batch.
     """
+    try:
+        with undisturbed(bypass.model):
+            return _prove_rows(bypass)
+    except RecycleError:
+        raise
+    except Exception as error:  # it has run on the example before
+        raise CutError(
+            f"cannot cut at '{bypass.plan.cut}': the model does not run on the example's objects in another order, or "
+            "beside others, so that it cannot be tried whether a row depends on its object alone: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _prove_rows(bypass: Bypass) -> Padding:
     example = bypass.plan.example
-    with undisturbed(bypass.model):
-        rows = _rows(bypass, example)
-        torch.manual_seed(torch.initial_seed() % 2**31 + 1)
-        again = _rows(bypass, example)
-        if any(not torch.equal(a, b) for a, b in zip(rows, again, strict=True)):
-            raise CutError(
-                f"cannot cut at '{bypass.plan.cut}': the prefix gives other values each time it runs, even in eval "
-                "mode, so one kept row would freeze one draw"
-            )
-        for strength in (0.5, 8.0):
-            others = _rows(bypass, _others_replaced(bypass, example, strength))
-            _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced", LAST_BITS)
-        listed = example.with_lists_turned()
-        if listed is not None:
-            _refuse_mixing(bypass, rows, _rows(bypass, listed), "exchange what stands beside them in a list", 0.0)
-        turned = _rows(bypass, take_rows(example, [1, 0]))
-        more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
-        _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places")
-        _refuse_mixing(bypass, rows, [leaf[:2] for leaf in more], "become more")
-        return _prove_padding(bypass) if bypass.plan.sequences.masks else Padding()
+    rows = _rows(bypass, example)
+    torch.manual_seed(torch.initial_seed() % 2**31 + 1)
+    again = _rows(bypass, example)
+    if any(not torch.equal(a, b) for a, b in zip(rows, again, strict=True)):
+        raise CutError(
+            f"cannot cut at '{bypass.plan.cut}': the prefix gives other values each time it runs, even in eval "
+            "mode, so one kept row would freeze one draw"
+        )
+    for strength in (0.5, 8.0):
+        others = _rows(bypass, _others_replaced(bypass, example, strength))
+        _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced", LAST_BITS)
+    listed = example.with_lists_turned()
+    if listed is not None:
+        _refuse_mixing(bypass, rows, _rows(bypass, listed), "exchange what stands beside them in a list", 0.0)
+    _refuse_padding_of_others(bypass, example)
+    turned = _rows(bypass, take_rows(example, [1, 0]))
+    more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
+    _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places")
+    _refuse_mixing(bypass, rows, [leaf[:2] for leaf in more], "become more")
+    return _prove_padding(bypass) if bypass.plan.sequences.masks else Padding()
+
+
+def _refuse_padding_of_others(bypass: Bypass, example: Inputs) -> None:
+    """An object without padding must not notice that another one has some.
+
+    Aimv2's text tower lets each word see all others as long as no text of the batch is padded, and only those before it
+    once one is.
+    """
+    sequences = bypass.plan.sequences
+    plain = sequences.without_padding(example)
+    tensors, rows = plain.tensors(), None
+    for mask in (*sequences.masks, *sequences.spatial):
+        size = tensors[mask].shape[1]
+        if mask in bypass.plan.read_before and size > 1:
+            rows = rows or [leaf[:1] for leaf in _rows(bypass, plain)]
+            for part in (slice(size // 2, None), slice(0, size // 2)):
+                padded = tensors[mask].clone()
+                padded[1, part] = 0
+                others = _rows(bypass, plain.replace({mask: padded}))
+                _refuse_mixing(bypass, rows, [leaf[:1] for leaf in others], f"are padded (see '{mask}')")
 
 
 LAST_BITS = 16
@@ -472,34 +506,42 @@ def _padding_matters(bypass: Bypass, which: int, side: str) -> str:
     """Why a row needs its padding on that side; empty if it does not."""
     plan, sequences = bypass.plan, bypass.plan.sequences
     example = sequences.without_padding(plan.example)  # its own padding may lie on either side
-    short = _rows(bypass, example)
-    try:
-        padded = sequences.padded(example, which, 3, side, plan.read_before)
-        other = sequences.padded(example, which, 3, side, plan.read_before, other_fill=True)
-        long, filled = _rows(bypass, padded), _rows(bypass, other)
-    except RecycleError:
-        raise
-    except Exception as error:  # too long for its table of positions, say: shorten it and pad that
-        lengths = sequences.lengths(example)
-        if lengths[which] <= 3:
-            return f"the model does not take longer inputs ({type(error).__name__})"
-        less = sequences.resized(example, [n - 3 * (at == which) for at, n in enumerate(lengths)])
-        short = _rows(bypass, less)
-        padded = sequences.padded(less, which, 3, side, plan.read_before)
-        other = sequences.padded(less, which, 3, side, plan.read_before, other_fill=True)
-        long, filled = _rows(bypass, padded), _rows(bypass, other)
+    lengths = sequences.lengths(example)
+    less = sequences.resized(example, [max(1, n - 3 * (at == which)) for at, n in enumerate(lengths)])
+    for inputs in (example, less):  # three places more may be too many for its table of positions
+        padded = sequences.padded(inputs, which, 3, side, plan.read_before)
+        short, long = _rows_if_it_runs(bypass, inputs), _rows_if_it_runs(bypass, padded)
+        if short is not None and long is not None:
+            break
+    else:
+        return "the model does not run with more padding"
+    kinds: tuple[Any, ...] = ("largest", "first")
+    others = [sequences.padded(inputs, which, 3, side, plan.read_before, kind) for kind in kinds]
+    filled = [rows for other in others if (rows := _rows_if_it_runs(bypass, other)) is not None]
+    if not filled:
+        return "the model takes nothing else at padded places, so that it cannot be tried whether they matter"
     tensors = padded.tensors()
     masks = [tensors[mask].bool() for mask in sequences.masks]
-    for layout, a, b, c in zip(plan.layouts, short, long, filled, strict=True):
+    for layout, a, b, *c in zip(plan.layouts, short, long, *filled, strict=True):
         if layout.ragged:
             kept = places([masks[by] for by in layout.ragged_by])
-            a, b, c = a.flatten(0, len(layout.ragged_dims)), b[kept], c[kept]
+            a, b, c = a.flatten(0, len(layout.ragged_dims)), b[kept], [other[kept] for other in c]
         difference = relative_difference(a, b)
         if difference > noise(a.dtype):
             return f"more padding changes a row by {difference:.1%}"
-        if not torch.equal(b, c):
+        if not all(torch.equal(b, other) for other in c):
             return "what stands at padded places changes a row"
     return _suffix_reads_padding(bypass, padded, masks)
+
+
+def _rows_if_it_runs(bypass: Bypass, inputs: Inputs) -> list[torch.Tensor] | None:
+    """None where the model does not take such inputs: too long, or ids that mean something else (images)."""
+    try:
+        return _rows(bypass, inputs)
+    except RecycleError:
+        raise
+    except Exception:
+        return None
 
 
 def _suffix_reads_padding(bypass: Bypass, inputs: Inputs, masks: Sequence[torch.Tensor]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -106,7 +106,7 @@ class Sequences:
         tokens: int,
         side: str = "right",
         read_before: frozenset[str] | None = None,
-        other_fill: bool = False,
+        fill_with: Literal["zero", "largest", "first"] = "zero",
     ) -> Inputs:
         """The same call with `tokens` more padded places in one sequence.
 
@@ -116,14 +116,19 @@ class Sequences:
             tokens: how many places more.
             side: ``"right"`` or ``"left"``.
             read_before: the inputs that the prefix reads; labels among the others are padded with -100.
-            other_fill: put the largest value of each input at the padded places instead of 0.
+            fill_with: what of each input to put at the padded places: 0, its largest value, or its first.
         """
         following = {name for name, number in self.followers(inputs) if number == which}
 
         def padded(name: str, value: Any) -> Any:
             if name not in following:
                 return value
-            fill: Any = value.max().item() if other_fill else 0
+            fills = {
+                "zero": lambda: 0,
+                "largest": lambda: value.max().item(),
+                "first": lambda: value.flatten()[0].item(),
+            }
+            fill: Any = fills[fill_with]()
             if read_before is not None and name not in read_before and _is_label(name, value):
                 fill = IGNORED
             shape = (value.shape[0], tokens, *value.shape[2:])
