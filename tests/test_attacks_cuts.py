@@ -92,7 +92,6 @@ class TakesMore(nn.Module):
         return self.last(hidden).sum(1)
 
 
-@pytest.mark.xfail(strict=True, reason="TreeForm.taken does not look at constants, None or identical leaves of a batch")
 @pytest.mark.parametrize("from_store", [False, True])
 @pytest.mark.parametrize("way", ["none", "bool", "int", "float", "same"])
 def test_what_a_nest_holds_besides_tensors_is_that_of_the_batch_and_not_of_the_example(way, from_store):
@@ -100,7 +99,7 @@ def test_what_a_nest_holds_besides_tensors_is_that_of_the_batch_and_not_of_the_e
     x, keep = torch.randn(4, 5, 6), (torch.arange(5) < torch.tensor([[2], [5], [3], [4]])).float()
     with torch.no_grad():
         want = model(x, keep)
-    with attached(model, (x[:2], torch.ones(2, 5)), "first") as recycling, suppress(RecycleError), torch.no_grad():
+    with suppress(RecycleError), attached(model, (x[:2], torch.ones(2, 5)), "first") as recycling, torch.no_grad():
         batch = next(iter(recycling.loader(list(zip(x, keep, strict=True)), batch_size=4))) if from_store else (x, keep)
         same(model(*batch), want)
 
@@ -139,7 +138,6 @@ class TellsThroughADict(nn.Module):
         return (hidden * told["keep"][..., None] if told else hidden).sum(1)
 
 
-@pytest.mark.xfail(strict=True, reason="what a skipped call gives besides tensors is the example's, and nobody looks")
 @pytest.mark.parametrize("from_store", [False, True])
 @pytest.mark.parametrize(
     ("kind", "way"), [(HandsOn, "none"), (HandsOn, "bool"), (HandsOn, "float"), (TellsThroughADict, "")]
@@ -149,7 +147,7 @@ def test_what_a_skipped_layer_tells_besides_tensors_is_that_of_the_batch_and_not
     x, keep = torch.randn(4, 5, 6), (torch.arange(5) < torch.tensor([[2], [5], [3], [4]])).float()
     with torch.no_grad():
         want = model(x, keep)
-    with attached(model, (x[:2], torch.ones(2, 5)), "first") as recycling, suppress(RecycleError), torch.no_grad():
+    with suppress(RecycleError), attached(model, (x[:2], torch.ones(2, 5)), "first") as recycling, torch.no_grad():
         batch = next(iter(recycling.loader(list(zip(x, keep, strict=True)), batch_size=4))) if from_store else (x, keep)
         same(model(*batch), want)
 
@@ -186,7 +184,6 @@ def sequence(objects: int, length: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.xfail(strict=True, reason="Bypass._shared outlives the weights that it was computed with")
 def test_a_table_kept_once_is_that_of_the_weights_of_now_also_for_raw_batches():
     model, batch = TakesATable().eval(), sequence(4, 5)
     other = TakesATable().state_dict()
@@ -197,7 +194,6 @@ def test_a_table_kept_once_is_that_of_the_weights_of_now_also_for_raw_batches():
             same(model(**batch), full(recycling, **batch))
 
 
-@pytest.mark.xfail(strict=True, reason="Bypass.prefix_reads looks at rows only; _shared_at is remembered by length")
 def test_a_table_kept_once_follows_a_tensor_that_the_example_has_not():
     model, batch = TakesATable().eval(), sequence(4, 8)
     with attached(model, sequence(2, 5), "first") as recycling, torch.no_grad(), suppress(RecycleError):
@@ -206,7 +202,6 @@ def test_a_table_kept_once_follows_a_tensor_that_the_example_has_not():
         same(model(**batch, scale=scale), full(recycling, **batch, scale=scale))
 
 
-@pytest.mark.xfail(strict=True, reason="Bypass._shared hands out the remembered tensor itself")
 def test_writing_into_a_table_that_the_model_returned_changes_no_later_batch():
     model, batch = TakesATable(shown=True).eval(), sequence(4, 5)
     with attached(model, sequence(2, 5), "first"), torch.no_grad():
@@ -231,7 +226,6 @@ class ShowsItsRows(TwoLayers):
         return self.last(hidden), hidden
 
 
-@pytest.mark.xfail(strict=True, reason="the suffix hands out the rows that the batch holds: a write spoils them")
 def test_writing_into_features_that_the_model_returned_does_not_spoil_the_batch():
     model, x = ShowsItsRows().eval(), torch.randn(4, 6)
     with attached(model, x[:2], "first") as recycling, torch.no_grad():
@@ -262,7 +256,6 @@ def _apart(items: list[Any]) -> tuple[torch.Tensor, list[Any]]:
     return torch.stack([x for x, _ in items]), [more for _, more in items]
 
 
-@pytest.mark.xfail(strict=True, reason="prove_rows exchanges the dicts of the example, which here are alike")
 def test_dicts_by_object_that_the_prefix_reads_are_seen_also_if_those_of_the_example_are_alike():
     model, x = ReadsDicts().eval(), torch.randn(2, 6)
     gains = [{"gain": torch.tensor(float(g))} for g in (1, 2, 3, 4)]
@@ -276,7 +269,6 @@ def test_dicts_by_object_that_the_prefix_reads_are_seen_also_if_those_of_the_exa
         same(torch.cat(got), full(recycling, *_apart(data)))
 
 
-@pytest.mark.xfail(strict=True, reason="Recycling._compare_rows looks at new tensors only, not at lists of dicts")
 def test_dicts_by_object_that_come_only_with_the_call_are_not_read_by_the_prefix():
     model, x = ReadsDicts().eval(), torch.randn(4, 6)
     neutral, gains = ([{"gain": torch.tensor(float(g))} for g in values] for values in ([1] * 4, [1, 2, 3, 4]))
@@ -316,13 +308,7 @@ def _each(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     "tokens",
     [
         7,
-        pytest.param(
-            9,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="features as long as the example's texts count as tokens, and padding is no part of a key",
-            ),
-        ),
+        9,
     ],
 )
 def test_features_that_are_as_many_as_a_batch_has_tokens_count_in_full(tokens):
@@ -386,7 +372,6 @@ class WritesItsInputAfterTheCut(TwoLayers):
         return self.last(hidden)
 
 
-@pytest.mark.xfail(strict=True, reason="the runs of a proof share one input, so that the first write hides the others")
 @pytest.mark.parametrize("kind", [WritesItsInput, WritesItsInputAfterTheCut])
 def test_a_model_that_writes_into_its_input_is_right_or_refused(kind):
     model, x = kind().eval(), torch.randn(4, 2, 3)
@@ -427,12 +412,7 @@ def _outputs_under_seeds(model: nn.Module, *inputs: torch.Tensor) -> set[float]:
     "rate",
     [
         0.5,
-        pytest.param(
-            0.08,
-            marks=pytest.mark.xfail(
-                strict=True, reason="_prove_quiet compares one seed, under which a small rate drops nothing"
-            ),
-        ),
+        0.08,
     ],
 )
 def test_layers_after_the_cut_are_dropped_also_if_that_is_drawn_at_the_beginning(rate):
@@ -464,7 +444,6 @@ class TwoTowers(nn.Module):
         return self.last(torch.cat([a, self.right(y)], 1))
 
 
-@pytest.mark.xfail(strict=True, reason="_prove_quiet compares one seed, and the root is in eval mode between two cuts")
 def test_what_is_drawn_between_the_cuts_of_two_towers_belongs_to_the_suffix():
     model, pair = TwoTowers(0.05).train(), (torch.randn(4, 6), torch.randn(4, 6))
     try:
@@ -504,7 +483,6 @@ def _steps_in_backward(parameters: Iterable[nn.Parameter]) -> None:
         parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
 
 
-@pytest.mark.xfail(strict=True, reason="the proof's own backward fires the user's hooks, which train the model on it")
 @pytest.mark.parametrize("when", ["at attach", "at a new argument"])
 def test_an_optimiser_that_steps_in_backward_takes_no_step_of_the_proofs(when):
     model, x = Scaled().train(), torch.randn(4, 6)
@@ -535,7 +513,6 @@ class TiedLater(nn.Module):
         return F.linear(hidden, self.first.weight) if tied else self.last(hidden)
 
 
-@pytest.mark.xfail(strict=True, reason="_read_parameters runs the example in eval mode only, and once")
 @pytest.mark.parametrize("when", ["training", "labels"])
 def test_a_weight_that_the_suffix_reads_only_at_times_is_refused_like_any_shared_one(when):
     model, ids = TiedLater(when).train(), torch.randint(0, 20, (4, 5))
@@ -555,7 +532,6 @@ class TiedByStorage(nn.Module):
         return self.last(self.first(ids))
 
 
-@pytest.mark.xfail(strict=True, reason="shared parameters are found by identity, not by their memory")
 def test_training_the_suffix_does_not_move_the_prefix_through_shared_memory_in_silence():
     model, ids = TiedByStorage().train(), torch.randint(0, 20, (32, 5))
     before = model.first.weight.clone()
@@ -660,7 +636,6 @@ class LooksFor(nn.Module):
         return x * (LEFT["seen"] if self.first.in_global else self.first.seen)
 
 
-@pytest.mark.xfail(strict=True, reason="_run_another turns the batch round, and leaves a maximum as it was")
 @pytest.mark.parametrize("in_global", [False, True])
 def test_a_maximum_that_a_skipped_layer_leaves_for_a_later_one_is_refused(in_global):
     model, x = LooksFor(in_global).eval(), torch.randn(8, 6)
@@ -693,7 +668,6 @@ class Complex(nn.Module):
         return self.last(torch.cat([hidden.real, hidden.imag], 1))
 
 
-@pytest.mark.xfail(strict=True, reason="relative_difference drops the imaginary part, with a warning of torch")
 def test_an_imaginary_part_that_depends_on_the_other_objects_is_refused():
     with pytest.raises(RecycleError, match="depends on the other objects"):
         attached(Complex(OfTheImaginary()).eval(), torch.randn(4, 6), "first")
@@ -708,7 +682,6 @@ class ScaledByTheLargestId(nn.Module):
         return self.embed(ids) * (1 + ids.max())
 
 
-@pytest.mark.xfail(strict=True, reason="_others_replaced turns ids round, and puts no others in their place")
 @pytest.mark.parametrize("example", [[[1, 2, 3], [4, 5, 19]], [[0, 0, 0], [0, 0, 0]]])
 def test_ids_that_mix_through_their_maximum_are_refused_whatever_the_example(example):
     with pytest.raises(RecycleError):
@@ -730,7 +703,6 @@ class QuantisedByBatch(nn.Module):
         return (x / step).round() * step
 
 
-@pytest.mark.xfail(strict=True, reason="_others_replaced turns ids round, and puts no others in their place")
 def test_rounding_to_steps_of_the_largest_value_in_a_batch_of_texts_is_refused():
     with pytest.raises(RecycleError):
         attached(TwoLayers(QuantisedByBatch()).eval(), torch.randint(0, 50, (2, 7)), "first")
@@ -748,10 +720,7 @@ class LeansOnTheOthers(nn.Module):
     [
         torch.float32,
         torch.float16,
-        pytest.param(
-            torch.bfloat16,
-            marks=pytest.mark.xfail(strict=True, reason="16 steps of bfloat16 are an eighth of a row's size"),
-        ),
+        torch.bfloat16,
     ],
 )
 def test_rows_that_lean_a_little_on_the_others_are_refused_in_every_dtype(dtype):
@@ -857,7 +826,6 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="_plain and Bypass.flags describe no such attribute, or by its name alone")
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_setting_of_any_kind_that_changes_while_attached_is_noticed_by_the_next_iterator(kind):
     make, change = CHANGES[kind]
@@ -886,7 +854,6 @@ class Counting(nn.Module):
         return self.mix(x) * (2 if self.calls > 100 else 1)
 
 
-@pytest.mark.xfail(strict=True, reason="a number that a frozen layer counts up is taken for no setting and not refused")
 def test_a_frozen_layer_that_counts_its_calls_and_acts_on_it_is_right_or_refused():
     model, x = TwoLayers(Counting()).eval(), torch.randn(4, 6)
     try:
@@ -939,7 +906,6 @@ class NotMadeYet(nn.Module):
         return self.last(self.first(x))
 
 
-@pytest.mark.xfail(strict=True, reason="undisturbed puts the attributes of a lazy module back, but not its class")
 @pytest.mark.parametrize("way", ["recycle", "cuts"])
 def test_a_model_with_a_lazy_layer_still_runs_after_it_was_tried(way):
     model, x = NotMadeYet(), torch.randn(4, 6)
@@ -966,7 +932,6 @@ class TakesOddTensor(TwoLayers):
         return self.last(odd.to_dense() if odd.is_sparse else torch.stack(list(odd.unbind())))
 
 
-@pytest.mark.xfail(strict=True, raises=(NotImplementedError, AttributeError), reason="a traceback of torch")
 @pytest.mark.parametrize("kind", ["sparse", "nested"])
 def test_an_activation_that_is_no_plain_tensor_is_refused_in_words(kind):
     with pytest.raises(RecycleError):
@@ -984,13 +949,11 @@ class ByOne(nn.Module):
         yield self.last(self.first(x))
 
 
-@pytest.mark.xfail(strict=True, reason="it says that the model never calls the layer, and 'Nearest: .'")
 def test_a_model_whose_forward_is_a_generator_is_refused_as_one():
     with pytest.raises(RecycleError, match="generator"):
         attached(ByOne(), torch.randn(4, 6), "first")
 
 
-@pytest.mark.xfail(strict=True, reason="'0 + 0' is taken for a joint cut")
 def test_a_joint_cut_that_names_one_cut_twice_is_refused():
     with pytest.raises(RecycleError, match="twice"):
         attached(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), torch.randn(4, 6), ["0", "0"])
@@ -1017,14 +980,7 @@ class OfTorch(nn.Module):
     "nested",
     [
         False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=RuntimeError,
-                reason="in eval mode it hands on nested tensors: 'Internal error ... Please file an issue'",
-            ),
-        ),
+        True,
     ],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -1096,7 +1052,6 @@ class PadsAtTimes(nn.Module):
         return self.last(self.first(x))
 
 
-@pytest.mark.xfail(strict=True, reason="a parameter that the prefix reads only at times is in no fingerprint or watch")
 def test_a_parameter_that_is_read_before_the_cut_for_some_objects_only_is_noticed_if_it_changes():
     model, ids = PadsAtTimes().eval(), torch.tensor([[1, 2, 0], [3, 0, 0]])
     with attached(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), "first") as recycling, torch.no_grad():

@@ -12,7 +12,9 @@ libraries. Many heads share one trunk; what else changes the function is found b
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import functools
 import operator
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,10 +194,15 @@ def _own_tensors(module: nn.Module, own: Mapping[str, Any]) -> Iterator[tuple[st
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_is_hf_initialized"}
 
 
+_FIXED = (*_PLAIN, type, types.BuiltinFunctionType, torch.Tensor, nn.Module)
+"""What cannot change without being another object; tensors and modules are looked at by themselves."""
+
+
 def _known_description(name: str, module: nn.Module, own: Mapping[str, Any], known: dict[str, tuple[Any, str]]) -> str:
     """The digest of a module's description; from memory, if its attributes are the very same objects."""
-    values = [module.__class__, *(value for attribute, value in own.items() if attribute not in _OF_ANY_MODULE)]
-    if any(isinstance(value, (list, dict, set)) for value in values):  # may be written in place
+    kind = module.__class__
+    values = [kind, kind.forward, *(value for attribute, value in own.items() if attribute not in _OF_ANY_MODULE)]
+    if not all(isinstance(value, _FIXED) for value in values[2:]):  # may be written in place
         return blake3(_describe(module, own).encode()).hexdigest()
     place = f"{name} "
     before = known[place][0] if place in known else ()
@@ -208,24 +215,64 @@ def _describe(module: nn.Module, own: Mapping[str, Any]) -> str:
     """Class, ``extra_repr`` and plain attributes, in words."""
     kind = type(module)
     lines = [f"{kind.__module__}.{kind.__qualname__}", module.extra_repr()]
+    if not isinstance(kind.forward, types.FunctionType) or kind.forward.__name__ != "forward":
+        lines.append(f"forward is {_plain(kind.forward)}")  # patched from outside
     for name, value in sorted(own.items()):
         if name not in _OF_ANY_MODULE and name not in _WITHOUT_EFFECT and (plain := _plain(value)) is not None:
             lines.append(f"{name}={plain}")
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> str | None:
+def _plain(value: Any, depth: int = 0) -> str | None:
+    """A setting in words; None for what is none."""
     if isinstance(value, _PLAIN):
         return repr(value)
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+    if isinstance(value, (type, types.BuiltinFunctionType)):
         return f"{value.__module__}.{value.__qualname__}"
+    if depth > 4 or isinstance(value, (torch.Tensor, nn.Module, types.ModuleType)):
+        return None
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return _function(value, depth)
     if isinstance(value, (tuple, list)):
-        parts = [_plain(part) for part in value]
+        parts = [_plain(part, depth + 1) for part in value]
+    elif isinstance(value, (set, frozenset)):
+        parts = sorted(str(_plain(part, depth + 1)) for part in value)
     elif isinstance(value, dict):
-        parts = [_plain(part) for pair in value.items() for part in pair]
+        parts = [_plain(part, depth + 1) for pair in value.items() for part in pair]
+    elif hasattr(value, "__dict__") and not _is_of_a_library(value):
+        parts = [_plain(part, depth + 1) for pair in sorted(vars(value).items()) for part in pair]
     else:
         return None
-    return None if None in parts else f"{type(value).__name__}({', '.join(map(str, parts))})"
+    return f"{type(value).__name__}({', '.join(map(str, parts))})"
+
+
+def _function(value: Any, depth: int) -> str:
+    """A function by its name, what it was made with, and, if it is the user's own, its code."""
+    if isinstance(value, functools.partial):
+        parts = (_plain(part, depth + 1) for part in (value.func, value.args, value.keywords))
+        return f"partial({', '.join(map(str, parts))})"
+    function = value.__func__ if isinstance(value, types.MethodType) else value
+    words = [f"{function.__module__}.{function.__qualname__}"]
+    if not isinstance(function, types.FunctionType):
+        return words[0]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            words.append(str(_plain(cell.cell_contents, depth + 1)))
+    words.append(str(_plain(function.__defaults__ or (), depth + 1)))
+    if function.__module__.partition(".")[0] not in _LIBRARIES:
+        words.append(blake3(function.__code__.co_code).hexdigest(length=8))
+        words.append(str([_plain(const, depth + 1) for const in function.__code__.co_consts]))
+    return " ".join(words)
+
+
+_LIBRARIES = frozenset(
+    {"torch", "transformers", "timm", "torchvision", "diffusers", "sentence_transformers", "accelerate"}
+)
+"""Whose upgrade is found by the probe, and whose objects are configs and services, no settings of one layer."""
+
+
+def _is_of_a_library(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in _LIBRARIES
 
 
 _WITHOUT_EFFECT = frozenset({"gradient_checkpointing", "_gradient_checkpointing_func"})
@@ -271,6 +318,12 @@ class Watch:
         self._tensors = tensors
         return tensors + [child for table in self._children for child in table.values()]
 
+    @staticmethod
+    def global_hooks() -> int:
+        """Hooks that fire for every module of the process, those of a frozen layer included."""
+        hooks = nn.modules.module
+        return len(hooks._global_forward_hooks) + len(hooks._global_forward_pre_hooks)
+
     def _look(self, stored: Sequence[torch.Tensor]) -> list[Any]:
         """Of the tensors, what a write or a move changes."""
         return [
@@ -282,7 +335,7 @@ class Watch:
 
     def hooks(self) -> list[int]:
         """The forward hooks on the prefix, by number: one that changes what a module gives changes the rows."""
-        return [number for hooks in self._hooks for number in hooks]
+        return [number for hooks in self._hooks for number in hooks] + [self.global_hooks()]
 
     def users_hooks(self) -> Iterator[tuple[str, Any]]:
         """The hooks of the user's own on the prefix, each with the name of its module: they do not fire on a hit."""

@@ -8,6 +8,7 @@ stays the object that it was.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -438,6 +439,7 @@ class Recycling:
         modules = self._modules(self.model).values()
         inside = {id(t) for module in modules for t in (*module.parameters(), *module.buffers())}
         loose = [name for name, parameter in self.bypass.prefix_parameters.items() if id(parameter) not in inside]
+        loose += [name for name in self.bypass.sometimes if id(self.model.get_parameter(name)) not in inside]
         return loose + [name for name in self.bypass.buffers if id(self.model.get_buffer(name)) not in inside]
 
     def _loose_tables(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
@@ -621,9 +623,10 @@ class Recycling:
             raise BatchError("a model input asks for a gradient, which the frozen prefix does not give. Detach it.")
         self._prove_signature(inputs, lambda: take_rows(inputs, range(min(4, inputs.batch()))))
         began = time.perf_counter()
-        leaves = self.bypass.prefix(inputs)
+        captured: dict[int, Any] = {}
+        leaves = self.bypass.prefix(inputs, captured=captured)
         middle = time.perf_counter()
-        output = self.bypass.suffix(inputs, leaves)
+        output = self.bypass.suffix(inputs, leaves, shared=self.bypass.plan.taken_shared(captured))
         self.stats.misses += inputs.batch()
         self.stats.prefix_seconds += middle - began
         self.stats.suffix_seconds += time.perf_counter() - middle
@@ -761,6 +764,11 @@ class Recycling:
             if any(t.dim() and t.shape[0] != self._example.batch() for t in same.tensors().values()):
                 return  # fewer objects than the example: nothing to compare with
             fresh = self.bypass.prefix(same)
+            for listed in same.with_lists_changed():
+                with contextlib.suppress(TypeError, ValueError, RuntimeError, KeyError, AssertionError):
+                    other = self.bypass.prefix(listed)
+                    if first_difference(fresh, other):
+                        fresh = other
         difference = first_difference(self.reference, fresh)
         if difference:
             raise StaleActivationError(

@@ -35,12 +35,14 @@ __all__ = [
     "Trace",
     "attributes_kept",
     "clear_slot",
+    "containers_of",
     "is_compiled",
     "is_sharded",
     "set_slot",
     "slot_of",
     "trace",
     "undisturbed",
+    "written",
 ]
 
 SLOT = "_compiled_call_impl"
@@ -204,6 +206,8 @@ class Call:
     """Floating point operations done before its beginning and before its end, if counted."""
     output: Any = field(default=None, repr=False)
     """What it returned."""
+    wrote: bool = False
+    """Whether it changed a dict or a list that it was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +283,7 @@ def trace(
             "inner modules. Attach first, or compile only the modules after the cut."
         )
     recorder = _Recorder(names, count_flops, keep_outputs)
+    args, kwargs = pytree.tree_map(_own_copy, (tuple(args), dict(kwargs)))  # a model may write into its input
     with undisturbed(model), torch.no_grad():
         for module in list(_watchable(model)):
             set_slot(module, recorder.slot(module))
@@ -345,6 +350,7 @@ class _Recorder:
             self.calls.append(this)
             self._events += 1
             self._open.append(this.number)
+            given = containers_of(args, kwargs)
             began = self._now()
             try:
                 output = run(*args, **kwargs)
@@ -354,6 +360,7 @@ class _Recorder:
                 this.seconds, this.flops = (began[0], ended[0]), (began[1], ended[1])
                 this.end = self._events
                 self._events += 1
+            this.wrote = written(given)
             # A copy of its containers: the model may append to a list that a layer gave.
             this.output = pytree.tree_map(_itself if self._keep_outputs else _form_only, output)
             return output
@@ -375,6 +382,21 @@ class _Flops(TorchDispatchMode):
         if count is not None:
             self.total += count(*args, **kwargs, out_val=output)
         return output
+
+
+def _own_copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def containers_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The dicts and lists that a call is given, each with a copy."""
+    found = [value for value in (*args, *kwargs.values()) if isinstance(value, (dict, list))]
+    return [(value, copy.copy(value)) for value in found]
+
+
+def written(given: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether one of these was changed since `containers_of` saw it."""
+    return any(not _is_same(now, before) for now, before in given)
 
 
 def _itself(leaf: Any) -> Any:

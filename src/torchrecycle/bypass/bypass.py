@@ -7,7 +7,7 @@ example at attach, and again for each new signature (other ranks, arguments or f
 
 from __future__ import annotations
 
-import dataclasses
+import bisect
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,7 +24,7 @@ from torchrecycle.bypass.forms import Size, TreeForm
 from torchrecycle.bypass.inputs import Inputs, Listed
 from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_sources, evaluating
 from torchrecycle.bypass.plan import Plan, Shared
-from torchrecycle.bypass.probes import Probes
+from torchrecycle.bypass.probes import Probes, training
 from torchrecycle.bypass.sequences import Sequences
 from torchrecycle.errors import BatchError, CutError, StaleActivationError
 from torchrecycle.trace import Trace, attributes_kept, random_state, set_random_state, undisturbed
@@ -90,12 +90,19 @@ class Bypass:
         self._is_free, self._shares = plan.free, plan.shares
         if not self._is_free:
             self._forms[self.shapes(plan.example)] = plan.forms
+        self._share = share
+        self._late: set[torch.Tensor] | None = None
         with self.slotted(), undisturbed(model):
             reads = _read_parameters(self)
         self.constants = reads.constants
         self.buffers = reads.buffers
         """Names of buffers that the prefix reads, whichever module they belong to."""
         self.prefix_parameters, self.untouched = self._divide(reads, share)
+        own = {id(p) for module in self._open for p in module.parameters(recurse=False)}
+        unread = [name for name in self.untouched if id(model.get_parameter(name)) in own]
+        self.sometimes = [name for name in unread if not self._trained_later(name)]
+        """Parameters of the modules around the cut that the example does not use: other objects may (a token for what
+        is missing), so that they count."""
 
     @property
     def mixed_modules(self) -> set[nn.Module]:
@@ -107,6 +114,7 @@ class Bypass:
         self._refuse_adapters()
         owned = {p for module in self.plan.prefix_modules for p in module.parameters()}
         before = owned | {p for p in reads.before if p in names}
+        before |= _overlapping(before, names)
         shared = [names[p] for p in names if p in before and p in reads.after and self.interceptor.trains(p)]
         if shared and share != "freeze":
             raise CutError(
@@ -130,6 +138,36 @@ class Bypass:
                         "not learn if it were not. Put adapters on layers after the cut (layers_to_transform=), or "
                         "merge it first (merge_and_unload())."
                     )
+
+    def _trained_later(self, name: str) -> bool:
+        """Whether the suffix uses it in training mode (the embedding of what a wav2vec2 masks)."""
+        parameter = self.model.get_parameter(name)
+        if not self.interceptor.trains(parameter):
+            return False
+        if self._late is None:
+            with self.slotted(), undisturbed(self.model), training(self.model):
+                try:
+                    leaves = [t.clone() for t in self.plan.taken(self._captured)]
+                    self._late = _reads_after(self, self.plan.example, leaves)
+                except (AbsentRead, Exception):  # it asks for targets
+                    self._late = set()
+        return parameter in self._late
+
+    def refuse_late_reads(self, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> None:
+        """Does the suffix of this call, in the model's present mode, read a parameter that is frozen for the prefix?
+
+        Raises:
+            CutError: it does, and the parameter would silently not train.
+        """
+        if self._share == "freeze":
+            return
+        late = _reads_after(self, inputs, leaves)
+        shared = [name for name, p in self.prefix_parameters.items() if p in late and self.interceptor.trains(p)]
+        if shared:
+            raise CutError(
+                f"cannot cut at '{self.plan.cut}': in this call the layers after it read {_listed(shared)}, too, which "
+                "are frozen with the layers before it. With recycle(..., share='freeze') they are frozen in both."
+            )
 
     # -- attaching -----------------------------------------------------------------------------------------------------
 
@@ -190,6 +228,7 @@ class Bypass:
             captured: takes what the kept calls returned, whole.
         """
         run = self.plan.run("prefix", taps=taps)
+        run.forms, run.size = self._forms_for(inputs, self.shapes(inputs)), self.plan.size(inputs)
         device = _device(inputs)
         # Rows are made under the declared autocast, whatever is ambient.
         cast = torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
@@ -210,19 +249,26 @@ class Bypass:
                 set_random_state(state)
         raise CutError(f"the forward ended before it reached '{self.plan.cut}'")
 
-    def suffix(self, inputs: Inputs, leaves: Sequence[torch.Tensor], at_cut: Callable[[], None] | None = None) -> Any:
+    def suffix(
+        self,
+        inputs: Inputs,
+        leaves: Sequence[torch.Tensor],
+        at_cut: Callable[[], None] | None = None,
+        shared: Shared | None = None,
+    ) -> Any:
         """The forward with the prefix skipped and `leaves` in place of what it gives.
 
         Args:
             inputs: one call.
             leaves: what `prefix` gives, or rows of a store.
             at_cut: called when the cut has been reached.
+            shared: what the prefix run gave that is the same for all objects; looked up if left out.
         """
         size = self.plan.size(inputs)
         device = leaves[0].device
         if self.clones:
             leaves = [leaf.clone() for leaf in leaves]
-        absent, kept = self._absent(inputs, size, device), self._kept(inputs, leaves, size, device)
+        absent, kept = self._absent(inputs, size, device), self._kept(inputs, leaves, size, device, shared)
         run = self.plan.run("bypass", self.autocast, absent=absent, kept=kept)
         run.at_cut = at_cut
         try:
@@ -320,10 +366,19 @@ class Bypass:
             self._absent_cache[token] = {n: forms[n].absent(size, device, n) for n in skipped}
         return self._absent_cache[token]
 
-    def _kept(self, inputs: Inputs, leaves: Sequence[torch.Tensor], size: Size, device: torch.device) -> dict[int, Any]:
+    def _kept(
+        self,
+        inputs: Inputs,
+        leaves: Sequence[torch.Tensor],
+        size: Size,
+        device: torch.device,
+        shared: Shared | None = None,
+    ) -> dict[int, Any]:
         """What each kept call returns."""
         forms = self._forms_for(inputs, self.shapes(inputs)) if self._is_free else self.plan.forms
-        shared = self._shared_at(inputs, size, device) if self._shares else {}
+        if shared is None:
+            kept = self._shared_at(inputs, size, device) if self._shares else {}
+            shared = {n: {i: t.clone() for i, t in parts.items()} for n, parts in kept.items()}
         return self.plan.filled(leaves, shared, forms, size)
 
     def _shared_at(self, inputs: Inputs, size: Size, device: torch.device) -> Shared:
@@ -396,12 +451,13 @@ class Bypass:
     def prefix_reads(self, inputs: Inputs, name: str) -> bool:
         """Whether what is kept depends on that tensor input."""
         without = inputs.replace({name: Absent.like(inputs.tensors()[name], [name])})
+        captured: dict[int, Any] = {}
         try:
             with undisturbed(self.model):
-                leaves = self.prefix(without)
+                self.prefix(without, captured=captured)
         except (AbsentRead, Exception):
             return True
-        return bool(absent_sources(leaves))
+        return bool(absent_sources(captured))
 
     # -- signatures ----------------------------------------------------------------------------------------------------
 
@@ -476,13 +532,11 @@ def _in_words(value: Any, depth: int) -> Any:
         return tuple(_in_words(part, depth + 1) for part in value) if len(value) <= 256 else None
     if isinstance(value, types.FunctionType):
         return id(value)
-    if isinstance(value, types.SimpleNamespace) or dataclasses.is_dataclass(value):
-        return (
-            tuple((name, _in_words(part, depth + 1)) for name, part in vars(value).items())
-            if hasattr(value, "__dict__")
-            else None
-        )
-    return None
+    if isinstance(value, (nn.Module, type, types.ModuleType)) or not hasattr(value, "__dict__"):
+        return None
+    if type(value).__module__.partition(".")[0] in ("torch", "transformers"):  # configs are looked at by themselves
+        return None
+    return tuple((name, _in_words(part, depth + 1)) for name, part in vars(value).items())
 
 
 def _copied(leaf: torch.Tensor) -> torch.Tensor:
@@ -491,6 +545,25 @@ def _copied(leaf: torch.Tensor) -> torch.Tensor:
     if made.stride() == leaf.stride() or 0 in leaf.stride():
         return made
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+
+
+def _overlapping(some: set[Any], all_parameters: Iterable[nn.Parameter]) -> set[Any]:
+    """The other parameters that lie in the same memory: tied by ``nn.Parameter(other.data)``."""
+
+    def place(p: Any) -> tuple[int, int] | None:
+        return (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) if type(p) is nn.Parameter else None
+
+    taken = sorted(found for p in some if (found := place(p)) and found[0])
+    starts = [start for start, _ in taken]
+    tied = set()
+    for p in all_parameters:
+        where = place(p)
+        if where is None or not where[0] or p in some:
+            continue
+        at = bisect.bisect_left(starts, where[1])
+        if at and taken[at - 1][1] > where[0]:
+            tied.add(p)
+    return tied
 
 
 def _device(inputs: Inputs) -> torch.device:
@@ -605,7 +678,7 @@ def _read_parameters(bypass: Bypass) -> _Reads:
         except Stopped:
             pass
         set_random_state(state)
-    captured = run.captured
+    captured = bypass._captured = run.captured
     leaves = plan.taken(captured)
     run = plan.run("bypass", bypass.autocast, kept=captured)
     run.absent = bypass._absent(inputs, size, leaves[0].device)
@@ -615,6 +688,23 @@ def _read_parameters(bypass: Bypass) -> _Reads:
     with reads, cast, evaluating(bypass.model), bypass.interceptor.running(run):
         bypass.model._call_impl(*inputs.args, **inputs.kwargs)
     return reads
+
+
+def _reads_after(bypass: Bypass, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> set[torch.Tensor]:
+    """The parameters that the suffix of a call reads, in the model's present mode."""
+    plan = bypass.plan
+    reads = _Reads(bypass.model, inputs)
+    size, device = plan.size(inputs), leaves[0].device
+    run = plan.run("bypass", bypass.autocast, kept=bypass._kept(inputs, leaves, size, device))
+    run.absent = bypass._absent(inputs, size, device)
+    reads.run = run
+    with undisturbed(bypass.model), torch.no_grad():
+        reads.apart(plan)
+        if len(plan.cuts) > 1:
+            reads.follow(leaves)
+        with reads, bypass._quiet(run), bypass.interceptor.running(run):
+            bypass.model._call_impl(*inputs.args, **inputs.kwargs)
+    return reads.after
 
 
 def _cast(dtype: torch.dtype | None, device: torch.device) -> Any:

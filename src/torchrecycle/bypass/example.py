@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from torchrecycle.bypass.inputs import Inputs
 from torchrecycle.bypass.interceptor import evaluating
@@ -116,6 +117,12 @@ def example_inputs(model: nn.Module, rule: BatchRule, example: Any) -> Inputs:
     Raises:
         BatchError: it holds no tensor, fewer than two objects, or tensors that do not agree on their number.
     """
+    unmade = next((n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if unmade is not None:
+        raise BatchError(
+            f"'{unmade}' has no shape yet (a lazy module): run the model once on a batch, then attach. What is tried "
+            "here is undone, and a lazy module cannot be unmade."
+        )
     listed = _lists_of(rule(example))
     if listed and not _runs(model, rule, example):
         rule.lists = listed

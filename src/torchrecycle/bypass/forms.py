@@ -122,10 +122,35 @@ class TreeForm:
         leaves = pytree.tree_leaves(output)
         return [leaves[i] for i in self.rows]
 
+    def mismatch(self, output: Any, size: Size) -> str:
+        """What an output holds besides its tensors that is not as here, in words; empty if nothing."""
+        leaves, spec = pytree.tree_flatten(output)
+        if spec != self.spec:
+            return "another nest"
+        for position, (form, leaf) in enumerate(zip(self.leaves, leaves, strict=True)):
+            if isinstance(form, TensorForm) != isinstance(leaf, torch.Tensor):
+                return f"{_said(leaf)} where it gave {'a tensor' if isinstance(form, TensorForm) else _said(form)}"
+            if isinstance(form, TensorForm):
+                if (leaf.dim(), leaf.dtype) != (len(form.dims), form.dtype):
+                    return f"a tensor of {leaf.dim()} dimensions of {leaf.dtype}"
+            elif isinstance(form, Dim):
+                if form.law != "free" and leaf != form.at(size):
+                    return f"{leaf} where {form.at(size)} was expected"
+            elif leaf != form:
+                return f"{_said(leaf)} where it gave {_said(form)}"
+            first = next(i for i, other in enumerate(leaves) if other is leaf)
+            if isinstance(leaf, torch.Tensor) and first != self.same_as[position]:
+                return "one tensor in two places, or two where it gave one"
+        return ""
+
     def taken_shared(self, output: Any) -> dict[int, torch.Tensor]:
         """What of an output is the same for all objects, by position."""
         leaves = pytree.tree_leaves(output)
         return {i: leaves[i] for i in self.shared}
+
+
+def _said(value: Any) -> str:
+    return "a tensor" if isinstance(value, torch.Tensor) else repr(value)[:40]
 
 
 _CONSTANTS = (bool, str, bytes, float, type(None), torch.dtype, torch.device)
@@ -154,6 +179,8 @@ def solve_tree(outputs: Sequence[Any], sizes: Sequence[Size]) -> TreeForm | str:
 def _solve_leaf(values: Sequence[Any], sizes: Sequence[Size]) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
+        if first.is_nested or first.layout is not torch.strided:
+            return "it returns a nested or sparse tensor, of which no row can be taken"
         if any(not isinstance(v, torch.Tensor) or v.dim() != first.dim() or v.dtype != first.dtype for v in values):
             return "it returns tensors of different rank or dtype for batches of different size"
         dims = [_solve_dim([v.shape[i] for v in values], sizes) for i in range(first.dim())]

@@ -65,12 +65,28 @@ class Listed:
         made.joined = joined
         return made
 
+    def changed(self) -> Listed:
+        """Its entries with other numbers in them."""
+        made = copy.copy(self)
+        made.entries = self.kind([_rebuild("", entry, _other_number) for entry in self.entries])
+        return made
+
     def take(self, index: Sequence[int]) -> Listed:
         """Some of its entries, in that order."""
         made = copy.copy(self)
         made.entries = self.kind([self.entries[i] for i in index])
         made.joined = None if self.joined is None else _rows(self.joined, index)
         return made
+
+
+def _other_number(_: str, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value * 0.5 + 0.1 if value.is_floating_point() else value.flip(-1) if value.dim() else value + 1
+    return value * 0.5 + 0.1 if isinstance(value, float) else value
+
+
+def _changed(value: Any, change: Callable[[Listed], Listed]) -> Any:
+    return change(value) if isinstance(value, Listed) and value.joined is None else value
 
 
 def _rows(tensor: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
@@ -162,21 +178,16 @@ class Inputs:
         made._kwargs = {name: _map_parts(value, taken) for name, value in self._kwargs.items()}
         return made
 
-    def with_lists_turned(self) -> Inputs | None:
-        """The same call with what is listed by object, and is no tensor, given to other objects; None without such."""
-        found = [v for v in (*self._args, *self._kwargs.values()) if isinstance(v, Listed) and v.joined is None]
-        if not found:
-            return None
-
-        def turned(value: Any) -> Any:
-            return (
-                value.take(range(len(value.entries))[::-1]) if isinstance(value, Listed) and value in found else value
-            )
-
-        made = self._blank()
-        made._args = [turned(value) for value in self._args]
-        made._kwargs = {name: turned(value) for name, value in self._kwargs.items()}
-        return made
+    def with_lists_changed(self) -> Iterator[Inputs]:
+        """The same call with what is listed by object, and is no tensor, given to other objects, or changed."""
+        values = (*self._args, *self._kwargs.values())
+        if not any(isinstance(value, Listed) and value.joined is None for value in values):
+            return
+        for change in (lambda listed: listed.take(range(len(listed.entries))[::-1]), Listed.changed):
+            made = self._blank()
+            made._args = [_changed(value, change) for value in self._args]
+            made._kwargs = {name: _changed(value, change) for name, value in self._kwargs.items()}
+            yield made
 
     def _blank(self) -> Inputs:
         made = object.__new__(Inputs)

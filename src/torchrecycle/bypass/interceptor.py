@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchrecycle.absent import Absent, AbsentRead
-from torchrecycle.errors import AutocastError, CutError
-from torchrecycle.trace import clear_slot, is_compiled, is_sharded, set_slot, slot_of
+from torchrecycle.errors import AutocastError, BatchError, CutError
+from torchrecycle.trace import clear_slot, containers_of, is_compiled, is_sharded, set_slot, slot_of, written
 
 __all__ = ["Interceptor", "Run", "Step", "Stopped", "evaluating", "frozen_call"]
 
@@ -94,12 +94,14 @@ class Run:
         "at_cut",
         "autocast",
         "captured",
+        "forms",
         "kept",
         "mixed",
         "mode",
         "modules",
         "position",
         "restored",
+        "size",
         "steps",
         "tapped",
         "taps",
@@ -134,6 +136,9 @@ class Run:
         """Per step number, the modules around it that are in training mode again once it has ended."""
         self.at_cut: Callable[[], None] | None = None
         """Called when the last step has ended."""
+        self.forms: Mapping[int, Any] = {}
+        """Per step number, what a prefix run compares its output with besides values."""
+        self.size: Any = ()
 
     def call(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a slotted module does within this run."""
@@ -171,10 +176,26 @@ class Run:
             return _own_containers(self.kept[step.number])
         if self.mode in ("bypass", "glue") and step.action == "skip":
             return _own_containers(self.absent[step.number])
+        given = containers_of(args, kwargs) if self.forms else []
         output = self._tap(module, self._frozen(step, module, args, kwargs))
+        if self.forms and step.action != "run":
+            self._compare_form(step, output, given)
         if self.mode == "prefix" and step.action == "keep":
             self.captured[step.number] = _own_containers(output)
         return output
+
+    def _compare_form(self, step: Step, output: Any, given: Sequence[tuple[Any, Any]]) -> None:
+        """What a skipped or kept call gives besides values must be what it gave for the example."""
+        form = self.forms.get(step.number)
+        found = "" if form is None else form.mismatch(output, self.size)
+        if not found and written(given):
+            found = "it wrote into a container that it was given"
+        if found:
+            raise BatchError(
+                f"for this batch '{step.name}', which is skipped where rows are kept, gives something else besides "
+                f"values than for the example: {found}. What comes after it may act on that. Make the recycling with "
+                "an example like this batch (with padding, say), or cut before it."
+            )
 
     def _tap(self, module: nn.Module, output: Any) -> Any:
         if self.taps:

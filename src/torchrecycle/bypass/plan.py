@@ -150,6 +150,8 @@ def make_plan(probes: Probes, cut: str | Sequence[str], *, precision: torch.dtyp
     """
     model, traced = probes.model, probes.traces[0]
     calls = [_find(model, traced, name) for name in ([cut] if isinstance(cut, str) else cut)]
+    if len({call.number for call in calls}) < len(calls):
+        raise CutError(f"cannot cut at '{joined(cut)}': one place is named twice.")
     with undisturbed(model):
         planner = _Planner(probes, joined(cut), sorted(calls, key=lambda call: call.end))
         planner.mend()
@@ -279,7 +281,7 @@ class _Planner:
     def _first_action(self, call: Call) -> Action:
         if any(call is cut for cut in self.cuts):
             return "keep"
-        return "run" if isinstance(self.forms[call.number], str) else "skip"
+        return "run" if call.wrote or isinstance(self.forms[call.number], str) else "skip"
 
     def _called_again(self) -> Iterator[str]:
         own = {call.number for call in self.before}
@@ -298,6 +300,8 @@ class _Planner:
 
     def _why_unkeepable(self, call: Call) -> str:
         form = self.forms[call.number]
+        if call.wrote:
+            return "it writes into a dict or a list that it is given, where later layers may look for it"
         if isinstance(form, str):
             return form
         if not form.tensors:

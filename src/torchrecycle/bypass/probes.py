@@ -7,6 +7,7 @@ lengths is run at two batch sizes alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torchrecycle.bypass.forms import Size, TreeForm, solve_tree
 from torchrecycle.bypass.inputs import Inputs
 from torchrecycle.bypass.interceptor import evaluating
 from torchrecycle.bypass.sequences import Sequences
+from torchrecycle.errors import CutError
 from torchrecycle.trace import Call, Trace, trace
 
 __all__ = ["Probes", "take_rows", "training"]
@@ -50,6 +52,11 @@ class Probes:
         two, three = take_rows(inputs, [0, 1]), take_rows(inputs, [0, 1, 0])
         with evaluating(model):
             traces = [trace(model, sample.args, sample.kwargs) for sample in (two, three)]
+            if inspect.isgenerator(traces[0].output):
+                raise CutError(
+                    f"{type(model).__name__}'s forward is a generator: its layers run when somebody asks for the next "
+                    "value, after the call has returned, so that no call can be cut. Recycle the module inside of it."
+                )
             longer, more = _at_other_lengths(model, two, sequences)
             while sequences and not longer:
                 sequences = sequences.fewer()

@@ -48,6 +48,8 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Root mean square of the difference, divided by that of `a`; 0 where both are empty or the same."""
     if a.numel() == 0 or torch.equal(a, b):
         return 0.0
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     a, b = a.double(), b.double()
     return ((a - b).pow(2).mean().sqrt() / a.pow(2).mean().sqrt().clamp_min(1e-30)).item()
 
@@ -133,29 +135,44 @@ def _prove_quiet(bypass: Bypass, inputs: Inputs) -> None:
         _prove(bypass, inputs)
         with undisturbed(bypass.model):
             leaves = bypass.prefix(inputs)
-        quiet, loud = (_suffix_from_cut(bypass, inputs, leaves, flag) for flag in (True, False))
-        difference = first_difference(quiet, loud)
-        if difference:
-            raise CutError(_not_the_same(bypass, difference))
+        _compare_quiet(bypass, inputs, leaves)
     except BaseException:
         bypass.quiet = False
         raise
 
 
-def _suffix_from_cut(bypass: Bypass, inputs: Inputs, leaves: Sequence[torch.Tensor], quiet: bool) -> Any:
-    """The suffix under one random state from the cut on."""
-    stopped: CutError | None = None
+SEEDS = 32
+"""Random states under which a suffix is run with the flags before the cut on and off."""
+
+
+def _compare_quiet(bypass: Bypass, inputs: Inputs, leaves: Sequence[torch.Tensor]) -> None:
+    """What a forward draws at its beginning, for both halves, must not be lost to the suffix."""
+    compared, stopped = 0, None
     for seed in range(DRAWS):
-        bypass.quiet = quiet
-        with undisturbed(bypass.model):
-            torch.manual_seed(seed)
-            try:
-                return bypass.suffix(inputs, [leaf.clone() for leaf in leaves], lambda: _seed_all(0))
-            except CutError as stop:  # a layer was dropped before the cut under this seed
-                stopped = stop
-            finally:
-                bypass.quiet = True
-    raise stopped or AssertionError
+        try:
+            quiet, loud = (_suffix_from_cut(bypass, inputs, leaves, flag, seed) for flag in (True, False))
+        except CutError as stop:  # a layer was dropped before the cut under this seed
+            stopped = stop
+            continue
+        difference = first_difference(quiet, loud)
+        if difference:
+            raise CutError(_not_the_same(bypass, difference))
+        compared += 1
+        if compared == SEEDS:
+            return
+    if not compared:
+        raise stopped or AssertionError
+
+
+def _suffix_from_cut(bypass: Bypass, inputs: Inputs, leaves: Sequence[torch.Tensor], quiet: bool, seed: int) -> Any:
+    """The suffix under one random state at its beginning, and one from the cut on."""
+    bypass.quiet = quiet
+    try:
+        with undisturbed(bypass.model), torch.no_grad():
+            _seed_all(seed)
+            return bypass.suffix(_copy(inputs), [leaf.clone() for leaf in leaves], lambda: _seed_all(0))
+    finally:
+        bypass.quiet = True
 
 
 def _seed_all(seed: int) -> None:
@@ -169,20 +186,21 @@ def _prove(bypass: Bypass, inputs: Inputs) -> None:
     model = bypass.model
     with undisturbed(model):
         state = random_state()
-        want = bypass.full(inputs)
+        want = bypass.full(_copy(inputs))  # a model may write into its input
         moved = _moved(signature[-1], bypass.flags())
         try:
             want_gradients: dict[str, torch.Tensor] | None = _gradients(bypass, want)
         except RuntimeError:  # the model's own backward fails: it says so itself where it is asked for
             want_gradients = None
     bypass.volatile |= moved
+    raw = _copy(inputs)
     with undisturbed(model):
-        leaves = bypass.prefix(inputs)
+        leaves = bypass.prefix(raw)
     versions = _versions(leaves)
     originals = [leaf.clone() for leaf in leaves]
     with undisturbed(model):
         set_random_state(state)
-        got = _suffix_or_explain(bypass, _as_on_a_hit(bypass, inputs), leaves)
+        got = _suffix_or_explain(bypass, _as_on_a_hit(bypass, _copy(inputs)), leaves)
         got_gradients = {} if want_gradients is None else _gradients(bypass, got)
     # By value too: ``x.data`` and NumPy write without moving a version.
     if _versions(leaves) != versions or any(
@@ -190,19 +208,26 @@ def _prove(bypass: Bypass, inputs: Inputs) -> None:
     ):
         bypass.clones = True
         leaves = originals
+    if _storages(leaves) & _storages(list(_tensors(got))):  # the loop may write into what the model returns
+        bypass.clones = True
     with undisturbed(model):
-        _run_another(bypass, inputs)
+        _run_another(bypass, _copy(inputs))
         set_random_state(state)
-        again = _suffix_or_explain(bypass, inputs, leaves)
+        again = _suffix_or_explain(bypass, raw, leaves)
     for output in (got, again):
         difference = first_difference(want, output)
         if difference:
             raise CutError(_not_the_same(bypass, difference))
+    bypass.refuse_late_reads(_copy(inputs), originals)
     if want_gradients is not None:
         _compare_gradients(bypass, want_gradients, got_gradients)
         _look_for_lost_gradients(bypass, inputs, leaves, want_gradients)
     if model.training:
         _try_draws(bypass, inputs, originals)
+
+
+def _copy(inputs: Inputs) -> Inputs:
+    return inputs.map_tensors(torch.clone)
 
 
 def _moved(before: Sequence[tuple[int, str, Any]], after: Sequence[tuple[int, str, Any]]) -> set[tuple[int, str]]:
@@ -233,6 +258,12 @@ def _run_another(bypass: Bypass, inputs: Inputs) -> None:
             other = bypass.plan.sequences.padded(other, which, 1, "right", bypass.plan.read_before)
     with contextlib.suppress(Exception):  # one place too many for its table of positions, say
         bypass.prefix(other)
+    with contextlib.suppress(Exception):  # ids that mean something else, say
+        bypass.prefix(_with_content(bypass, inputs, "random"))
+
+
+def _storages(tensors: Sequence[torch.Tensor]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors if type(t) is torch.Tensor and t.numel()}
 
 
 def _versions(leaves: Sequence[torch.Tensor]) -> list[int]:
@@ -255,9 +286,35 @@ def _gradients(bypass: Bypass, output: Any) -> dict[str, torch.Tensor]:
         if tensor.requires_grad and tensor.is_floating_point():
             weights = torch.cos(torch.arange(tensor.numel(), device=tensor.device, dtype=torch.float32))
             total = total + (tensor.float().reshape(-1) * weights).sum()
-    if isinstance(total, torch.Tensor):
-        total.backward()
-    return {n: p.grad for n, p in bypass.model.named_parameters() if p.grad is not None}
+    if not isinstance(total, torch.Tensor):
+        return {}
+    named = [(name, p) for name, p in bypass.model.named_parameters() if p.requires_grad]
+    if not named:
+        return {}
+    with _without_users_hooks([p for _, p in named]):
+        try:  # accumulates nothing, so that an optimiser that runs in backward does not run
+            found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+        except RuntimeError as error:
+            if "heckpoint" not in str(error):
+                raise
+            total.backward()
+            found = [p.grad for _, p in named]
+    return {name: grad for (name, _), grad in zip(named, found, strict=True) if grad is not None}
+
+
+@contextlib.contextmanager
+def _without_users_hooks(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Hooks on parameters do not run for a proof: some of them are optimisers."""
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    kept = [(p, kind, getattr(p, kind, None)) for p in parameters for kind in kinds]
+    kept = [(p, kind, dict(hooks), hooks) for p, kind, hooks in kept if hooks]
+    for _, _, _, hooks in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for _, _, copied, hooks in kept:
+            hooks.update(copied)
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
@@ -408,18 +465,50 @@ def _prove_rows(bypass: Bypass) -> Padding:
             f"cannot cut at '{bypass.plan.cut}': the prefix gives other values each time it runs, even in eval "
             "mode, so one kept row would freeze one draw"
         )
-    for strength in (0.5, 8.0):
-        others = _rows(bypass, _others_replaced(bypass, example, strength))
-        _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced", LAST_BITS)
-    listed = example.with_lists_turned()
-    if listed is not None:
-        _refuse_mixing(bypass, rows, _rows(bypass, listed), "exchange what stands beside them in a list", 0.0)
+    tried = 0
+    for kind in CONTENTS:
+        others = _rows_if_it_runs(bypass, _others_replaced(bypass, example, kind))
+        if others is not None:
+            tried += 1
+            _refuse_mixing(bypass, [a[:1] for a in rows], [b[:1] for b in others], "are replaced", LAST_BITS)
+    if not tried:
+        raise CutError(
+            f"cannot cut at '{bypass.plan.cut}': the model runs beside no other objects than the example's, so that it "
+            "cannot be tried whether a row depends on them"
+        )
+    _refuse_counting(bypass, rows)
+    for listed in example.with_lists_changed():
+        found = _rows_if_it_runs(bypass, listed)
+        if found is not None:
+            _refuse_mixing(bypass, rows, found, "have something else beside them in a list", 0.0)
     _refuse_padding_of_others(bypass, example)
     turned = _rows(bypass, take_rows(example, [1, 0]))
     more = _rows(bypass, take_rows(example, [0, 1, 1, 0]))
     _refuse_mixing(bypass, rows, [leaf.flip(0) for leaf in turned], "change places")
     _refuse_mixing(bypass, rows, [leaf[:2] for leaf in more], "become more")
     return _prove_padding(bypass) if bypass.plan.sequences.masks else Padding()
+
+
+def _refuse_counting(bypass: Bypass, rows: Sequence[torch.Tensor]) -> None:
+    """A frozen layer that counts its calls must not act on the count."""
+    modules = {name: module for module, name in bypass.plan.modules.items()}
+    for owner, attribute in bypass.written:
+        outer = next((n for n in modules if owner == n or owner.startswith(f"{n}.")), None)
+        if outer is None:
+            continue
+        module = bypass.model.get_submodule(owner)
+        value = module.__dict__.get(attribute)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            module.__dict__[attribute] = value + 1000  # put back by `undisturbed`
+            later = _rows_if_it_runs(bypass, bypass.plan.example)
+            if later is None or any(
+                relative_difference(a, b) > noise(a.dtype) for a, b in zip(rows, later, strict=True)
+            ):
+                raise CutError(
+                    f"cannot cut at '{bypass.plan.cut}': '{owner}', which lies before it, counts its calls in "
+                    f"'{attribute}' and acts on the count, so that a row depends on when it was made"
+                )
+            module.__dict__[attribute] = value
 
 
 def _refuse_padding_of_others(bypass: Bypass, example: Inputs) -> None:
@@ -464,27 +553,57 @@ def _refuse_mixing(
 
 
 def _step(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0
+    step = torch.finfo(dtype).eps
+    return step / LAST_BITS if step > 1e-4 else step  # 16 bits: one step, which is much of a row already
 
 
 def _rows(bypass: Bypass, inputs: Inputs) -> list[torch.Tensor]:
     return [layout.to_rows(leaf) for layout, leaf in zip(bypass.plan.layouts, bypass.prefix(inputs), strict=True)]
 
 
-def _others_replaced(bypass: Bypass, inputs: Inputs, strength: float) -> Inputs:
+CONTENTS = ("halved", "eightfold", "random", "beyond", "constant")
+"""What is put in place of the other objects: their numbers made smaller or larger, others drawn, or all the same."""
+
+
+def _others_replaced(bypass: Bypass, inputs: Inputs, kind: str) -> Inputs:
     """The first object as it is; in place of the others, some with other content and the same mask."""
     first = take_rows(inputs, [0, 0])
+    changed = _with_content(bypass, take_rows(inputs, [1, 1]), kind).tensors()
 
     def other(name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or name not in bypass.plan.read_before:
+        if not isinstance(value, torch.Tensor) or name not in bypass.plan.read_before or not value.dim():
             return value
         mine = first.tensors()[name].clone()
-        if name in (*bypass.plan.sequences.masks, *bypass.plan.sequences.spatial):
-            return value
-        mine[1] = value[1].flip(-1) if value.dim() > 1 else value[1]
-        if value.is_floating_point():
-            mine[1] = mine[1] * strength + 0.1
+        mine[1] = changed[name][1]
         return mine
+
+    return first.map(other)
+
+
+def _with_content(bypass: Bypass, inputs: Inputs, kind: str) -> Inputs:
+    """The same call with other numbers, of the range that each input has."""
+    masks = (*bypass.plan.sequences.masks, *bypass.plan.sequences.spatial)
+    generator = torch.Generator().manual_seed(20_220_107)
+
+    def other(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or name in masks or not value.numel() or value.dtype is torch.bool:
+            return value
+        if value.is_floating_point() or value.is_complex():
+            scale = {"halved": 0.5, "eightfold": 8.0}.get(kind)
+            if scale is not None:
+                return value * scale + 0.1
+            if kind == "constant":
+                return torch.full_like(value, 0.3)
+            return (torch.randn(value.shape, generator=generator) * 1.3).to(value)
+        if kind == "constant":
+            return torch.full_like(value, int(value.max()))
+        if kind in ("random", "beyond"):  # ids over the example's largest may be none
+            low, high = int(value.min()), int(value.max())
+            low, high = (low, high) if kind == "random" else (0, high + 2)
+            return torch.randint(low, high + 1, value.shape, generator=generator).to(value)
+        return value.flip(-1)
 
     return inputs.map(other)
 
@@ -520,6 +639,9 @@ def _padding_matters(bypass: Bypass, which: int, side: str) -> str:
     filled = [rows for other in others if (rows := _rows_if_it_runs(bypass, other)) is not None]
     if not filled:
         return "the model takes nothing else at padded places, so that it cannot be tried whether they matter"
+    why = _hidden_places_matter(bypass, which, side)
+    if why:
+        return why
     tensors = padded.tensors()
     masks = [tensors[mask].bool() for mask in sequences.masks]
     for layout, a, b, *c in zip(plan.layouts, short, long, *filled, strict=True):
@@ -532,6 +654,36 @@ def _padding_matters(bypass: Bypass, which: int, side: str) -> str:
         if not all(torch.equal(b, other) for other in c):
             return "what stands at padded places changes a row"
     return _suffix_reads_padding(bypass, padded, masks)
+
+
+def _hidden_places_matter(bypass: Bypass, which: int, side: str) -> str:
+    """Whether what stands inside of the example at places that the mask hides changes a row."""
+    sequences = bypass.plan.sequences
+    example = sequences.without_padding(bypass.plan.example)
+    name = sequences.masks[which]
+    mask = torch.zeros_like(example.tensors()[name])
+    mask[:, 0 if side == "right" else -1] = 1
+    hidden = example.replace({name: mask})
+    following = {n for n, number in sequences.followers(example) if number == which and n != name}
+
+    def refilled(other: str, value: Any) -> Any:
+        if other not in following or other not in bypass.plan.read_before:
+            return value
+        places_hidden = ~mask.bool()
+        return torch.where(places_hidden.reshape(*mask.shape, *[1] * (value.dim() - 2)), value.flatten()[0], value)
+
+    one, two = (_rows_if_it_runs(bypass, inputs) for inputs in (hidden, hidden.map(refilled)))
+    if one is None or two is None:
+        return "the model does not run on texts of one token"
+    masks = [mask.bool() if at == which else None for at in range(len(sequences.masks))]
+    for layout, a, b in zip(bypass.plan.layouts, one, two, strict=True):
+        if layout.ragged_by == (which,):
+            a, b = a[masks[which]], b[masks[which]]
+        elif which in layout.ragged_by:
+            continue  # its places are told apart when padding is appended
+        if not torch.equal(a, b):
+            return "what stands at places that the mask hides changes a row"
+    return ""
 
 
 def _rows_if_it_runs(bypass: Bypass, inputs: Inputs) -> list[torch.Tensor] | None:
