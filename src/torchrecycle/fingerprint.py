@@ -252,9 +252,12 @@ def _function(value: Any, depth: int) -> str:
         parts = (_plain(part, depth + 1) for part in (value.func, value.args, value.keywords))
         return f"partial({', '.join(map(str, parts))})"
     function = value.__func__ if isinstance(value, types.MethodType) else value
-    words = [f"{function.__module__}.{function.__qualname__}"]
     if not isinstance(function, types.FunctionType):
-        return words[0]
+        named = (
+            f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+        )
+        return f"{named} {_plain(function, depth + 1)}" if isinstance(function, functools.partial) else named
+    words = [f"{function.__module__}.{function.__qualname__}"]
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # not filled yet
             words.append(str(_plain(cell.cell_contents, depth + 1)))

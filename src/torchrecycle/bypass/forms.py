@@ -131,7 +131,8 @@ class TreeForm:
             if isinstance(form, TensorForm) != isinstance(leaf, torch.Tensor):
                 return f"{_said(leaf)} where it gave {'a tensor' if isinstance(form, TensorForm) else _said(form)}"
             if isinstance(form, TensorForm):
-                if (leaf.dim(), leaf.dtype) != (len(form.dims), form.dtype):
+                cast = torch.is_autocast_enabled(leaf.device.type)
+                if leaf.dim() != len(form.dims) or (leaf.dtype != form.dtype and not cast):
                     return f"a tensor of {leaf.dim()} dimensions of {leaf.dtype}"
             elif isinstance(form, Dim):
                 if form.law != "free" and leaf != form.at(size):

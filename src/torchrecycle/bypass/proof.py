@@ -256,10 +256,10 @@ def _run_another(bypass: Bypass, inputs: Inputs) -> None:
     for which, mask in enumerate(bypass.plan.sequences.masks):
         if mask in other.tensors():
             other = bypass.plan.sequences.padded(other, which, 1, "right", bypass.plan.read_before)
-    with contextlib.suppress(Exception):  # one place too many for its table of positions, say
-        bypass.prefix(other)
-    with contextlib.suppress(Exception):  # ids that mean something else, say
-        bypass.prefix(_with_content(bypass, inputs, "random"))
+    # The last that runs counts: one place too many for a table of positions, and ids that mean something else, do not.
+    for batch in (inputs, other, _with_content(bypass, inputs, "random"), _with_content(bypass, other, "random")):
+        with contextlib.suppress(Exception):
+            bypass.prefix(batch)
 
 
 def _storages(tensors: Sequence[torch.Tensor]) -> set[int]:
