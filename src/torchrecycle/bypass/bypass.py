@@ -92,6 +92,7 @@ class Bypass:
             self._forms[self.shapes(plan.example)] = plan.forms
         self._share = share
         self._late: set[torch.Tensor] | None = None
+        self._captured: dict[int, Any] = {}
         with self.slotted(), undisturbed(model):
             reads = _read_parameters(self)
         self.constants = reads.constants
