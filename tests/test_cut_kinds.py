@@ -677,6 +677,43 @@ def test_one_tower_alone_whose_output_the_model_changes_afterwards(cut):
     assert torch.equal(got.logits_per_image, want.logits_per_image)
 
 
+class Branches(nn.Module):
+    """Writes into the list that it is given, as HRNet's stages do, and gives a size, as MViT's embedding does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, parts: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Size]:
+        parts[0] = self.one(parts[0])
+        parts[1] = self.two(parts[1])
+        return [parts[0] + parts[1], parts[0] - parts[1]], parts[0].shape[1:]
+
+
+class Branched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages, self.last = nn.ModuleList(Branches() for _ in range(3)), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [x, x * 2]
+        for stage in self.stages:
+            parts, size = stage(parts)
+        return self.last(parts[0] + parts[1]) * size[0]
+
+
+def test_layers_that_write_into_the_list_that_they_are_given_and_give_a_size():
+    torch.manual_seed(0)
+    model = Branched().eval()
+    x = torch.randn(4, 6)
+    want = model(x)
+    with recycle(model, x[:2], cut="stages.1", store="memory://") as recycling:
+        (batch,) = recycling.loader(list(x), batch_size=4)
+        for given in (batch, x, batch):
+            assert torch.equal(model(given), want)
+        assert recycling.stats.hits == 8
+
+
 # -- moving the cut ----------------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,8 @@ class TreeForm:
 
     def mismatch(self, output: Any, size: Size) -> str:
         """What an output holds besides its tensors that is not as here, in words; empty if nothing."""
-        leaves, spec = pytree.tree_flatten(output)
+        # Mapped first, as a trace does: a `torch.Size` becomes a tuple.
+        leaves, spec = pytree.tree_flatten(pytree.tree_map(lambda leaf: leaf, output))
         if spec != self.spec:
             return "another nest"
         for position, (form, leaf) in enumerate(zip(self.leaves, leaves, strict=True)):

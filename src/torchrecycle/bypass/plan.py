@@ -281,7 +281,7 @@ class _Planner:
     def _first_action(self, call: Call) -> Action:
         if any(call is cut for cut in self.cuts):
             return "keep"
-        return "run" if call.wrote or isinstance(self.forms[call.number], str) else "skip"
+        return "run" if isinstance(self.forms[call.number], str) else "skip"
 
     def _called_again(self) -> Iterator[str]:
         own = {call.number for call in self.before}
@@ -300,8 +300,6 @@ class _Planner:
 
     def _why_unkeepable(self, call: Call) -> str:
         form = self.forms[call.number]
-        if call.wrote:
-            return "it writes into a dict or a list that it is given, where later layers may look for it"
         if isinstance(form, str):
             return form
         if not form.tensors:
@@ -317,7 +315,7 @@ class _Planner:
         return ""
 
     def steps(self) -> tuple[Step, ...]:
-        return tuple(Step(call.number, call.name, self.actions[call.number]) for call in self.before)
+        return tuple(Step(call.number, call.name, self.actions[call.number], call.wrote) for call in self.before)
 
     @contextmanager
     def _running(self, run: Run, *, in_training: bool = False) -> Iterator[None]:
