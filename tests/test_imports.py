@@ -22,6 +22,7 @@ LEVELS = {
     "bypass": 2,
     "store": 2,
     "data": 3,
+    "files": 3,
     "cost": 3,
     "models": 3,
     "fill": 4,
