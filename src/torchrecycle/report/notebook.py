@@ -23,7 +23,8 @@ border-radius:6px;max-width:75rem;font-family:system-ui,sans-serif;line-height:1
 .torchrecycle table.levels{border-collapse:collapse;font-size:.85rem;color:var(--ink);background:var(--card)}
 .torchrecycle caption{text-align:left;font-weight:600;padding:.25rem 0}
 .torchrecycle .levels th,.torchrecycle .levels td{padding:.35rem .6rem;text-align:right;vertical-align:top;
-border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums;color:var(--ink);background:var(--card);white-space:nowrap}
+border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums;color:var(--ink);background:var(--card);
+white-space:nowrap}
 .torchrecycle .levels thead th,.torchrecycle .levels .verdict{white-space:normal}
 .torchrecycle .levels small,.torchrecycle .levels .tag{display:block;width:fit-content}
 .torchrecycle .levels tbody th,.torchrecycle .levels .words{text-align:left}
