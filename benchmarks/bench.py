@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchrecycle import recycle
-from torchrecycle.demo.run import machine
+from torchrecycle.sweep.environment import machine
 
 RESULTS = Path(__file__).parent / "results"
 

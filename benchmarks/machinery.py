@@ -31,7 +31,7 @@ from torch import nn
 from bench import RESULTS, Pooled, VectorHead
 from torchrecycle import Recycling, recycle
 from torchrecycle.bypass import Inputs
-from torchrecycle.demo.run import machine
+from torchrecycle.sweep.environment import machine
 
 GOAL = 150
 """Microseconds per step that the machinery may add."""

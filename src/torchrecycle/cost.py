@@ -147,11 +147,18 @@ class Cuts(Sequence[Cut]):
     def _repr_html_(self) -> str:
         import html
 
-        head, *rows = ["".join(f"<td>{html.escape(value)}</td>" for value in row) for row in self._rows()]
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        def row(cells: tuple[str, ...]) -> str:
+            name, *others = (html.escape(cell) for cell in cells)
+            if cells[2] == "no:":  # the reason has the room of all figures
+                others = [others[0], f'<td colspan="5" style="text-align: left">no: {others[2]}</td>']
+                return f'<tr><th scope="row">{name}</th><td>{others[0]}</td>{others[1]}</tr>'
+            return f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>"
+
+        head, *rows = self._rows()
+        heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
         return (
             f"<table><caption>{html.escape(self.heading())}</caption>"
-            f"<thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{body}</tbody></table>"
+            f"<thead><tr>{heads}</tr></thead><tbody>{''.join(map(row, rows))}</tbody></table>"
         )
 
 

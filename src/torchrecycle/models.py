@@ -24,7 +24,7 @@ from torch import nn
 
 from torchrecycle.errors import RecycleError
 
-__all__ = ["Loaded", "ModelError", "load_model"]
+__all__ = ["Loaded", "ModelError", "load_model", "published_weights"]
 
 RANDOM = "random, since none were given; for cuts they do not matter"
 
@@ -44,6 +44,8 @@ class Loaded:
     """A tensor, a tuple of tensors or a dict of tensors."""
     weights: str
     """Where they come from, in words."""
+    random: bool = False
+    """Whether they are random because none were given."""
 
     def shapes(self) -> dict[str, list[int]]:
         """The shapes of the example, by name."""
@@ -58,7 +60,14 @@ class Loaded:
 
 
 def load_model(
-    name: str, *, checkpoint: Path | None = None, size: int | None = None, batch: int = 2, tokens: int = 32
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    size: int | None = None,
+    batch: int = 2,
+    tokens: int = 32,
+    pretrained: bool = False,
+    headless: bool = False,
 ) -> Loaded:
     """Make a model and an example that it runs on.
 
@@ -69,27 +78,34 @@ def load_model(
         size: height and width of images, in pixels; what the model was made for if None.
         batch: objects in the example.
         tokens: tokens of each text in the example.
+        pretrained: let timm or torchvision take the weights that they publish, which may download them.
+        headless: without the layer that tells the classes of the data set that the model was trained on; then a file of
+            weights may hold another such layer, or none.
 
     Raises:
         ModelError: there is no such model, its library is not installed, or it does not take the weights or the size.
     """
     library, _, rest = name.partition("/")
+    if pretrained and checkpoint is not None:
+        raise ModelError("give either a file of weights or --pretrained, not both")
+    published = pretrained and library in ("timm", "torchvision")
+    weights = f"published by {library}" if published else RANDOM
     with _quiet():
         if library == "timm" and rest:
-            model, example = _from_timm(rest, size, batch)
-            weights = RANDOM
+            model, example = _from_timm(rest, size, batch, published)
         elif library == "torchvision" and rest:
-            model, example = _from_torchvision(rest, size, batch)
-            weights = RANDOM
+            model, example = _from_torchvision(rest, size, batch, published)
         elif Path(name).is_dir():
             model, example, weights = _from_folder(Path(name), size, batch, tokens)
         else:
             raise ModelError(_no_such_library(name))
         if checkpoint is not None:
-            _load_weights(name, model, checkpoint)
+            _load_weights(name, model, checkpoint, _classifier(model, library) if headless else ())
             weights = f"from {checkpoint.name}"
+        if headless:
+            _take_head_off(model, library)
         _must_run(name, model, example, size)
-    return Loaded(name, model, example, weights)
+    return Loaded(name, model, example, weights, weights == RANDOM)
 
 
 @contextmanager
@@ -167,7 +183,7 @@ def _one_line(error: Exception) -> str:
 # -- timm --------------------------------------------------------------------------------------------------------------
 
 
-def _from_timm(name: str, size: int | None, batch: int) -> tuple[nn.Module, Any]:
+def _from_timm(name: str, size: int | None, batch: int, published: bool) -> tuple[nn.Module, Any]:
     timm = _library("timm")
     if not timm.is_model(name):
         raise ModelError(f"timm has no model '{name}'{_near(name, timm.list_models())}")
@@ -177,7 +193,7 @@ def _from_timm(name: str, size: int | None, batch: int) -> tuple[nn.Module, Any]
     fixed = config is not None and config.fixed_input_size
     options = {"img_size": size} if size is not None and fixed and size != usual[1] else {}
     try:
-        model = timm.create_model(name, pretrained=False, **options)
+        model = timm.create_model(name, pretrained=published, **options)
     except Exception as error:
         asked = f" for images of {size} px" if options else ""
         raise ModelError(f"timm/{name} cannot be made{asked}: {_one_line(error)}.") from error
@@ -187,7 +203,7 @@ def _from_timm(name: str, size: int | None, batch: int) -> tuple[nn.Module, Any]
 # -- torchvision -------------------------------------------------------------------------------------------------------
 
 
-def _from_torchvision(name: str, size: int | None, batch: int) -> tuple[nn.Module, Any]:
+def _from_torchvision(name: str, size: int | None, batch: int, published: bool) -> tuple[nn.Module, Any]:
     models = _library("torchvision").models
     if name not in models.list_models():
         raise ModelError(f"torchvision has no model '{name}'{_near(name, models.list_models())}")
@@ -198,12 +214,31 @@ def _from_torchvision(name: str, size: int | None, batch: int) -> tuple[nn.Modul
             f"torchvision/{name} is a detector: it takes a list of images, each of a size of its own, for which no "
             "example can be made by name. In Python, cut its backbone: cuts(model.backbone, images)"
         )
-    model = models.get_model(name, weights=None, **_without_downloads(builder))
+    if published:
+        model = _with_published_weights(models, name)
+    else:
+        model = models.get_model(name, weights=None, **_without_downloads(builder))
     size = size or _usual_size(models, name)
     if ".optical_flow" in kind:
         return model, (_normal(batch, 3, size, size), _normal(batch, 3, size, size))
     frames = (16,) if ".video" in kind else ()
     return model, _normal(batch, 3, *frames, size, size)
+
+
+def _with_published_weights(models: Any, name: str) -> nn.Module:
+    try:
+        return models.get_model(name, weights="DEFAULT")
+    except Exception as error:
+        raise ModelError(
+            f"the published weights of torchvision/{name} cannot be had: {_one_line(error)}. Give a file with "
+            "--checkpoint"
+        ) from error
+
+
+def published_weights(name: str) -> Any:
+    """What torchvision says of the weights that it publishes for a model; None if there are none."""
+    models = _library("torchvision").models
+    return next(iter(models.get_model_weights(name)), None)
 
 
 def _without_downloads(builder: Callable[..., Any]) -> dict[str, Any]:
@@ -325,14 +360,33 @@ _MAKERS = {"input_ids": _texts, "pixel_values": _images, "input_values": _sounds
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def _load_weights(name: str, model: nn.Module, file: Path) -> None:
-    """Put a file's weights into the model.
+def _classifier(model: nn.Module, library: str) -> tuple[str, ...]:
+    """The names of the layers that tell the classes of the data set that a model was trained on."""
+    if library == "timm":
+        said: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+        return (said,) if isinstance(said, str) else tuple(said)
+    if library == "torchvision":
+        return tuple([name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:])
+    return ()
+
+
+def _take_head_off(model: nn.Module, library: str) -> None:
+    if library == "timm":
+        model.reset_classifier(0)  # pyright: ignore[reportCallIssue]
+        return
+    for name in _classifier(model, library):
+        model.set_submodule(name, nn.Identity())
+
+
+def _load_weights(name: str, model: nn.Module, file: Path, classifier: Sequence[str] = ()) -> None:
+    """Put a file's weights into the model. Those of its classifier stay as they are if it is named.
 
     Raises:
         ModelError: the file cannot be read, or is of another model.
     """
-    state = _read_weights(file)
-    own = model.state_dict()
+    inside = tuple(f"{layer}." for layer in classifier)
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
+    state = {key: tensor for key, tensor in _read_weights(file).items() if not key.startswith(inside)}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:
@@ -346,7 +400,7 @@ def _load_weights(name: str, model: nn.Module, file: Path) -> None:
                 f"{file} is of another model than {name}: '{key}' is {list(state[key].shape)} in it and "
                 f"{list(tensor.shape)} in the model"
             )
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=not classifier)  # what else might be missing has been named above
 
 
 def _read_weights(file: Path) -> dict[str, torch.Tensor]:

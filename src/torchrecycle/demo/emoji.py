@@ -8,7 +8,7 @@ or 26 files, and are left out. Hair changes with the tone, so the six are no mer
 earlier class. They are dropped, or a model would be asked to tell two equal pictures apart, and a picture could lie
 in both halves. What is left is 299 classes and 1,794 pictures.
 
-Half of the classes train, the other half evaluate (`torchrecycle.demo.split.halves`): what is asked is whether six
+Half of the classes train, the other half evaluate (`torchrecycle.sweep.splits.halves`): what is asked is whether six
 pictures of an emoji never seen before are found together.
 
 The pictures are drawn once (4 ms each) and kept as PNG files, so that reading the data set costs what it costs a user
@@ -24,21 +24,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from typing import Any
 
 from torchrecycle.demo.weights import package_folder
+from torchrecycle.sweep.datasets import PictureObjects, Preprocessing
 
 __all__ = [
     "DEFAULT_FOLDER",
-    "EmojiPictures",
+    "PREPROCESSING",
     "Picture",
     "class_name",
+    "class_names",
     "draw",
     "drop_identical",
-    "image_transform",
+    "emoji_objects",
     "toned_classes",
 ]
 
@@ -58,6 +57,13 @@ class Picture:
     """the PNG file"""
     label: str
     """its class: the code points without skin tones and variation selectors"""
+
+    def image(self) -> Any:
+        """As a PIL image."""
+        from PIL import Image
+
+        with Image.open(self.path) as image:
+            return image.convert("RGB")
 
 
 def class_name(code_points: str) -> str:
@@ -153,40 +159,16 @@ def drop_identical(pictures: Sequence[Picture]) -> list[Picture]:
     return kept
 
 
-def image_transform(pixels: int = 128) -> Callable[..., Tensor]:
-    """What EfficientNet-Lite0 was trained to see: bicubic, the middle 7/8, numbers from -1 to 1."""
-    from torchvision import transforms
-
-    return transforms.Compose(
-        [
-            transforms.Resize(int(pixels / 0.875), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(pixels),
-            transforms.ToTensor(),
-            transforms.Normalize([0.5] * 3, [0.5] * 3),
-        ]
-    )
+PREPROCESSING = Preprocessing(size=128, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=0.875)
+"""What EfficientNet-Lite0 was trained to see: bicubic, the middle 7/8, numbers from -1 to 1."""
 
 
-class EmojiPictures(Dataset[tuple[Tensor, Tensor]]):
-    """Pictures and class numbers, read from PNG files: ``(image [3, pixels, pixels], label [])``.
+def emoji_objects(pictures: Sequence[Picture]) -> PictureObjects:
+    """Pictures and class numbers, read from PNG files; their classes are numbered from 0 in sorted order."""
+    number = {label: i for i, label in enumerate(class_names(pictures))}
+    return PictureObjects(pictures, [number[picture.label] for picture in pictures], PREPROCESSING)
 
-    Args:
-        pictures: Which; their classes are numbered from 0 in sorted order.
-        pixels: Width and height after the transform.
-    """
 
-    def __init__(self, pictures: Sequence[Picture], *, pixels: int = 128) -> None:
-        self.pictures = tuple(pictures)
-        self.classes = tuple(sorted({picture.label for picture in self.pictures}))
-        number = {label: i for i, label in enumerate(self.classes)}
-        self.labels = torch.tensor([number[picture.label] for picture in self.pictures])
-        self.transform = image_transform(pixels)
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        from PIL import Image
-
-        with Image.open(self.pictures[index].path) as image:
-            return self.transform(image.convert("RGB")), self.labels[index]
+def class_names(pictures: Iterable[Picture]) -> list[str]:
+    """The distinct classes, sorted."""
+    return sorted({picture.label for picture in pictures})

@@ -10,8 +10,6 @@ from torchrecycle.report.words import (
     estimate,
     megabytes,
     seconds,
-    speed_up,
-    speed_up_against_frozen,
     times,
 )
 from torchrecycle.sweep.results import LevelResult, SweepResult
@@ -70,18 +68,18 @@ COSTS = (
     Column(
         "speed-up",
         "Total seconds of full training, by those of the level.",
-        lambda result, one: times(speed_up(result, one)),
+        lambda result, one: times(result.speed_up(one.level)),
     ),
     Column(
         "with filling",
         "The same with the pass that fills counted in, as if it served one training only.",
-        lambda result, one: times(speed_up(result, one, filling=True)),
+        lambda result, one: times(result.speed_up(one.level, filling=True)),
     ),
     Column(
         "against frozen",
         "An epoch with the same layers frozen but computed again, by an epoch from the store: what recycling itself "
         "gives, beside what freezing gives.",
-        lambda result, one: times(speed_up_against_frozen(one)),
+        lambda result, one: times(result.speed_up_against_frozen(one.level)),
     ),
     Column(
         "MB kept",

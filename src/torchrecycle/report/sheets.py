@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
-from torchrecycle.report.words import clean, speed_up, speed_up_against_frozen
+from torchrecycle.report.words import clean
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import LevelResult, SweepResult, Trial
 
@@ -98,9 +98,9 @@ def _level(result: SweepResult, one: LevelResult) -> tuple[Cell, ...]:
         one.total_seconds,
         one.search_seconds,
         one.frozen_epoch_seconds,
-        speed_up(result, one),
-        speed_up(result, one, filling=True),
-        speed_up_against_frozen(one),
+        result.speed_up(one.level),
+        result.speed_up(one.level, filling=True),
+        result.speed_up_against_frozen(one.level),
         one.bytes_kept,
         one.epochs_until_paid,
         result.recommendation.verdicts.get(one.level),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 
-from torchrecycle.sweep.results import Estimate, LevelResult, SweepResult
+from torchrecycle.sweep.results import Estimate
 
 __all__ = [
     "clean",
@@ -22,8 +22,6 @@ __all__ = [
     "rate",
     "seconds",
     "shortened",
-    "speed_up",
-    "speed_up_against_frozen",
     "times",
 ]
 
@@ -135,18 +133,3 @@ def rate(value: float) -> str:
     ('0.003', '0', '1e-05')
     """
     return f"{value:g}"
-
-
-def speed_up(result: SweepResult, level: LevelResult, *, filling: bool = False) -> float | None:
-    """Against full training; None if it was not run, or if the level took no time that could be measured."""
-    try:
-        return result.speed_up(level.level, filling=filling)
-    except ZeroDivisionError:
-        return None
-
-
-def speed_up_against_frozen(level: LevelResult) -> float | None:
-    """Of an epoch, against one with the same prefix frozen and computed again; None if that was not measured."""
-    if not level.frozen_epoch_seconds or not level.epoch_seconds:
-        return None
-    return level.frozen_epoch_seconds / level.epoch_seconds

@@ -18,39 +18,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PairScores", "pair_scores", "r_precision"]
+__all__ = ["PairScores", "pair_ranks", "pair_scores", "r_precision", "r_precision_of_each"]
 
 
 @torch.no_grad()
-def r_precision(embeddings: Tensor, labels: Tensor, *, block: int = 1024) -> float:
-    """Mean share of relatives among each object's R nearest neighbours, R being how many relatives it has.
-
-    Objects without a relative are neighbours of others but are not asked themselves.
+def r_precision_of_each(embeddings: Tensor, labels: Tensor, *, block: int = 1024) -> Tensor:
+    """The share of relatives among each object's R nearest neighbours, R being how many relatives it has.
 
     Args:
         embeddings: ``[objects, dim]``, of any length: cosines are compared.
         labels: ``[objects]``, integers
         block: Objects compared with all others at a time: memory is ``block * objects`` numbers.
 
+    Returns:
+        ``[objects]``, float64, 0 to 1; NaN for an object without a relative, which is a neighbour of others but is not
+        asked itself.
+
     Raises:
-        ValueError: no object has a relative, so there is nothing to measure.
+        ValueError: no object has a relative, so there is nothing to measure, or an embedding is not finite.
     """
-    unit = F.normalize(embeddings, dim=-1)
+    unit = _unit(embeddings)
     _, group, sizes = labels.unique(return_inverse=True, return_counts=True)
     relatives = sizes[group] - 1
     asked = relatives.nonzero().squeeze(1)
     if not len(asked):
         raise ValueError("r_precision needs at least one label that two objects share, and there is none")
     most = int(relatives.max())
-    total = 0.0
+    shares = torch.full((len(labels),), torch.nan, dtype=torch.float64, device=labels.device)
     for rows in asked.split(block):
         similar = unit[rows] @ unit.T
         similar[torch.arange(len(rows)), rows] = -torch.inf  # an object is no neighbour of itself
         nearest = similar.topk(most, dim=1).indices
         hit = group[nearest] == group[rows, None]
         counted = torch.arange(most, device=hit.device) < relatives[rows, None]
-        total += float(((hit & counted).sum(1).double() / relatives[rows]).sum())
-    return total / len(asked)
+        shares[rows] = (hit & counted).sum(1).double() / relatives[rows]
+    return shares
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    """Of length one. What is not finite has no neighbours, and a ranking of it would be a figure about nothing."""
+    if not embeddings.isfinite().all():
+        raise ValueError("an embedding holds NaN or infinity, so there is nothing to rank: did the training diverge?")
+    return F.normalize(embeddings, dim=-1)
+
+
+def r_precision(embeddings: Tensor, labels: Tensor, *, block: int = 1024) -> float:
+    """The mean of `r_precision_of_each` over all objects that have a relative.
+
+    Args:
+        embeddings: ``[objects, dim]``, of any length: cosines are compared.
+        labels: ``[objects]``, integers
+        block: Objects compared with all others at a time.
+
+    Raises:
+        ValueError: no object has a relative, so there is nothing to measure, or an embedding is not finite.
+    """
+    return float(r_precision_of_each(embeddings, labels, block=block).nanmean())
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +87,38 @@ class PairScores:
 
 
 @torch.no_grad()
-def pair_scores(queries: Tensor, answers: Tensor, *, block: int = 1024) -> PairScores:
-    """Rank all answers for each query by cosine.
+def pair_ranks(queries: Tensor, answers: Tensor, *, block: int = 1024) -> Tensor:
+    """Where each query's own answer comes when all answers are ranked by cosine; the best rank is 1.
 
     An answer exactly as similar as the own one counts as ranked before it, so an encoder that gives the same
-    embedding for everything scores 1/pairs and not 1.
+    embedding for everything ranks every answer last.
+
+    Args:
+        queries: ``[pairs, dim]``
+        answers: ``[pairs, dim]``, row i belongs to query i
+        block: Queries compared with all answers at a time.
+
+    Returns:
+        ``[pairs]``, integers from 1
+
+    Raises:
+        ValueError: the two sides differ in length or are empty, or an embedding is not finite.
+    """
+    if len(queries) != len(answers) or not len(queries):
+        raise ValueError(f"each query needs an answer: came {len(queries)} queries and {len(answers)} answers")
+    left, right = _unit(queries), _unit(answers)
+    ranks = []
+    for start in range(0, len(left), block):
+        similar = left[start : start + block] @ right.T
+        rows = torch.arange(len(similar), device=similar.device)
+        own = similar[rows, rows + start]
+        ranks.append((similar >= own[:, None]).sum(1))
+    return torch.cat(ranks)
+
+
+def pair_scores(queries: Tensor, answers: Tensor, *, block: int = 1024) -> PairScores:
+    """How well `pair_ranks` says that answers are found; an encoder that gives one embedding for everything scores
+    1/pairs and not 1.
 
     Args:
         queries: ``[pairs, dim]``
@@ -76,19 +126,7 @@ def pair_scores(queries: Tensor, answers: Tensor, *, block: int = 1024) -> PairS
         block: Queries compared with all answers at a time.
 
     Raises:
-        ValueError: the two sides differ in length, or are empty.
+        ValueError: the two sides differ in length or are empty, or an embedding is not finite.
     """
-    if len(queries) != len(answers) or not len(queries):
-        raise ValueError(
-            f"pair_scores needs an answer for each query: came {len(queries)} queries and {len(answers)} answers"
-        )
-    left, right = F.normalize(queries, dim=-1), F.normalize(answers, dim=-1)
-    first, reciprocal = 0, 0.0
-    for start in range(0, len(left), block):
-        similar = left[start : start + block] @ right.T
-        rows = torch.arange(len(similar), device=similar.device)
-        own = similar[rows, rows + start]
-        rank = (similar >= own[:, None]).sum(1)
-        first += int((rank == 1).sum())
-        reciprocal += float((1.0 / rank.double()).sum())
-    return PairScores(first / len(left), reciprocal / len(left))
+    ranks = pair_ranks(queries, answers, block=block).double()
+    return PairScores(float((ranks == 1).double().mean()), float((1 / ranks).mean()))

@@ -1,8 +1,8 @@
 """The command ``torchrecycle``: reads arguments, calls a room, prints.
 
-``torchrecycle demo --quick`` compares four levels of recycling in a minute and a half; ``torchrecycle cuts --model
-timm/resnet18`` shows where a model can be cut; ``torchrecycle store verify activations/`` looks for damaged rows. What
-a user did wrong is one line on stderr and exit code 2; ``--debug`` shows where it came from.
+``torchrecycle demo --quick`` compares four levels of recycling in a minute and a half; ``torchrecycle sweep images
+photos/`` does so on the user's own pictures; ``torchrecycle cuts --model timm/resnet18`` shows where a model can be
+cut; ``torchrecycle store verify activations/`` looks for damaged rows.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from torchrecycle.errors import RecycleError, StoreError
+from torchrecycle.cli.errors import Debug, one_line_errors
+from torchrecycle.cli.sweeps import sweep_app
+from torchrecycle.errors import StoreError
 
 __all__ = ["app"]
 
@@ -29,9 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 store_app = typer.Typer(help="What a store holds, and whether it is sound.", no_args_is_help=True)
+app.add_typer(sweep_app, name="sweep")
 app.add_typer(store_app, name="store")
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 class TaskName(str, Enum):
@@ -39,21 +40,6 @@ class TaskName(str, Enum):
 
     images = "images"
     texts = "texts"
-
-
-@contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
-    """A mistake is one line on stderr and exit code 2."""
-    try:
-        yield
-    except RecycleError as error:
-        if debug:
-            raise
-        typer.echo(f"torchrecycle: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("torchrecycle: stopped. What was computed is kept; the same command goes on from there.", err=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -66,14 +52,17 @@ def demo(
     store: Annotated[
         Path | None, typer.Option(help="Where rows are kept. A second run with the same folder fills nothing.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the page is written; .torchrecycle-demo/report if not given.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compare full training with recycling 50 %, 75 % and all but the head, on images and on texts."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from torchrecycle.demo.run import run_demo
 
         names = [task.value] if task else [name.value for name in TaskName]
-        report = run_demo(names, quick=quick, store=store, silent=as_json)
+        report = run_demo(names, quick=quick, store=store, out=out, silent=as_json)
         if as_json:
             print(json.dumps(report, indent=2))
 
@@ -97,7 +86,7 @@ def show_cuts(
     debug: Debug = False,
 ) -> None:
     """Where a model can be cut, what each cut saves and what it costs. Nothing is downloaded."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from torchrecycle.cost import cuts
         from torchrecycle.models import load_model
 
@@ -201,7 +190,7 @@ def _each(folder: Path, show: Callable[[str, Any], None]) -> int:
 @store_app.command("ls")
 def list_store(folder: Folder, debug: Debug = False) -> None:
     """One line for each fingerprint: model, cut, precision, rows, bytes."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
 
         def show(fingerprint: str, rows: Any) -> None:
             about = rows.about
@@ -214,7 +203,7 @@ def list_store(folder: Folder, debug: Debug = False) -> None:
 @store_app.command("stat")
 def stat_store(folder: Folder, debug: Debug = False) -> None:
     """How much the store holds in all."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         totals = [0, 0]
 
         def add(fingerprint: str, rows: Any) -> None:
@@ -228,7 +217,7 @@ def stat_store(folder: Folder, debug: Debug = False) -> None:
 @store_app.command("verify")
 def verify_store(folder: Folder, debug: Debug = False) -> None:
     """Check every row. Damaged segments are set aside, so that their rows are computed again."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         sound = []
 
         def verify(fingerprint: str, rows: Any) -> None:

@@ -1,0 +1,365 @@
+"""From a user's data and a trunk to a `Task`, with defaults for all that was not said.
+
+8,144 photos of 196 car models and EfficientNet-Lite0 become a task of similarity: half of the classes to be trained on,
+a tenth to choose a rate, the other half to test. `picture_task`, `text_task` and `pair_task` differ in what an object
+is; what is learned is an `Objective`.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from blake3 import blake3
+from torch import nn
+
+from torchrecycle.files import Pairs, Pictures, Texts
+from torchrecycle.keys import key
+from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, Preprocessing, TextObjects, tokenised
+from torchrecycle.sweep.encoders import ImageEncoder, TextEncoder
+from torchrecycle.sweep.objectives import Classify, Matching, Similar
+from torchrecycle.sweep.recipes import Recipe
+from torchrecycle.sweep.results import Sample
+from torchrecycle.sweep.splits import Splits, split_by_class, split_pairs, split_within_classes
+from torchrecycle.sweep.task import Objective, Split, Task
+from torchrecycle.sweep.trunks import Trunk
+
+__all__ = ["Settings", "pair_task", "picture_task", "text_task"]
+
+What = Literal["similarity", "classify"]
+THUMBNAIL = 112
+"""Pixels of the longer side of a picture that is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What can be set of a task; None takes the default."""
+
+    fraction: float = 1.0
+    """Share of the training split that is trained on, 0 to 1."""
+    epochs: int | None = None
+    """Passes over the training split; head only, whose epochs cost next to nothing, gets five times as many."""
+    batch_size: int | None = None
+    """Objects, or pairs, in a step."""
+    rate: float | None = None
+    """Learning rate of what is left of the trunk; with it, none is looked for."""
+    head_rate: float | None = None
+    """Learning rate of the head."""
+    tokens: int | None = None
+    """Of each text, at most."""
+    workers: int | None = None
+    """Processes that read; none on a processor, up to eight beside a graphics card."""
+    device: str | None = None
+    """``cpu``, ``cuda``; a graphics card if there is one."""
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def _recipes(settings: Settings, base: dict[str, Recipe]) -> Callable[[str, float], Recipe]:
+    """The recipe of each level: of those for ``full``, ``head`` and what lies between."""
+
+    def recipe(level: str, share: float) -> Recipe:
+        usual = base.get(level, base["between"])
+        epochs = usual.epochs if level in base else usual.epochs + round(2 * share)
+        if settings.epochs is not None:
+            epochs = settings.epochs * (5 if level == "head" else 1)
+        return Recipe(
+            epochs=epochs,
+            suffix_rate=0.0 if level == "head" else usual.suffix_rate if settings.rate is None else settings.rate,
+            head_rate=usual.head_rate if settings.head_rate is None else settings.head_rate,
+            batch_size=settings.batch_size or usual.batch_size,
+            scale=usual.scale,
+        )
+
+    return recipe
+
+
+_PICTURES = {
+    "full": Recipe(epochs=4, suffix_rate=3e-4, head_rate=1e-3, scale=8.0),
+    "between": Recipe(epochs=5, suffix_rate=3e-4, head_rate=1e-3, scale=8.0),
+    "head": Recipe(epochs=30, suffix_rate=0.0, head_rate=3e-3, scale=8.0),
+}
+_TEXTS = {
+    "full": Recipe(epochs=3, suffix_rate=1e-4, head_rate=1e-3, batch_size=32, scale=20.0),
+    "between": Recipe(epochs=4, suffix_rate=1e-4, head_rate=1e-3, batch_size=32, scale=20.0),
+    "head": Recipe(epochs=20, suffix_rate=0.0, head_rate=1e-3, batch_size=32, scale=20.0),
+}
+
+
+# -- what all tasks share ----------------------------------------------------------------------------------------------
+
+
+def _device(settings: Settings) -> torch.device:
+    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _workers(settings: Settings) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    return 0 if _device(settings).type == "cpu" else min(8, torch.get_num_threads())
+
+
+def _content_of(trunk: Trunk) -> str:
+    """A hash of the trunk: its name, its layers with what they say of themselves, its config, its weights."""
+    config = getattr(trunk.module, "config", None)
+    said = config.to_json_string() if hasattr(config, "to_json_string") else ""
+    pool = type(trunk.pool).__name__
+    return key((trunk.name, str(trunk.module), said, pool, dict(trunk.module.state_dict()))).hex()
+
+
+def _identity(*parts: Any) -> str:
+    return blake3(repr(parts).encode()).hexdigest(length=16)
+
+
+def _shared(trunk: Trunk, settings: Settings, identity: str) -> dict[str, Any]:
+    return {
+        "dim": trunk.dim,
+        "identity": _identity(identity, _content_of(trunk), settings.fraction),
+        "model": trunk.name,
+        "weights": trunk.weights,
+        "random_weights": trunk.random,
+        "device": _device(settings),
+        "workers": _workers(settings),
+    }
+
+
+def _numbers(labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The classes in sorted order, and the number of each object's."""
+    names = tuple(sorted(set(labels)))
+    number = {name: i for i, name in enumerate(names)}
+    return names, tuple(number[label] for label in labels)
+
+
+def _split_classes(what: What, names: Sequence[str], labels: Sequence[str], fraction: float) -> Splits:
+    divide = split_by_class if what == "similarity" else split_within_classes
+    return divide(names, labels, fraction=fraction)
+
+
+def _objective(what: What, labels: Sequence[str], splits: Splits) -> tuple[Objective, dict[str, int]]:
+    """What is learned, and the number of each class: for similarity, those of the training split come first."""
+    if what == "classify":
+        names = tuple(sorted(set(labels)))
+        return Classify(names), {name: i for i, name in enumerate(names)}
+    trained = sorted({labels[i] for i in splits.train})
+    others = sorted(set(labels) - set(trained))
+    return Similar(trained), {name: i for i, name in enumerate([*trained, *others])}
+
+
+_TITLES = {
+    ("images", "similarity"): "Which pictures are alike?",
+    ("images", "classify"): "What is in the picture?",
+    ("texts", "similarity"): "Which texts are alike?",
+    ("texts", "classify"): "What kind of text is it?",
+}
+
+
+def _make_splits(
+    splits: Splits, make: Callable[[Sequence[int]], Any], numbers: Sequence[int], name: str, sample: Any
+) -> dict[str, Split]:
+    """The three splits of objects that have a class."""
+    parts = {}
+    for part in ("train", "validation", "test"):
+        indices = getattr(splits, part)
+        parts[part] = Split(
+            dataset=make(indices),
+            labels=tuple(numbers[i] for i in indices),
+            name=f"{name} {_identity(indices, [numbers[i] for i in indices])}",
+            sample=(lambda i, indices=indices: sample(indices[i])) if part == "test" else None,
+        )
+    return parts
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Settings = Settings()) -> Task:
+    """Pictures that have a class.
+
+    Args:
+        pictures: as `torchrecycle.files.find_pictures` gives them.
+        trunk: of images.
+        what: ``classify`` tells known classes apart; ``similarity`` finds pictures of classes never trained on.
+        settings: what is not to be as usual.
+
+    Raises:
+        SplitError: there are too few classes or pictures.
+    """
+    preprocessing = trunk.preprocessing
+    assert preprocessing is not None
+    names = [picture.name for picture in pictures.items]
+    labels = [picture.label for picture in pictures.items]
+    splits = _split_classes(what, names, labels, settings.fraction)
+    objective, number = _objective(what, labels, splits)
+    numbers = [number[label] for label in labels]
+    module = trunk.module
+
+    def make(indices: Sequence[int]) -> PictureObjects:
+        return PictureObjects([pictures.items[i] for i in indices], [numbers[i] for i in indices], preprocessing)
+
+    def sample(index: int) -> Sample:
+        picture = pictures.items[index]
+        return Sample(title=picture.label, text=picture.name, picture=_thumbnail(picture.image()))
+
+    identity = _identity(pictures.identity, preprocessing, what)
+    return Task(
+        kind="images",
+        title=_TITLES["images", what],
+        objective=objective,
+        build=lambda head, unit: ImageEncoder(copy.deepcopy(module), head, unit=unit),
+        collate=None,
+        recipe=_recipes(settings, _PICTURES),
+        data=pictures.where,
+        left_out=pictures.left_out,
+        settings={
+            "image size": f"{preprocessing.size} px",
+            "preprocessing": _in_words(preprocessing),
+            **_said(settings),
+        },
+        **_make_splits(splits, make, numbers, identity, sample),
+        **_shared(trunk, settings, identity),
+    )
+
+
+def _in_words(preprocessing: Preprocessing) -> str:
+    mean, std = (", ".join(f"{n:.3g}" for n in each) for each in (preprocessing.mean, preprocessing.std))
+    return (
+        f"{preprocessing.interpolation} to {int(preprocessing.size / preprocessing.crop)} px, the middle "
+        f"{preprocessing.size}, mean {mean}, deviation {std}"
+    )
+
+
+def _said(settings: Settings) -> dict[str, str]:
+    """What was not left as usual."""
+    said = {"part of the training split": f"{settings.fraction:.0%}"} if settings.fraction != 1 else {}
+    if settings.rate is not None:
+        said["rate"] = f"{settings.rate:g}, given"
+    return said
+
+
+def _thumbnail(image: Any) -> str:
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def _tokens(trunk: Trunk, settings: Settings) -> int:
+    """As many as the model takes, but no more than 128 unless told."""
+    most = min(int(trunk.tokenizer.model_max_length), int(getattr(trunk.module.config, "max_position_embeddings", 512)))
+    return min(settings.tokens or 128, most)
+
+
+def _text_builder(trunk: Trunk) -> Callable[[nn.Module, bool], nn.Module]:
+    module, pool = trunk.module, trunk.pool
+    return lambda head, unit: TextEncoder(copy.deepcopy(module), head, unit=unit, pool=copy.deepcopy(pool))
+
+
+def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Settings()) -> Task:
+    """Texts that have a class.
+
+    Args:
+        texts: as `torchrecycle.files.find_texts` gives them.
+        trunk: of texts.
+        what: ``classify`` tells known classes apart; ``similarity`` finds texts of classes never trained on.
+        settings: what is not to be as usual.
+
+    Raises:
+        SplitError: there are too few classes or texts.
+    """
+    names = [f"{i}:{text}" for i, text in enumerate(texts.texts)]
+    splits = _split_classes(what, names, texts.labels, settings.fraction)
+    objective, number = _objective(what, texts.labels, splits)
+    numbers = [number[label] for label in texts.labels]
+    tokens = _tokens(trunk, settings)
+    ids = tokenised(trunk.tokenizer, texts.texts, tokens=tokens)
+
+    def make(indices: Sequence[int]) -> TextObjects:
+        return TextObjects([ids[i] for i in indices], [numbers[i] for i in indices])
+
+    def sample(index: int) -> Sample:
+        return Sample(title=texts.labels[index], text=texts.texts[index])
+
+    identity = _identity(texts.identity, what, tokens, _vocabulary(trunk))
+    return Task(
+        kind="texts",
+        title=_TITLES["texts", what],
+        objective=objective,
+        build=_text_builder(trunk),
+        collate=PadTexts(trunk.tokenizer.pad_token_id),
+        recipe=_recipes(settings, _TEXTS),
+        data=texts.where,
+        left_out=texts.left_out,
+        settings={"tokens of a text": f"{tokens} at most", **_said(settings)},
+        **_make_splits(splits, make, numbers, identity, sample),
+        **_shared(trunk, settings, identity),
+    )
+
+
+def _vocabulary(trunk: Trunk) -> str:
+    """What tells one tokenizer from another: its tokens, and what it does with a text."""
+    tokenizer = trunk.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return _identity(backend.to_str())
+    return _identity(sorted(tokenizer.get_vocab().items()), str(tokenizer))
+
+
+def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Task:
+    """Pairs of texts that belong together.
+
+    Args:
+        pairs: as `torchrecycle.files.find_pairs` gives them.
+        trunk: of texts.
+        settings: what is not to be as usual.
+
+    Raises:
+        SplitError: there are too few pairs.
+    """
+    objective = Matching()
+    splits = split_pairs(pairs.left, pairs.right, fraction=settings.fraction)
+    tokens = _tokens(trunk, settings)
+    left, right = (tokenised(trunk.tokenizer, side, tokens=tokens) for side in (pairs.left, pairs.right))
+    identity = _identity(pairs.identity, tokens, _vocabulary(trunk))
+
+    def part(indices: Sequence[int], *, shown: bool = False) -> Split:
+        def sample(i: int) -> Sample:
+            side, title = (pairs.left, "left") if i < len(indices) else (pairs.right, "right")
+            return Sample(title=title, text=side[indices[i % len(indices)]])
+
+        data = PairTexts([left[i] for i in indices], [right[i] for i in indices])
+        return Split(data, name=f"{identity} {_identity(indices)}", sample=sample if shown else None)
+
+    used = sum(len(getattr(splits, name)) for name in ("train", "validation", "test"))
+    unused = () if settings.fraction < 1 or used == len(pairs.left) else (_of_shared_texts(len(pairs.left), used),)
+    return Task(
+        kind="pairs",
+        title="Which right text belongs to the left one?",
+        train=part(splits.train),
+        validation=part(splits.validation),
+        test=part(splits.test, shown=True),
+        objective=objective,
+        build=_text_builder(trunk),
+        collate=PadTexts(trunk.tokenizer.pad_token_id),
+        recipe=_recipes(settings, _TEXTS),
+        data=pairs.where,
+        left_out=(*pairs.left_out, *unused),
+        settings={"tokens of a text": f"{tokens} at most", **_said(settings)},
+        **_shared(trunk, settings, identity),
+    )
+
+
+def _of_shared_texts(pairs: int, used: int) -> str:
+    return (
+        f"{pairs - used:,} of {pairs:,} pairs are not used: one of their texts is in another pair of the same "
+        "split, and "
+        "would count as a wrong answer"
+    )

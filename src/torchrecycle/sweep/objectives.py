@@ -1,0 +1,209 @@
+"""What can be learned: which class an object has, which objects are alike, which text belongs to which.
+
+`Classify` trains class scores and counts hits. `Similar` trains embeddings so that objects of classes that were never
+seen lie beside each other, and measures R-precision. `Matching` does so for pairs of texts, and ranks all answers for
+each question.
+
+For an untrained model, a class is told by the nearest mean of the test split's own classes, each object left out of its
+own mean (Rocchio's rule, leave-one-out): what the pretrained features are good for with no training at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchrecycle.similarity import CosineSoftmax, MultipleNegativesRanking, pair_ranks, r_precision_of_each
+from torchrecycle.sweep.datasets import PairBatches, two_by_two
+from torchrecycle.sweep.encoders import ResidualHead, class_head
+from torchrecycle.sweep.recipes import Recipe
+from torchrecycle.sweep.results import Found
+from torchrecycle.sweep.task import Evaluation, Feed, Objective, Split
+
+__all__ = ["Classify", "Matching", "Similar"]
+
+NEAREST = 5
+"""How many neighbours of an object are shown."""
+
+
+def _all_outputs(feed: Feed, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    found = [feed(batch) for batch in batches]
+    outputs, targets = (torch.cat(part) for part in zip(*found, strict=True))
+    return outputs.float().cpu(), targets.cpu()
+
+
+def _evaluation(scores: dict[str, Tensor], found: Sequence[Found]) -> Evaluation:
+    quality = {name: float(each.nanmean()) for name, each in scores.items()}
+    return Evaluation(quality, {name: tuple(each.tolist()) for name, each in scores.items()}, tuple(found))
+
+
+def _nearest(embeddings: Tensor, query: int, *, among: Tensor, leave_out: int | None) -> list[int]:
+    similar = among @ embeddings[query]
+    if leave_out is not None:
+        similar[leave_out] = -torch.inf
+    return similar.topk(min(NEAREST, len(among) - (leave_out is not None))).indices.tolist()
+
+
+class Classify(Objective):
+    """Which of the known classes is it?
+
+    Args:
+        names: of the classes, in the order of their numbers.
+    """
+
+    metric = "accuracy"
+    metrics = {
+        "accuracy": "share of the objects whose class is told right",
+        "mean recall": "the same for each class, then the mean over the classes: small classes count as much",
+    }
+    loss = "cross-entropy"
+    unit = False
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+
+    def make_head(self, dim: int) -> nn.Module:
+        return class_head(dim, len(self.names))
+
+    def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
+        return nn.CrossEntropyLoss()
+
+    def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
+        return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator}
+
+    def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
+        for batch in batches:
+            yield loss(*feed(batch))
+
+    def evaluate(
+        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, trained: bool
+    ) -> Evaluation:
+        outputs, labels = _all_outputs(feed, batches)
+        if not outputs.isfinite().all():
+            raise ValueError("an output holds NaN or infinity: did the training diverge?")
+        scores = outputs if trained else _scores_by_nearest_mean(outputs, labels, len(self.names))
+        said = scores.argmax(1)
+        right = (said == labels).double()
+        counts = torch.bincount(labels, minlength=len(self.names)).double()
+        weight = len(labels) / (counts[labels] * (counts > 0).sum())
+        each = {"accuracy": right, "mean recall": right * weight}
+        embeddings = F.normalize(outputs - outputs.mean(0) if trained else outputs, dim=-1)
+        sure = scores.softmax(1).max(1).values
+        found = []
+        for query in queries:
+            nearest = _nearest(embeddings, query, among=embeddings, leave_out=query)
+            note = f"told to be {self.names[int(said[query])]}"
+            note += f" ({float(sure[query]):.0%} sure)" if trained else ""
+            found.append(Found(query, tuple(nearest), tuple(bool(labels[n] == labels[query]) for n in nearest), note))
+        return _evaluation(each, found)
+
+    def clusters(self, split: Split) -> tuple[int, ...]:
+        return split.labels
+
+
+def _scores_by_nearest_mean(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Cosines to the mean of each class of the split, of its own class without the object itself."""
+    sums = torch.zeros(classes, features.shape[1]).index_add_(0, labels, features)
+    scores = F.normalize(features, dim=-1) @ F.normalize(sums, dim=-1).T
+    without = F.normalize(sums[labels] - features, dim=-1)
+    scores[torch.arange(len(labels)), labels] = (F.normalize(features, dim=-1) * without).sum(1)
+    return scores.masked_fill(torch.bincount(labels, minlength=classes) == 0, -torch.inf)
+
+
+class Similar(Objective):
+    """Which objects are of the same class, where the class was never trained on?
+
+    Args:
+        names: of the classes that are trained on, in the order of their numbers.
+    """
+
+    metric = "R-precision"
+    metrics = {
+        "R-precision": (
+            "of an object's R nearest neighbours, R being how many others of its class there are, the share of "
+            "its class"
+        )
+    }
+    loss = "softmax over cosines to one learned vector per training class"
+    unit = True
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+
+    def make_head(self, dim: int) -> nn.Module:
+        return ResidualHead(dim)
+
+    def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        return CosineSoftmax(len(self.names), dim, scale=recipe.scale, generator=generator)
+
+    def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
+        return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator}
+
+    def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
+        for batch in batches:
+            yield loss(*feed(batch))
+
+    def evaluate(
+        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, trained: bool
+    ) -> Evaluation:
+        embeddings, labels = _all_outputs(feed, batches)
+        each = r_precision_of_each(embeddings, labels)
+        found = []
+        for query in queries:
+            nearest = _nearest(embeddings, query, among=embeddings, leave_out=query)
+            found.append(Found(query, tuple(nearest), tuple(bool(labels[n] == labels[query]) for n in nearest), ""))
+        return _evaluation({"R-precision": each}, found)
+
+    def clusters(self, split: Split) -> tuple[int, ...]:
+        return split.labels
+
+
+class Matching(Objective):
+    """Which right text belongs to the left one?"""
+
+    metric = "reciprocal rank"
+    metrics = {
+        "reciprocal rank": "all right texts are ranked for each left one: the mean of 1 / rank of its own",
+        "precision@1": "share of the left texts whose own right one is ranked first",
+    }
+    loss = "multiple negatives ranking, both ways"
+    unit = True
+
+    def make_head(self, dim: int) -> nn.Module:
+        return ResidualHead(dim)
+
+    def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
+        return MultipleNegativesRanking(scale=recipe.scale)
+
+    def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
+        pairs = len(split) // 2
+        return {"batch_sampler": PairBatches(pairs, batch_size=recipe.batch_size, generator=generator)}
+
+    def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
+        for left, right in two_by_two(batches):
+            yield loss(feed(left)[0], feed(right)[0])
+
+    def steps(self, batches: Sized) -> int:
+        return len(batches) // 2
+
+    def evaluate(
+        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, trained: bool
+    ) -> Evaluation:
+        embeddings, _ = _all_outputs(feed, batches)
+        left, right = embeddings.chunk(2)
+        ranks = pair_ranks(left, right)
+        pairs = len(left)
+        found = []
+        for query in queries:
+            nearest = _nearest(left, query, among=right, leave_out=None)
+            note = f"its own is ranked {int(ranks[query]):,} of {pairs:,}"
+            found.append(Found(query, tuple(n + pairs for n in nearest), tuple(n == query for n in nearest), note))
+        return _evaluation({"reciprocal rank": 1 / ranks.double(), "precision@1": (ranks == 1).double()}, found)
+
+    def clusters(self, split: Split) -> tuple[int, ...]:
+        return tuple(range(len(split) // 2))
