@@ -107,7 +107,7 @@ def _workers(settings: Settings) -> int:
 
 def _content_of(trunk: Trunk) -> str:
     """A hash of the trunk: its name, its layers with what they say of themselves, its config, its weights."""
-    config = getattr(trunk.module, "config", None)
+    config: Any = getattr(trunk.module, "config", None)
     said = config.to_json_string() if hasattr(config, "to_json_string") else ""
     pool = type(trunk.pool).__name__
     return key((trunk.name, str(trunk.module), said, pool, dict(trunk.module.state_dict()))).hex()
