@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 from torchrecycle.files.errors import DataError, readable, shown
 
-__all__ = ["Found", "Listing", "Piece", "list_files", "plain"]
+__all__ = ["Listing", "Piece", "list_files", "plain"]
 
 _ADDED = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
@@ -105,37 +105,27 @@ Piece: TypeAlias = WholeFile | Stretch | Packed
 # ----------------------------------------------------------------------------------------------------- listing
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A file that was found."""
-
-    piece: Piece
-    """How to read it."""
-    stamp: tuple[int, int]
-    """What tells that it has changed: size and mtime_ns of a file, place and size in an archive."""
-
-
 @dataclass(slots=True)
 class Listing:
     """What a folder or an archive holds."""
 
     where: Path
     """The folder or archive."""
-    files: dict[str, Found] = field(default_factory=dict)
-    """By name: relative, with ``/``."""
+    files: dict[str, Piece] = field(default_factory=dict)
+    """How to read each, by name: relative, with ``/``."""
     folders: list[str] = field(default_factory=list)
     """Those that are said to be there, also empty ones."""
     twice: list[str] = field(default_factory=list)
     """Names that an archive holds more than once; the last is kept, as unpacking would."""
-    stamp: tuple[int, int] = (0, 0)
-    """Size and mtime_ns of an archive."""
+    size: int = 0
+    """Bytes of an archive."""
     loops: list[str] = field(default_factory=list)
     """Links that lead to a folder around them, which are not followed."""
 
-    def add(self, name: str, found: Found) -> None:
+    def add(self, name: str, piece: Piece) -> None:
         if name in self.files:
             self.twice.append(name)
-        self.files[name] = found
+        self.files[name] = piece
 
 
 def plain(name: str) -> str:
@@ -162,7 +152,7 @@ def list_files(where: Path) -> Listing:
             begin = file.read(8)
     suffix = where.suffix.lower()
     packed = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), suffix)
-    listing = Listing(where, stamp=(status.st_size, status.st_mtime_ns))
+    listing = Listing(where, size=status.st_size)
     if packed in _UNPACK:
         raise DataError(
             f"{shown(where)} is a compressed tar, which cannot be read in any order. "
@@ -203,10 +193,10 @@ def _walk(listing: Listing, folder: str, below: str, around: frozenset[tuple[int
             status = entry.stat()
         except OSError:
             # A link that leads nowhere: it stays in the list, so that it is missed when it is read.
-            listing.add(name, Found(WholeFile(entry.path), (0, 0)))
+            listing.add(name, WholeFile(entry.path))
             continue
         if stat.S_ISREG(status.st_mode):
-            listing.add(name, Found(WholeFile(entry.path), (status.st_size, status.st_mtime_ns)))
+            listing.add(name, WholeFile(entry.path))
         elif stat.S_ISDIR(status.st_mode):
             _enter(listing, entry.path, name, around)
 
@@ -235,8 +225,8 @@ def _list_tar(listing: Listing, suffix: str) -> Listing:
         if isinstance(error, DataError):
             raise
         raise DataError(_no_tar(listing, suffix, str(error))) from None
-    if listing.stamp[0] % 512:
-        raise DataError(f"{shown(path)} is cut off: its size, {listing.stamp[0]:,}, is no multiple of 512. Get it anew")
+    if listing.size % 512:
+        raise DataError(f"{shown(path)} is cut off: its size, {listing.size:,}, is no multiple of 512. Get it anew")
     for name, target in links:
         if target in listing.files:
             listing.add(name, listing.files[target])
@@ -261,7 +251,7 @@ def _add_member(listing: Listing, member: tarfile.TarInfo, links: list[tuple[str
         links.append((name, plain(posixpath.join(posixpath.dirname(name), member.linkname))))
     elif member.isreg() and not member.issparse():
         piece = Stretch(str(listing.where), member.offset_data, member.size)
-        listing.add(name, Found(piece, (member.offset_data, member.size)))
+        listing.add(name, piece)
 
 
 def _list_zip(listing: Listing) -> Listing:
@@ -288,4 +278,4 @@ def _add_info(listing: Listing, info: zipfile.ZipInfo) -> None:
         raise DataError(f"{shown(listing.where)} is packed in a way that cannot be read: unpack it to a folder")
     deflated = info.compress_type == zipfile.ZIP_DEFLATED
     piece = Packed(str(listing.where), info.header_offset, info.compress_size, deflated, info.CRC)
-    listing.add(name, Found(piece, (info.header_offset, info.compress_size)))
+    listing.add(name, piece)

@@ -16,9 +16,11 @@ import posixpath
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from torchrecycle.files.decoding import decode, quiet
 from torchrecycle.files.errors import DataError, LeftOut, count_of, examples, shown
@@ -52,17 +54,23 @@ class Picture:
     """Its class."""
     piece: Piece
     """Where its bytes are."""
+    digest: bytes = b""
+    """BLAKE3 of its bytes when it was checked; empty if it was not."""
 
     def read(self) -> bytes:
         """The bytes of the file.
 
         Raises:
-            DataError: if they are no longer there.
+            DataError: if they are no longer there, or no longer what they were when the picture was checked: what is
+                known of it, such as a row that is kept under this data set's name, would be of another picture.
         """
         try:
-            return self.piece.read()
+            data = self.piece.read()
         except Exception as error:
             raise DataError(f"cannot read {shown(self.name)}: {_why_unreadable(error)}") from None
+        if self.digest and _digest(data) != self.digest:
+            raise DataError(f"{shown(self.name)} was changed while it was in use. Start again: what is new is computed")
+        return data
 
     def image(self) -> Image:
         """The picture in mode RGB, upright, and on white where it is transparent.
@@ -77,6 +85,10 @@ class Picture:
             raise
         except ValueError as error:
             raise DataError(f"cannot decode {shown(self.name)}: {error}") from None
+
+
+def _digest(data: bytes) -> bytes:
+    return blake3(data).digest(length=16)
 
 
 def _why_unreadable(error: Exception) -> str:
@@ -94,7 +106,7 @@ class Pictures:
     left_out: tuple[str, ...]
     """What was left out, a line each, for the user."""
     identity: str
-    """Hash of names, labels, sizes and times of change of every file, in hex: of an archive, its own and the places."""
+    """Hash of the names, labels and content of all pictures, in hex."""
     where: str
     """In words: ``cars/images.tar, 8,144 pictures of 196 classes, labels from labels.csv``."""
 
@@ -131,12 +143,12 @@ def find_pictures(
     else:
         named = _by_table(listing, Path(labels), file_column, label_column, left_out)
         step = "Name another column with --label-column, or add pictures of other classes"
-    pictures = [Picture(name, label, listing.files[name].piece) for name, label in sorted(named.items())]
+    pictures = [Picture(name, label, listing.files[name]) for name, label in sorted(named.items())]
     pictures = _with_classes(pictures, left_out, where, step)
     whole = _decoded(pictures, left_out)
     if len(whole) < len(pictures):
         whole = _with_classes(whole, left_out, where, step)
-    return Pictures(tuple(whole), tuple(left_out.lines), _identity(listing, whole), _in_words(where, whole, labels))
+    return Pictures(tuple(whole), tuple(left_out.lines), _identity(whole), _in_words(where, whole, labels))
 
 
 def _note_loops(listing: Listing, left_out: LeftOut) -> None:
@@ -151,9 +163,8 @@ def _with_classes(pictures: Sequence[Picture], left_out: LeftOut, where: Path, s
     return [pictures[i] for i in keep_classes(labels, left_out, noun="picture", where=shown(where), step=step)]
 
 
-def _identity(listing: Listing, pictures: Iterable[Picture]) -> str:
-    rows = [(picture.name, picture.label, listing.files[picture.name].stamp) for picture in pictures]
-    return key((listing.stamp, rows)).hex()
+def _identity(pictures: Iterable[Picture]) -> str:
+    return key([(picture.name, picture.label, picture.digest) for picture in pictures]).hex()
 
 
 def _in_words(where: Path, pictures: Sequence[Picture], labels: Path | None) -> str:
@@ -418,11 +429,11 @@ def _decoded(pictures: Sequence[Picture], left_out: LeftOut) -> list[Picture]:
     pool = ThreadPoolExecutor(max_workers=min(THREADS, os.cpu_count() or 1))
     try:
         with quiet(), progress("checking pictures", len(pictures), unit="pictures") as shown_:
-            for picture, why in zip(pictures, pool.map(_fault, pictures), strict=True):
+            for picture, (digest, why) in zip(pictures, pool.map(_checked, pictures), strict=True):
                 if why:
                     broken.append(f"{shown(picture.name)} ({why})")
                 else:
-                    whole.append(picture)
+                    whole.append(replace(picture, digest=digest))
                 shown_.advance()
     finally:
         # Also on Ctrl-C, where the rest must not be waited for.
@@ -433,12 +444,13 @@ def _decoded(pictures: Sequence[Picture], left_out: LeftOut) -> list[Picture]:
     return whole
 
 
-def _fault(picture: Picture) -> str | None:
-    """Why a picture cannot be used, or None."""
+def _checked(picture: Picture) -> tuple[bytes, str | None]:
+    """The digest of a picture's bytes, and why it cannot be used, or None."""
     try:
-        decode(picture.piece.read())
+        data = picture.piece.read()
+        decode(data)
     except DataError:
         raise
     except Exception as error:
-        return _why_unreadable(error)
-    return None
+        return b"", _why_unreadable(error)
+    return _digest(data), None
