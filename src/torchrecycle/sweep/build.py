@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import importlib.metadata
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
         picture = pictures.items[index]
         return Sample(title=picture.label, text=picture.name, picture=_thumbnail(picture.image()))
 
-    identity = _identity(pictures.identity, preprocessing, what)
+    identity = _identity(pictures.identity, preprocessing, what, _readers())
     return Task(
         kind="images",
         title=_TITLES["images", what],
@@ -224,6 +225,11 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
         **_make_splits(splits, make, numbers, identity, sample),
         **_shared(trunk, settings, identity),
     )
+
+
+def _readers() -> dict[str, str]:
+    """What decodes and resizes: another version may give other numbers."""
+    return {name: importlib.metadata.version(name) for name in ("pillow", "torchvision")}
 
 
 def _in_words(preprocessing: Preprocessing) -> str:
@@ -288,7 +294,7 @@ def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Setti
     def sample(index: int) -> Sample:
         return Sample(title=texts.labels[index], text=texts.texts[index])
 
-    identity = _identity(texts.identity, what, tokens, _vocabulary(trunk))
+    identity = _identity(texts.identity, what, _all_ids(ids))
     return Task(
         kind="texts",
         title=_TITLES["texts", what],
@@ -304,13 +310,9 @@ def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Setti
     )
 
 
-def _vocabulary(trunk: Trunk) -> str:
-    """What tells one tokenizer from another: its tokens, and what it does with a text."""
-    tokenizer = trunk.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return _identity(backend.to_str())
-    return _identity(sorted(tokenizer.get_vocab().items()), str(tokenizer))
+def _all_ids(ids: Sequence[torch.Tensor]) -> str:
+    """A hash of what the tokenizer made of all texts: which tokenizer it was, and of which version, follows from it."""
+    return _identity([each.tolist() for each in ids])
 
 
 def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Task:
@@ -328,7 +330,7 @@ def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Ta
     splits = split_pairs(pairs.left, pairs.right, fraction=settings.fraction)
     tokens = _tokens(trunk, settings)
     left, right = (tokenised(trunk.tokenizer, side, tokens=tokens) for side in (pairs.left, pairs.right))
-    identity = _identity(pairs.identity, tokens, _vocabulary(trunk))
+    identity = _identity(pairs.identity, _all_ids([*left, *right]))
 
     def part(indices: Sequence[int], *, shown: bool = False) -> Split:
         def sample(i: int) -> Sample:

@@ -170,7 +170,7 @@ class _Sweep:
             "task": task.identity,
             "precision": plan.precision,
             "machine": machine(task.device),
-            "torch": torch.__version__,
+            "versions": {name: version for name, version in versions().items() if name not in ("python", "numpy")},
         }
         self.queries = _queries(task)
         self.judged = task.validation if task.validation is not None else task.test
@@ -201,7 +201,7 @@ class _Sweep:
         return Journal.key({**self.facts, **facts})
 
     def _known(self, **facts: Any) -> dict[str, Any]:
-        record = self.journal.read(self._key(**facts))
+        record = self.journal.read(self._key(**facts), facts["kind"])
         if record is None:
             raise _MissingRecord
         return record
@@ -221,7 +221,8 @@ class _Sweep:
     def _attach(self, levels: Sequence[str], stack: ExitStack) -> dict[str, _Runner]:
         """A model of its own for each recycled level, so that all are filled in one pass."""
         runners: dict[str, _Runner] = {}
-        cuts: dict[str, str] = {}
+        done = [level for level in self.levels if level not in levels and level != "full"]
+        cuts = {self._known_place(level).cut: level for level in done}
         for level in levels:
             if level == "full":
                 continue
@@ -290,7 +291,7 @@ class _Sweep:
         """How good the pretrained model is, from the rows of the head's level if they are there."""
         task = self.task
         key = self._key(kind="untrained", queries=list(self.queries))
-        record = self.journal.read(key)
+        record = self.journal.read(key, "untrained")
         if record is not None:
             return record
         model = task.build_untrained()
@@ -315,7 +316,7 @@ class _Sweep:
 
     def _place(self, level: str, runner: _Runner) -> _Place:
         key = self._key(kind="place", level=level)
-        record = self.journal.read(key)
+        record = self.journal.read(key, "place")
         if record is not None:
             return _Place(**record["place"])
         count = sum(parameter.numel() for parameter in runner.trained)
@@ -369,7 +370,7 @@ class _Sweep:
         runner: _Runner | None,
     ) -> Trial:
         key = self._trial_key(level, place.cut, recipe, seed, purpose)
-        record = self.journal.read(key)
+        record = self.journal.read(key, "trial")
         weights = self._weights_file(key) if purpose == "final" else None
         if record is not None and (weights is None or weights.is_file()):
             return trial_from_json(record["trial"])
