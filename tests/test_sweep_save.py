@@ -354,18 +354,19 @@ def odd_pictures(folder: Path) -> None:
     plain.convert("1").save(folder / "bits.png")
 
 
-def test_pictures_of_all_kinds_are_read_as_in_training(tmp_path: Path):
+@pytest.mark.parametrize("crop", [0.9, None])
+def test_pictures_of_all_kinds_are_read_as_in_training(tmp_path: Path, crop: float | None):
     from torchrecycle.sweep.datasets import Preprocessing
     from torchrecycle.sweep.servable.load_images import make_transform, open_picture
 
     odd_pictures(tmp_path / "pictures" / "a")
     odd_pictures(tmp_path / "pictures" / "b")
     preprocessing = Preprocessing(
-        size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), interpolation="bilinear", crop=0.9
+        size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), interpolation="bilinear", crop=crop
     )
     ours = preprocessing.transform()
     theirs = make_transform(
-        {"size": 32, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "crop": 0.9}
+        {"size": 32, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "crop": crop}
     )
     found = find_pictures(tmp_path / "pictures").items
     assert len(found) == 14

@@ -21,7 +21,7 @@ from torch import nn
 
 from torchrecycle.files import Pairs, Pictures, Texts
 from torchrecycle.keys import key
-from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, Preprocessing, TextObjects, tokenised
+from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, TextObjects, tokenised
 from torchrecycle.sweep.encoders import ImageEncoder, TextEncoder
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
@@ -219,7 +219,7 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
         left_out=pictures.left_out,
         settings={
             "image size": f"{preprocessing.size} px",
-            "preprocessing": _in_words(preprocessing),
+            "preprocessing": str(preprocessing),
             **_said(settings),
         },
         **_make_splits(splits, make, numbers, identity, sample),
@@ -230,14 +230,6 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
 def _readers() -> dict[str, str]:
     """What decodes and resizes: another version may give other numbers."""
     return {name: importlib.metadata.version(name) for name in ("pillow", "torchvision")}
-
-
-def _in_words(preprocessing: Preprocessing) -> str:
-    mean, std = (", ".join(f"{n:.3g}" for n in each) for each in (preprocessing.mean, preprocessing.std))
-    return (
-        f"{preprocessing.interpolation} to {int(preprocessing.size / preprocessing.crop)} px, the middle "
-        f"{preprocessing.size}, mean {mean}, deviation {std}"
-    )
 
 
 def _said(settings: Settings) -> dict[str, str]:

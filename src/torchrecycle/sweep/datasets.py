@@ -39,19 +39,33 @@ class Readable(Protocol):
     def image(self) -> Any: ...
 
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """From a picture to what a model takes: the shorter side resized, the middle cut out, channels normalised."""
+    """From a picture to what a model takes: the whole of it squeezed into a square, or its middle; then normalised."""
 
     size: int
     """Height and width of what the model takes, in pixels."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: tuple[float, ...] = IMAGENET_MEAN
     """Of each channel, of numbers from 0 to 1."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     """``bicubic``, ``bilinear``, ``nearest``, ``lanczos``, ``box`` or ``hamming``, as PIL does it."""
-    crop: float = 0.875
-    """Which share of the resized picture's shorter side is cut out."""
+    crop: float | None = 0.875
+    """Which share of the resized picture's shorter side is cut out; None takes the whole picture, squeezed."""
+
+    def _resized(self) -> int | list[int]:
+        """The shorter side, or both."""
+        return [self.size, self.size] if self.crop is None else int(self.size / self.crop)
+
+    def __str__(self) -> str:
+        side = self._resized()
+        how = f"{side} px, the middle {self.size}" if isinstance(side, int) else f"{self.size} times {self.size} px"
+        mean, std = (", ".join(f"{n:.3g}" for n in each) for each in (self.mean, self.std))
+        return f"{self.interpolation} to {how}, mean {mean}, deviation {std}"
 
     def transform(self) -> Any:
         """A torchvision transform from a PIL image to a tensor ``[3, size, size]``."""
@@ -59,9 +73,7 @@ class Preprocessing:
 
         return transforms.Compose(
             [
-                transforms.Resize(
-                    int(self.size / self.crop), interpolation=transforms.InterpolationMode(self.interpolation)
-                ),
+                transforms.Resize(self._resized(), interpolation=transforms.InterpolationMode(self.interpolation)),
                 transforms.CenterCrop(self.size),
                 transforms.ToTensor(),
                 transforms.Normalize(self.mean, self.std),

@@ -128,12 +128,12 @@ def make_trunk(config: dict[str, Any], folder: Path) -> nn.Module:
 
 def make_transform(said: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
     """From an RGB picture to ``[3, size, size]``, as in training."""
+    size, crop = said["size"], said["crop"]
+    resized = [size, size] if crop is None else int(size / crop)
     return transforms.Compose(
         [
-            transforms.Resize(
-                int(said["size"] / said["crop"]), interpolation=transforms.InterpolationMode(said["interpolation"])
-            ),
-            transforms.CenterCrop(said["size"]),
+            transforms.Resize(resized, interpolation=transforms.InterpolationMode(said["interpolation"])),
+            transforms.CenterCrop(size),
             transforms.ToTensor(),
             transforms.Normalize(said["mean"], said["std"]),
         ]
