@@ -10,14 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 
-from torchrecycle.demo.emoji import EmojiPictures, class_name, draw, drop_identical, image_transform, toned_classes
-from torchrecycle.demo.faq import PairBatches, PairTexts, distinct, load_pairs, pad_texts, split_pairs, two_by_two
-from torchrecycle.demo.recipes import IMAGE_RECIPES, LEVELS, TEXT_RECIPES, quicker
-from torchrecycle.demo.split import halves
-from torchrecycle.demo.tasks import EpochReport, ImageTask, TextTask
+import small  # noqa: F401  (one thread)
+from torchrecycle.demo.emoji import class_name, class_names, draw, drop_identical, emoji_objects, toned_classes
+from torchrecycle.demo.faq import distinct, load_pairs, pair_texts, split_pairs
+from torchrecycle.demo.recipes import IMAGE_CUTS, IMAGE_RECIPES, TEXT_CUTS, TEXT_RECIPES, quicker
+from torchrecycle.demo.tasks import image_task, text_task
 from torchrecycle.demo.weights import MissingPackageError, image_trunk, lite0_state, package_folder, text_trunk
+from torchrecycle.sweep.datasets import Preprocessing
+from torchrecycle.sweep.fit import fit
+from torchrecycle.sweep.run import LEVELS
+from torchrecycle.sweep.splits import halves
+from torchrecycle.sweep.task import Split, Task
 
 DAISY, PALACE = 985, 698
 
@@ -30,13 +36,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def images(drawn: Path) -> ImageTask:
-    return ImageTask.load(drawn, quick=True)
+def images(drawn: Path) -> Task:
+    return image_task(drawn, quick=True)
 
 
 @pytest.fixture(scope="module")
-def texts() -> TextTask:
-    return TextTask.load(quick=True)
+def texts() -> Task:
+    return text_task(quick=True)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -46,7 +52,7 @@ def _photographs() -> torch.Tensor:
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
-    transform = image_transform(224)
+    transform = Preprocessing(size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).transform()
     return torch.stack([transform(Image.fromarray(load_sample_image(f"{n}.jpg"))) for n in ("flower", "china")])
 
 
@@ -105,13 +111,20 @@ def test_323_classes_of_six_of_which_24_are_drawn_as_another(drawn: Path):
 
 
 def test_no_class_and_no_identical_picture_is_in_both_halves(drawn: Path):
-    task = ImageTask.load(drawn)
-    train, evaluation = task.train_dataset, task.eval_dataset
-    assert (len(train.classes), len(evaluation.classes)) == (150, 149)
-    assert not set(train.classes) & set(evaluation.classes)
-    contents = [{picture.path.read_bytes() for picture in half.pictures} for half in (train, evaluation)]
+    task = image_task(drawn)
+    train, test = task.train.dataset.pictures, task.test.dataset.pictures
+    assert (len(class_names(train)), len(class_names(test))) == (150, 149)
+    assert not set(class_names(train)) & set(class_names(test))
+    contents = [{picture.path.read_bytes() for picture in half} for half in (train, test)]
     assert not contents[0] & contents[1]
-    assert sum(map(len, contents)) == len(train) + len(evaluation) == 1794
+    assert sum(map(len, contents)) == len(train) + len(test) == 1794
+
+
+def test_classes_are_numbered_from_zero_in_sorted_order(images: Task):
+    names = class_names(images.train.dataset.pictures)
+    assert images.train.labels == tuple(names.index(p.label) for p in images.train.dataset.pictures)
+    assert sorted(set(images.train.labels)) == list(range(len(names)))
+    assert [int(images.train.dataset[i][1]) for i in (0, 5, 6)] == list(images.train.labels[:1]) * 2 + [1]
 
 
 def test_drawing_resumes_and_leaves_only_whole_pictures(tmp_path: Path):
@@ -132,7 +145,7 @@ def test_drawing_resumes_and_leaves_only_whole_pictures(tmp_path: Path):
     pictures = draw(tmp_path, labels=labels)
     assert sorted(tmp_path.rglob("*.*")) == sorted(picture.path for picture in pictures)
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
-    image, label = EmojiPictures(pictures)[11]
+    image, label = emoji_objects(pictures)[11]
     assert image.shape == (3, 128, 128)
     assert label == 1
     assert image.max() == 1.0  # white
@@ -146,99 +159,133 @@ def test_halves_are_pinned():
 # -- FAQ ---------------------------------------------------------------------------------------------------------------
 
 
-def test_untrained_minilm_finds_557_of_1000_answers():
-    task = TextTask(train_dataset=None, eval_dataset=PairTexts(load_pairs()), quick=False)
-    assert len(task.eval_dataset) == 2 * 503
-    figures = task.evaluate(task.build_model(), DataLoader(task.eval_dataset, **task.eval_arguments()))
-    assert figures["precision@1"] == pytest.approx(0.557, abs=0.002)
-    assert figures["reciprocal rank"] == pytest.approx(0.671, abs=0.002)
+def test_untrained_minilm_finds_557_of_1000_answers(texts: Task):
+    whole = Split(pair_texts(load_pairs()))
+    assert len(whole) == 2 * 503
+    loader = DataLoader(whole.dataset, **texts.eval_arguments())
+    found = texts.evaluate(texts.build_untrained(), loader, whole, trained=False)
+    assert found.quality["precision@1"] == pytest.approx(0.557, abs=0.002)
+    assert found.quality["reciprocal rank"] == pytest.approx(0.671, abs=0.002)
+    assert len(found.scores["reciprocal rank"]) == 503
 
 
 def test_no_question_and_no_answer_is_in_both_halves():
     pairs = load_pairs()
-    train, evaluation = split_pairs(pairs)
-    assert sorted(map(pairs.index, train + evaluation)) == list(range(503))
-    assert abs(len(train) - len(evaluation)) < 10
+    train, test = split_pairs(pairs)
+    assert sorted(map(pairs.index, train + test)) == list(range(503))
+    assert abs(len(train) - len(test)) < 10
     for side in ("question", "answer"):
-        assert not {getattr(p, side) for p in train} & {getattr(p, side) for p in evaluation}
+        assert not {getattr(p, side) for p in train} & {getattr(p, side) for p in test}
     alone = distinct(train)
     assert [p for p in train if p in alone] == alone
     assert len({p.question for p in alone}) == len(alone) == len({p.question for p in train})
 
 
-def test_a_step_is_the_questions_of_some_pairs_and_then_their_answers():
-    data = PairTexts(load_pairs()[:70])
-    sampler = PairBatches(70, batch_size=32, generator=torch.Generator().manual_seed(0))
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=pad_texts)
-    steps = list(two_by_two(loader))
-    assert len(loader) == 2 * len(steps) == 4  # the last six pairs are left out
+def test_a_step_is_the_questions_of_some_pairs_and_then_their_answers(texts: Task):
+    data = texts.train.dataset
+    assert data.pairs == 63
+    recipe = replace(texts.recipe("head", 1.0), batch_size=20)
+    batches = list(DataLoader(data, **texts.loader_arguments(recipe, seed=0)))
+    assert len(batches) == 2 * 3  # the last three pairs are left out
+    steps = list(zip(batches[::2], batches[1::2], strict=True))
     seen = torch.cat([questions["pair"] for questions, _ in steps])
-    assert len(seen.unique()) == 64
+    assert len(seen.unique()) == 60
     for questions, answers in steps:
         assert torch.equal(questions["pair"], answers["pair"])
         assert questions["attention_mask"].sum(1).max() == questions["input_ids"].shape[1]
         for row, pair in enumerate(answers["pair"].tolist()):
             length = int(answers["attention_mask"][row].sum())
-            assert torch.equal(answers["input_ids"][row, :length], data[70 + pair]["input_ids"])
+            assert torch.equal(answers["input_ids"][row, :length], data[63 + pair]["input_ids"])
+
+
+def test_what_is_shown_of_a_pair_is_its_question_and_its_answer(texts: Task):
+    sample = texts.test.sample
+    assert sample is not None
+    pairs = split_pairs(load_pairs()[::4])[1]
+    assert (sample(3).title, sample(3).text) == ("question", pairs[3].question)
+    assert (sample(len(pairs) + 3).title, sample(len(pairs) + 3).text) == ("answer", pairs[3].answer)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_an_untrained_image_encoder_gives_the_pretrained_embedding(images: ImageTask):
+def test_an_untrained_image_encoder_gives_the_pretrained_embedding(images: Task):
     example = images.example()
-    assert torch.equal(images.build_model().eval()(example), F.normalize(image_trunk()(example), dim=-1))
+    expected = F.normalize(image_trunk()(example), dim=-1)
+    assert torch.equal(images.build_untrained()(example), expected)
+    assert torch.equal(images.build_model()(example), expected)
 
 
 @torch.no_grad()
-def test_an_untrained_text_encoder_gives_the_pretrained_embedding(texts: TextTask):
+def test_an_untrained_text_encoder_gives_the_pretrained_embedding(texts: Task):
     example = texts.example()
     hidden = text_trunk()(**example).last_hidden_state
     lengths = example["attention_mask"].sum(1).tolist()
     assert len(set(lengths)) > 1
     means = torch.stack([row[:length].mean(0) for row, length in zip(hidden, lengths, strict=True)])
-    torch.testing.assert_close(texts.build_model().eval()(**example), F.normalize(means, dim=-1))
+    torch.testing.assert_close(texts.build_untrained()(**example), F.normalize(means, dim=-1))
+    torch.testing.assert_close(texts.build_model()(**example), F.normalize(means, dim=-1))
 
 
-def test_every_recipe_cuts_at_a_module_of_its_model(images: ImageTask, texts: TextTask):
-    for task, recipes in ((images, IMAGE_RECIPES), (texts, TEXT_RECIPES)):
+def test_every_level_has_a_recipe_and_a_cut_at_a_module_of_its_model(images: Task, texts: Task):
+    for task, recipes, cuts in ((images, IMAGE_RECIPES, IMAGE_CUTS), (texts, TEXT_RECIPES, TEXT_CUTS)):
         modules = dict(task.build_model().named_modules())
         assert tuple(recipes) == LEVELS
-        assert all(recipe.cut is None or recipe.cut in modules for recipe in recipes.values())
-        assert task.recipe("head") == quicker(recipes["head"])
+        assert set(task.cuts) == set(cuts) == set(LEVELS) - {"full"}
+        assert all(cut in modules for cut in cuts.values())
+        assert task.recipe("head", 1.0) == quicker(recipes["head"])
 
 
-def test_building_a_model_does_not_move_the_global_generator(texts: TextTask):
+def test_building_a_model_does_not_move_the_global_generator(texts: Task):
     before = torch.get_rng_state()
     texts.build_model()
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def _moved(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+
+
+def _before(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
 @pytest.mark.parametrize("name", ["images", "texts"])
 def test_fit_trains_the_given_parameters_and_nothing_else(name: str, request: pytest.FixtureRequest):
-    task = request.getfixturevalue(name)
-    model, recipe = task.build_model(), replace(task.recipe("head"), epochs=3)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    batches = list(DataLoader(task.train_dataset, **task.loader_arguments(recipe, seed=0)))[:2]
-    reports: list[EpochReport] = []
+    task: Task = request.getfixturevalue(name)
+    model, recipe = task.build_model(), replace(task.recipe("head", 1.0), epochs=3)
+    before = _before(model)
+    batches = list(DataLoader(task.train.dataset, **task.loader_arguments(recipe, seed=0)))[:2]
+    asked: list[int] = []
+
+    def judge(epoch: int) -> float | None:
+        asked.append(epoch)
+        return epoch / 10 if epoch > 1 else None
+
     generator = torch.get_rng_state()
     model.trunk.requires_grad_(False)
-    seconds = task.fit(model, model.head.parameters(), batches, recipe, seed=0, on_epoch=reports.append)
+    points = fit(task, model, model.head.parameters(), batches, recipe, seed=0, judge=judge)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert [report.epoch for report in reports] == [1, 2, 3]
-    assert seconds == [report.seconds for report in reports]
-    assert reports[-1].loss < reports[0].loss
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert moved == {"head.linear.weight", "head.linear.bias"}
+    assert [point.epoch for point in points] == asked == [1, 2, 3]
+    assert [point.quality for point in points] == [None, 0.2, 0.3]
+    assert 0 < points[0].seconds < points[1].seconds < points[2].seconds
+    assert points[-1].loss < points[0].loss
+    assert _moved(model, before) == {"head.linear.weight", "head.linear.bias"}
 
 
-def test_the_rates_of_a_recipe_reach_the_parameters_they_are_for(images: ImageTask):
-    model, recipe = images.build_model(), replace(images.recipe("full"), epochs=1, head_rate=0.0, warm_up=0.0)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    batches = [next(iter(DataLoader(images.train_dataset, **images.loader_arguments(recipe, seed=0))))]
-    images.fit(model, model.parameters(), batches, recipe, seed=0)
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert "trunk.conv_stem.weight" in moved
-    assert "trunk.conv_head.weight" in moved
-    assert not [key for key in moved if key.startswith("head.") or "running" in key]
+def _one_step(task: Task, **changes: float) -> set[str]:
+    """What a step of full training moves."""
+    model = task.build_model()
+    recipe = replace(task.recipe("full", 0.0), epochs=1, warm_up=0.0, **changes)
+    before = _before(model)
+    batches = [next(iter(DataLoader(task.train.dataset, **task.loader_arguments(recipe, seed=0))))]
+    fit(task, model, model.parameters(), batches, recipe, seed=0)
+    return _moved(model, before)
+
+
+def test_the_rates_of_a_recipe_reach_the_parameters_they_are_for_and_batch_norm_keeps_its_statistics(images: Task):
+    moved = _one_step(images, head_rate=0.0)
+    assert {"trunk.conv_stem.weight", "trunk.bn1.weight", "trunk.conv_head.weight"} <= moved
+    assert not [key for key in moved if key.startswith("head.") or "running" in key or "num_batches" in key]
+    assert _one_step(images, suffix_rate=0.0) == {"head.linear.weight", "head.linear.bias"}

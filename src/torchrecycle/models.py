@@ -218,7 +218,7 @@ def _from_torchvision(name: str, size: int | None, batch: int, published: bool) 
         model = _with_published_weights(models, name)
     else:
         model = models.get_model(name, weights=None, **_without_downloads(builder))
-    size = size or _usual_size(models, name)
+    size = size or _usual_size(name)
     if ".optical_flow" in kind:
         return model, (_normal(batch, 3, size, size), _normal(batch, 3, size, size))
     frames = (16,) if ".video" in kind else ()
@@ -236,9 +236,9 @@ def _with_published_weights(models: Any, name: str) -> nn.Module:
 
 
 def published_weights(name: str) -> Any:
-    """What torchvision says of the weights that it publishes for a model; None if there are none."""
+    """What torchvision says of the best weights that it publishes for a model; None if there are none."""
     models = _library("torchvision").models
-    return next(iter(models.get_model_weights(name)), None)
+    return getattr(models.get_model_weights(name), "DEFAULT", None)
 
 
 def _without_downloads(builder: Callable[..., Any]) -> dict[str, Any]:
@@ -250,9 +250,9 @@ def _without_downloads(builder: Callable[..., Any]) -> dict[str, Any]:
     return options
 
 
-def _usual_size(models: Any, name: str) -> int:
+def _usual_size(name: str) -> int:
     """What the published weights were made for; 224 where they say nothing of it."""
-    default = next(iter(models.get_model_weights(name)), None)
+    default = published_weights(name)
     crop = getattr(default.transforms, "keywords", {}).get("crop_size", 224) if default is not None else 224
     return crop if isinstance(crop, int) else crop[0]
 

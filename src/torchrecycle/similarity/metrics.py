@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PairScores", "pair_ranks", "pair_scores", "r_precision", "r_precision_of_each"]
+from torchrecycle.errors import RecycleError
+
+__all__ = ["NotFiniteError", "PairScores", "pair_ranks", "pair_scores", "r_precision", "r_precision_of_each"]
+
+
+class NotFiniteError(RecycleError, ValueError):
+    """An output of a model holds NaN or infinity, so no figure can be made of it."""
 
 
 @torch.no_grad()
@@ -35,7 +41,8 @@ def r_precision_of_each(embeddings: Tensor, labels: Tensor, *, block: int = 1024
         asked itself.
 
     Raises:
-        ValueError: no object has a relative, so there is nothing to measure, or an embedding is not finite.
+        ValueError: no object has a relative, so there is nothing to measure.
+        NotFiniteError: an embedding is not finite.
     """
     unit = _unit(embeddings)
     _, group, sizes = labels.unique(return_inverse=True, return_counts=True)
@@ -58,7 +65,10 @@ def r_precision_of_each(embeddings: Tensor, labels: Tensor, *, block: int = 1024
 def _unit(embeddings: Tensor) -> Tensor:
     """Of length one. What is not finite has no neighbours, and a ranking of it would be a figure about nothing."""
     if not embeddings.isfinite().all():
-        raise ValueError("an embedding holds NaN or infinity, so there is nothing to rank: did the training diverge?")
+        raise NotFiniteError(
+            "an embedding holds NaN or infinity, so there is nothing to rank: the training has diverged, or the "
+            "weights that it began with hold some already"
+        )
     return F.normalize(embeddings, dim=-1)
 
 
@@ -71,7 +81,8 @@ def r_precision(embeddings: Tensor, labels: Tensor, *, block: int = 1024) -> flo
         block: Objects compared with all others at a time.
 
     Raises:
-        ValueError: no object has a relative, so there is nothing to measure, or an embedding is not finite.
+        ValueError: no object has a relative, so there is nothing to measure.
+        NotFiniteError: an embedding is not finite.
     """
     return float(r_precision_of_each(embeddings, labels, block=block).nanmean())
 
@@ -102,7 +113,8 @@ def pair_ranks(queries: Tensor, answers: Tensor, *, block: int = 1024) -> Tensor
         ``[pairs]``, integers from 1
 
     Raises:
-        ValueError: the two sides differ in length or are empty, or an embedding is not finite.
+        ValueError: the two sides differ in length or are empty.
+        NotFiniteError: an embedding is not finite.
     """
     if len(queries) != len(answers) or not len(queries):
         raise ValueError(f"each query needs an answer: came {len(queries)} queries and {len(answers)} answers")
@@ -126,7 +138,8 @@ def pair_scores(queries: Tensor, answers: Tensor, *, block: int = 1024) -> PairS
         block: Queries compared with all answers at a time.
 
     Raises:
-        ValueError: the two sides differ in length or are empty, or an embedding is not finite.
+        ValueError: the two sides differ in length or are empty.
+        NotFiniteError: an embedding is not finite.
     """
     ranks = pair_ranks(queries, answers, block=block).double()
     return PairScores(float((ranks == 1).double().mean()), float((1 / ranks).mean()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import EpochPoint
 from torchrecycle.sweep.task import Task
@@ -36,7 +37,7 @@ def fit(
 ) -> list[EpochPoint]:
     """Train in place. The global generator, which dropout draws from, is seeded, and put back at the end.
 
-    A loss that is no longer finite ends the training: the last point then says so.
+    A loss or an output that is no longer finite ends the training: the last point then has a loss of NaN.
 
     Args:
         task: what is trained.
@@ -63,10 +64,14 @@ def fit(
             _train_mode(model)
             mean = _run_epoch(objective.losses(task.feed(model), loss, loader), optimizer, rates)
             seconds += time.perf_counter() - began
-            finite = math.isfinite(mean)
-            quality = judge(epoch) if judge is not None and finite else None
+            quality = None
+            try:
+                if judge is not None and math.isfinite(mean):
+                    quality = judge(epoch)
+            except NotFiniteError:  # the last step of the epoch did it: no loss has seen it yet
+                mean = math.nan
             points.append(EpochPoint(epoch, seconds, mean, quality))
-            if not finite:
+            if not math.isfinite(mean):
                 break
     return points
 

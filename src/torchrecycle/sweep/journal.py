@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,17 @@ class Journal:
         """128 bits of all that a record depends on, as hexadecimal digits."""
         return blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest(length=16)
 
-    def read(self, key: str) -> dict[str, Any] | None:
-        """A record, or None if there is none.
+    def read(self, key: str, kind: str) -> dict[str, Any] | None:
+        """A record of a kind, such as ``trial``, or None if there is none.
 
         Raises:
-            JournalError: the file cannot be read.
+            JournalError: the file cannot be read, or holds something else.
         """
-        return self._read(self.folder / f"{key}.json")
+        path = self.folder / f"{key}.json"
+        record = self._read(path)
+        if record is not None and record.get("kind") != kind:
+            raise JournalError(f"{path} holds no record of a {kind}: delete it, and it is made anew")
+        return record
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:
@@ -83,7 +88,8 @@ class Journal:
                 "another --out, and the same command goes on"
             ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing can be written, nothing is there to be removed
+                temporary.unlink(missing_ok=True)
 
     def all(self, kind: str) -> Iterator[dict[str, Any]]:
         """Every record of a kind, such as ``fill``."""

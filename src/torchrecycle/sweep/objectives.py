@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecycle.similarity import CosineSoftmax, MultipleNegativesRanking, pair_ranks, r_precision_of_each
+from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.datasets import PairBatches, two_by_two
 from torchrecycle.sweep.encoders import ResidualHead, class_head
 from torchrecycle.sweep.recipes import Recipe
@@ -84,7 +85,10 @@ class Classify(Objective):
     ) -> Evaluation:
         outputs, labels = _all_outputs(feed, batches)
         if not outputs.isfinite().all():
-            raise ValueError("an output holds NaN or infinity: did the training diverge?")
+            raise NotFiniteError(
+                "an output holds NaN or infinity: the training has diverged, or the weights that it began with hold "
+                "some already"
+            )
         scores = outputs if trained else _scores_by_nearest_mean(outputs, labels, len(self.names))
         said = scores.argmax(1)
         right = (said == labels).double()

@@ -10,7 +10,7 @@ errors, training is not recommended at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchrecycle.sweep.estimates import difference, estimate
 from torchrecycle.sweep.results import Estimate, LevelResult, Recommendation
@@ -31,10 +31,7 @@ class _Against:
     lost: Estimate
     kept: float
     """Share of the best level's gain."""
-
-    @property
-    def is_enough(self) -> bool:
-        return self.kept >= ENOUGH or (self.kept >= ENOUGH_WITHIN_NOISE and self.lost.mean <= self.lost.error)
+    is_enough: bool
 
     @property
     def seconds(self) -> float:
@@ -58,6 +55,7 @@ def recommend(
     against = [_compare(level, difference(scores[best.level], scores[level.level], clusters), gain) for level in levels]
     if gain.mean <= 2 * gain.error or gain.mean <= 0:
         return _nothing_gained(best, estimate([untrained], clusters), gain, metric, levels)
+    against = _also_what_is_better(against)
     chosen = min((each for each in against if each.is_enough), key=lambda each: each.seconds)
     return Recommendation(
         chosen.level.level,
@@ -67,7 +65,14 @@ def recommend(
 
 
 def _compare(level: LevelResult, lost: Estimate, gain: Estimate) -> _Against:
-    return _Against(level, lost, 1 - lost.mean / gain.mean if gain.mean > 0 else 0.0)
+    kept = 1 - lost.mean / gain.mean if gain.mean > 0 else 0.0
+    return _Against(level, lost, kept, kept >= ENOUGH or (kept >= ENOUGH_WITHIN_NOISE and lost.mean <= lost.error))
+
+
+def _also_what_is_better(against: Sequence[_Against]) -> list[_Against]:
+    """A level that loses no more than one that is good enough is good enough, however sure its loss is."""
+    most = max(each.lost.mean for each in against if each.is_enough)
+    return [replace(each, is_enough=each.is_enough or each.lost.mean <= most) for each in against]
 
 
 def _nothing_gained(

@@ -131,6 +131,8 @@ class _Place:
     trained_parameters: int
     row_bytes: float
     frozen_epoch_seconds: float | None
+    fingerprint: str | None = None
+    """Of its rows."""
 
 
 class _Runner:
@@ -248,7 +250,9 @@ class _Sweep:
     def _tell_of_others(self, recyclings: Sequence[Recycling]) -> None:
         if not recyclings:
             return
-        others = set(recyclings[0].store.fingerprints()) - {recycling.fingerprint for recycling in recyclings}
+        done = [level for level in self.levels if self._is_done(level)]
+        ours = {self._known_place(level).fingerprint for level in done} | {each.fingerprint for each in recyclings}
+        others = set(recyclings[0].store.fingerprints()) - ours
         if others:
             self.plan.tell(
                 f"the store {self.plan.store} holds rows of {len(others)} other models or cuts too: they are not "
@@ -326,7 +330,8 @@ class _Sweep:
         else:
             rows = recycling.source.rows
             frozen = self._frozen_epoch(level, runner)
-            place = _Place(recycling.cut, recycling.level, count, rows.nbytes / max(1, len(rows)), frozen)
+            row_bytes = rows.nbytes / max(1, len(rows))
+            place = _Place(recycling.cut, recycling.level, count, row_bytes, frozen, recycling.fingerprint)
         self.journal.write(key, {"kind": "place", "place": asdict(place)})
         return place
 

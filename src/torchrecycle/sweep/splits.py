@@ -38,7 +38,8 @@ class Splits:
 
 
 def _rank(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    # A file name that is no UTF-8 has half surrogates in it.
+    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
 
 
 def in_order(names: Iterable[str], *, seed: int = 0) -> list[str]:
@@ -83,12 +84,12 @@ def split_by_class(names: Sequence[str], labels: Sequence[str], *, fraction: flo
         seed: of the order.
 
     Raises:
-        SplitError: there are fewer than six classes.
+        SplitError: there are fewer than seven classes.
     """
     members = _members(names, labels, seed)
-    if len(members) < 6:
+    if len(members) < 7:  # two to choose a rate, and of one class alone nothing is learned
         raise SplitError(
-            f"similarity is tested on classes that were not trained on, which takes 6 classes or more, and there are "
+            f"similarity is tested on classes that were not trained on, which takes 7 classes or more, and there are "
             f"{len(members)}: add classes, or tell known classes apart with --task classify"
         )
     first, test = halves(members, seed=seed)
@@ -98,8 +99,6 @@ def split_by_class(names: Sequence[str], labels: Sequence[str], *, fraction: flo
             break
         validation.append(label)
     train = [label for label in first if label not in validation]
-    if len(train) < 1:
-        raise SplitError(f"no class is left to train on: there are {len(members)} in all")
     return Splits(
         train=tuple(sorted(i for label in train for i in _thinned(members[label], fraction, 2))),
         validation=tuple(sorted(i for label in validation for i in members[label])),
@@ -121,12 +120,15 @@ def split_within_classes(
         seed: of the order.
 
     Raises:
-        SplitError: no class has three objects, so that none can choose a rate, or there is a class of one.
+        SplitError: there is one class only, or a class of one, or no class has three objects, so that none can choose
+            a rate.
     """
     train: list[int] = []
     validation: list[int] = []
     test: list[int] = []
     classes = _members(names, labels, seed)
+    if len(classes) < 2:
+        raise SplitError(f"there is nothing to tell apart in {len(classes)} class: add objects of other classes")
     for label, members in classes.items():
         if len(members) < 2:
             raise SplitError(f"class {label!r} has one member, which cannot be trained on and tested on")

@@ -156,15 +156,15 @@ class Task:
 
     def build_model(self) -> nn.Module:
         """The pretrained model with the objective's head: the same each time."""
-        return self._built(self.objective.make_head(self.dim), self.objective.unit)
+        return self._built(lambda: self.objective.make_head(self.dim), self.objective.unit)
 
     def build_untrained(self) -> nn.Module:
         """The pretrained model as it comes: its embeddings, of length one."""
-        return self._built(ResidualHead(self.dim), True)
+        return self._built(lambda: ResidualHead(self.dim), True)
 
-    def _built(self, head: nn.Module, unit: bool) -> nn.Module:
+    def _built(self, make_head: Callable[[], nn.Module], unit: bool) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            return self.build(head, unit).to(self.device).eval()
+            return self.build(make_head(), unit).to(self.device).eval()
 
     def example(self) -> Any:
         """A small batch of model inputs, two objects of the training split and two others."""

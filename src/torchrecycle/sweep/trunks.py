@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from torchrecycle.models import ModelError, load_model, published_weights
-from torchrecycle.sweep.datasets import Preprocessing
+from torchrecycle.sweep.datasets import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from torchrecycle.sweep.encoders import FirstToken, MeanPool, PooledOutput
 
 __all__ = ["Trunk", "load_trunk"]
@@ -80,7 +80,7 @@ def load_trunk(
         module=module,
         pool=PooledOutput(),
         dim=0,
-        weights=loaded.weights,
+        weights="random, since none were given" if loaded.random else loaded.weights,
         random=loaded.random,
         folder=Path(name) if library == "transformers" else None,
     )
@@ -181,8 +181,8 @@ def _preprocessing(trunk: Trunk, library: str, size: int) -> Preprocessing:
         found = {name: config.get(name) for name in ("mean", "std", "interpolation", "crop_pct")}
         return Preprocessing(
             size=size,
-            mean=tuple(found["mean"] or Preprocessing.mean),
-            std=tuple(found["std"] or Preprocessing.std),
+            mean=tuple(found["mean"] or IMAGENET_MEAN),
+            std=tuple(found["std"] or IMAGENET_STD),
             interpolation=found["interpolation"] or "bicubic",
             crop=found["crop_pct"] or 0.875,
         )
@@ -193,6 +193,8 @@ def _preprocessing(trunk: Trunk, library: str, size: int) -> Preprocessing:
         mode = options.get("interpolation")
         return Preprocessing(
             size=size,
+            mean=tuple(options.get("mean", IMAGENET_MEAN)),
+            std=tuple(options.get("std", IMAGENET_STD)),
             interpolation=mode.value if mode is not None else "bilinear",
             crop=min(1.0, crop / (resize or 256)) if crop else 0.875,
         )
@@ -201,7 +203,10 @@ def _preprocessing(trunk: Trunk, library: str, size: int) -> Preprocessing:
 
 
 def _side(size: Any) -> int:
-    return size if isinstance(size, int) else size[0]
+    """Of a number, of a list, or of what an image processor says, the shorter side; 0 if it says nothing."""
+    if isinstance(size, Mapping):
+        return int(size.get("shortest_edge") or size.get("height") or 0)
+    return int(size if isinstance(size, (int, float)) else min(size, default=0))
 
 
 _PIL_MODES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -212,8 +217,14 @@ def _of_processor(said: Mapping[str, Any], size: int) -> Preprocessing:
     normalised = said.get("do_normalize", True)
     return Preprocessing(
         size=size,
-        mean=tuple(said.get("image_mean") or Preprocessing.mean) if normalised else (0.0, 0.0, 0.0),
-        std=tuple(said.get("image_std") or Preprocessing.std) if normalised else (1.0, 1.0, 1.0),
+        mean=tuple(said.get("image_mean") or IMAGENET_MEAN) if normalised else (0.0, 0.0, 0.0),
+        std=tuple(said.get("image_std") or IMAGENET_STD) if normalised else (1.0, 1.0, 1.0),
         interpolation=_PIL_MODES.get(said.get("resample", 3), "bicubic"),
-        crop=float(said.get("crop_pct") or (0.875 if said.get("do_center_crop") else 1.0)),
+        crop=float(said.get("crop_pct") or (_cropped(said) if said.get("do_center_crop") else 1.0)),
     )
+
+
+def _cropped(said: Mapping[str, Any]) -> float:
+    """CLIP's cuts 224 pixels out of 224, DeiT's out of 256."""
+    resized, cut = _side(said.get("size") or 0), _side(said.get("crop_size") or 0)
+    return min(1.0, cut / resized) if resized and cut else 0.875
