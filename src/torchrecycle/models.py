@@ -196,7 +196,8 @@ def _from_timm(name: str, size: int | None, batch: int, published: bool) -> tupl
         model = timm.create_model(name, pretrained=published, **options)
     except Exception as error:
         asked = f" for images of {size} px" if options else ""
-        raise ModelError(f"timm/{name} cannot be made{asked}: {_one_line(error)}.") from error
+        step = " Give a file with --checkpoint" if published else ""
+        raise ModelError(f"timm/{name} cannot be made{asked}: {_one_line(error)}.{step}") from error
     return model, _normal(batch, usual[0], size or usual[1], size or usual[2])
 
 

@@ -126,6 +126,12 @@ def _tokenizer(folder: Path) -> Any:
             f"the folder {folder} has no tokenizer that can be read ({type(error).__name__}): save it there with "
             "tokenizer.save_pretrained(folder)"
         ) from error
+    # Of a folder without such files, transformers makes one that knows no word, and says nothing.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"the folder {folder} has no tokenizer (tokenizer.json, vocab.txt or the like), so that all texts would "
+            "look alike: save it there with tokenizer.save_pretrained(folder)"
+        )
     if tokenizer.pad_token_id is None:  # decoders: what stands at padded places is masked
         tokenizer.pad_token_id = tokenizer.eos_token_id or 0
     return tokenizer
@@ -178,13 +184,14 @@ def _with_images(trunk: Trunk, library: str, example: Any) -> Trunk:
 def _preprocessing(trunk: Trunk, library: str, size: int) -> Preprocessing:
     if library == "timm":
         config: Any = getattr(trunk.module, "pretrained_cfg", {})
-        found = {name: config.get(name) for name in ("mean", "std", "interpolation", "crop_pct")}
+        found = {name: config.get(name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+        squeezed = found["crop_mode"] == "squash" and found["crop_pct"] == 1.0
         return Preprocessing(
             size=size,
             mean=tuple(found["mean"] or IMAGENET_MEAN),
             std=tuple(found["std"] or IMAGENET_STD),
             interpolation=found["interpolation"] or "bicubic",
-            crop=found["crop_pct"] or 0.875,
+            crop=None if squeezed else found["crop_pct"] or 0.875,
         )
     if library == "torchvision":
         said = getattr(published_weights(trunk.name.partition("/")[2]), "transforms", None)
@@ -220,11 +227,16 @@ def _of_processor(said: Mapping[str, Any], size: int) -> Preprocessing:
         mean=tuple(said.get("image_mean") or IMAGENET_MEAN) if normalised else (0.0, 0.0, 0.0),
         std=tuple(said.get("image_std") or IMAGENET_STD) if normalised else (1.0, 1.0, 1.0),
         interpolation=_PIL_MODES.get(said.get("resample", 3), "bicubic"),
-        crop=float(said.get("crop_pct") or (_cropped(said) if said.get("do_center_crop") else 1.0)),
+        crop=_crop(said),
     )
 
 
-def _cropped(said: Mapping[str, Any]) -> float:
-    """CLIP's cuts 224 pixels out of 224, DeiT's out of 256."""
-    resized, cut = _side(said.get("size") or 0), _side(said.get("crop_size") or 0)
-    return min(1.0, cut / resized) if resized and cut else 0.875
+def _crop(said: Mapping[str, Any]) -> float | None:
+    """ConvNeXT's says a share, CLIP's cuts 224 pixels out of 224 and DeiT's out of 256, ViT's squeezes the picture."""
+    size = said.get("size")
+    if said.get("crop_pct"):
+        return float(said["crop_pct"])
+    if said.get("do_center_crop"):
+        resized, cut = _side(size or 0), _side(said.get("crop_size") or 0)
+        return min(1.0, cut / resized) if resized and cut else 0.875
+    return None if isinstance(size, int) or (isinstance(size, Mapping) and "height" in size) else 1.0
