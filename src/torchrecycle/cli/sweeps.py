@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -19,9 +21,10 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 
-from torchrecycle.cli.errors import Debug, one_line_errors
+from torchrecycle.cli.errors import Debug, OptionError, one_line_errors
 from torchrecycle.errors import RecycleError
 
 if TYPE_CHECKING:
@@ -58,33 +61,67 @@ class Precision(str, Enum):
 Model = Annotated[
     str, typer.Option(help="timm/NAME, torchvision/NAME, or a folder with a transformers model.", show_default=False)
 ]
+TextModel = Annotated[str, typer.Option(help="A folder with a transformers model of texts.", show_default=False)]
 Checkpoint = Annotated[Path | None, typer.Option(help="A file of weights for this model: .safetensors, .pth, .bin.")]
 Pretrained = Annotated[
-    bool, typer.Option("--pretrained", help="The weights that timm or torchvision publish: may download them.")
+    bool, typer.Option("--pretrained", help="Take the weights that timm or torchvision publish; may download them.")
 ]
-Levels = Annotated[str, typer.Option(help="Which levels: full, head, and per cent of the blocks that are recycled.")]
+Levels = Annotated[
+    str, typer.Option(help="What to compare: full (training), head (only), and how many per cent are recycled.")
+]
 Epochs = Annotated[
-    int | None, typer.Option(min=1, help="Passes over the data, at each level; five times as many for head only.")
+    int | None,
+    typer.Option(
+        min=1, help="Passes over the data at each level, five times as many for head only; a few if not given."
+    ),
 ]
-Seeds = Annotated[int, typer.Option(min=1, help="Trainings at each level.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Trainings at each level; two or more tell how much is chance.")]
 Fraction = Annotated[
-    float, typer.Option(help="Train on this share of the training split only; what is tested stays the same.")
+    float,
+    typer.Option(help="Train on this share of what is there to train on, 0 to 1; what is tested stays the same."),
 ]
-Batch = Annotated[int | None, typer.Option(min=2, help="Objects, or pairs, in a step.")]
-Rate = Annotated[float | None, typer.Option(help="Learning rate of the trunk; without it, one is looked for.")]
-HeadRate = Annotated[float | None, typer.Option(help="Learning rate of the head.")]
-Search = Annotated[bool, typer.Option(help="Look for a rate at each level, on a validation split.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="Of kept rows; the model's own if not given.")]
-StoreOption = Annotated[Path | None, typer.Option(help="Where rows are kept; OUT/activations if not given.")]
-Out = Annotated[Path | None, typer.Option(help="Where page and figures go; sweep-DATA-MODEL if not given.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with every figure.")]
-Save = Annotated[Path | None, typer.Option(help="Keep the best model of the recommended level here.")]
+Batch = Annotated[int | None, typer.Option(min=2, help="Objects, or pairs, in a step of training.")]
+Rate = Annotated[
+    float | None, typer.Option(help="Learning rate of the pretrained layers; if not given, one is looked for.")
+]
+HeadRate = Annotated[float | None, typer.Option(help="Learning rate of the head, the new last layer.")]
+Search = Annotated[
+    bool, typer.Option(help="Look for a rate at each level, on objects that are neither trained on nor tested.")
+]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(help="How numbers are kept; float16 takes half the room. The model's own if not given."),
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for what the frozen layers give, used again by later runs; OUT/activations if not given."
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for the page and the figures; sweep-DATA-MODEL, here, if not given.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with every figure, instead of the table.")]
+Save = Annotated[
+    Path | None, typer.Option(help="Folder to keep the best model of the recommended level in, ready for use.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and say what it was.")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read the data.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; a graphics card if there is one.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes that read the data; none, or up to 8 beside a graphics card.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, or cuda for a graphics card, which is taken if there is one.")]
 Task_ = Annotated[
     What, typer.Option("--task", help="classify tells known classes apart; similarity finds new classes' objects.")
 ]
+Tokens = Annotated[int | None, typer.Option(min=2, help="Tokens of a text, at most; 128 if not given.")]
+Table = Annotated[Path, typer.Argument(help="A table: CSV, TSV, JSONL, JSON or Parquet.")]
+
+
+def _telling(path: Path) -> str:
+    """The name of a file or folder; that of the folder around it where the name could be anybody's."""
+    path = path.resolve()
+    stem = path.name.partition(".")[0] if path.is_file() else path.name
+    return path.parent.name or stem if stem in ("images", "data", "train", "model", "") else stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +148,19 @@ class _Asked:
         """Where the results go."""
         if self.out is not None:
             return self.out
-        data = self.data.resolve()
-        stem = data.name.partition(".")[0] or "data"
-        if data.is_file() and stem in ("images", "data", "train"):  # says nothing: its folder says more
-            stem = data.parent.name or stem
-        model = Path(self.model).resolve().name if Path(self.model).is_dir() else self.model.rpartition("/")[2]
-        return Path(f"sweep-{stem}-{model}")
+        model = _telling(Path(self.model)) if Path(self.model).is_dir() else self.model.rpartition("/")[2]
+        return Path(f"sweep-{_telling(self.data)}-{model}")
+
+    @property
+    def rows(self) -> Path:
+        """Where what the frozen layers give is kept."""
+        return self.store if self.store is not None else self.folder / "activations"
 
     def plan(self, tell: Callable[[str], None]) -> SweepPlan:
         from torchrecycle.sweep import SweepPlan
 
         return SweepPlan(
-            store=self.store if self.store is not None else self.folder / "activations",
+            store=self.rows,
             journal=self.folder / "journal",
             levels=self.levels.split(","),
             seeds=range(self.seeds),
@@ -136,13 +174,16 @@ class _Asked:
 
 @sweep_app.command("images")
 def sweep_images(
-    where: Annotated[Path, typer.Argument(help="A folder or tar: CLASS/PICTURE, or anything with --labels.")],
+    where: Annotated[Path, typer.Argument(help="A folder, tar or zip: CLASS/PICTURE, or any with --labels.")],
     model: Model,
     labels: Annotated[Path | None, typer.Option(help="A table that names pictures and their classes.")] = None,
-    file_column: Annotated[str, typer.Option(help="Its column of pictures.")] = "file",
-    label_column: Annotated[str, typer.Option(help="Its column of classes.")] = "label",
+    file_column: Annotated[str, typer.Option(help="That table's column of pictures.")] = "file",
+    label_column: Annotated[str, typer.Option(help="That table's column of classes.")] = "label",
     task: Task_ = What.classify,
-    size: Annotated[int | None, typer.Option(min=16, help="Pixels of a picture's side; the model's own.")] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=16, help="Height and width that pictures get, in pixels; the model's own if not given."),
+    ] = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     levels: Levels = "full,50,75,head",
@@ -197,12 +238,12 @@ def sweep_images(
 
 @sweep_app.command("texts")
 def sweep_texts(
-    table: Annotated[Path, typer.Argument(help="CSV, TSV, JSONL or Parquet.")],
-    model: Model,
+    table: Table,
+    model: TextModel,
     text: Annotated[str, typer.Option(help="The column of texts.")] = "text",
     label: Annotated[str, typer.Option(help="The column of classes.")] = "label",
     task: Task_ = What.classify,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of a text, at most; 128 if not given.")] = None,
+    tokens: Tokens = None,
     checkpoint: Checkpoint = None,
     levels: Levels = "full,50,75,head",
     epochs: Epochs = None,
@@ -241,11 +282,11 @@ def sweep_texts(
 
 @sweep_app.command("pairs")
 def sweep_pairs(
-    table: Annotated[Path, typer.Argument(help="CSV, TSV, JSONL or Parquet.")],
-    model: Model,
+    table: Table,
+    model: TextModel,
     left: Annotated[str, typer.Option(help="The column of one side: what is asked.")] = "question",
     right: Annotated[str, typer.Option(help="The column of the other side: what is to be found.")] = "answer",
-    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of a text, at most; 128 if not given.")] = None,
+    tokens: Tokens = None,
     checkpoint: Checkpoint = None,
     levels: Levels = "full,50,75,head",
     epochs: Epochs = None,
@@ -292,11 +333,6 @@ def _settings(
     device: str | None,
     tokens: int | None = None,
 ) -> dict[str, Any]:
-    if not 0 < fraction <= 1:
-        raise typer.BadParameter(f"{fraction} is no share: give more than 0 and at most 1", param_hint="--fraction")
-    for name, value in (("--rate", rate), ("--head-rate", head_rate)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise typer.BadParameter(f"{value} is no learning rate: give more than 0, such as 3e-4", param_hint=name)
     return {
         "fraction": fraction,
         "epochs": epochs,
@@ -314,39 +350,104 @@ def _settings(
 
 def _run(asked: _Asked, make: Callable[[Settings], tuple[Task, Trunk]], debug: bool) -> None:
     with one_line_errors(debug, lambda: _kept(asked)):
+        _refuse_early(asked)
         from torchrecycle.sweep import Settings, sweep
-        from torchrecycle.sweep.run import parse_levels
 
-        parse_levels(asked.levels.split(","))  # before anything that takes time
-        _refuse_other_things(asked.folder)
-        if asked.save is not None:
-            _refuse_full_folder(asked.save)
-        with redirect_stdout(sys.stderr) as stderr:
+        with redirect_stdout(sys.stderr) as stderr:  # what a library says is no part of the answer
             tell: Callable[[str], None] = lambda line: print(f"  {line}", flush=True, file=stderr)  # noqa: E731
-            task, trunk = make(Settings(**asked.settings))
+            task, trunk = _made(make, Settings(**asked.settings))
             plan = asked.plan(tell)
             _introduce(task, plan, asked.folder)
             result = sweep(task, plan)
-            page = _write(result, asked.folder)
-            if asked.save is not None:
-                _save(task, trunk, plan, result, asked.save)
         if asked.as_json:
-            print(json.dumps(_finite(result.to_json()), indent=2))
+            print(json.dumps(_finite(result.to_json()), indent=2), flush=True)
         else:
             _show(result)
-        print(f"The page: {page}", file=sys.stderr if asked.as_json else sys.stdout)
+        page = _write(result, asked)
+        print(f"The page: {page}", file=sys.stderr if asked.as_json else sys.stdout, flush=True)
+        if asked.save is not None:
+            with redirect_stdout(sys.stderr):
+                _save(task, trunk, plan, result, asked.save)
+        if task.random_weights and asked.as_json:  # else the table has said it
+            _say_random(task)
+
+
+def _made(make: Callable[[Settings], tuple[Task, Trunk]], settings: Settings) -> tuple[Task, Trunk]:
+    """Random weights are the same in each run, or the next one would find nothing of what this one has kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(settings)
 
 
 def _kept(asked: _Asked) -> str:
-    """What is left of a sweep that is stopped."""
-    from torchrecycle.sweep.journal import Journal
-
-    finished = Journal(asked.folder / "journal").count("trial")
-    store = asked.store if asked.store is not None else asked.folder / "activations"
-    if not finished and not store.exists():
+    """What is left of a sweep that is stopped. Never fails, and imports nothing: an import may be what was stopped."""
+    finished = sum(map(_is_training, (asked.folder / "journal").glob("*.json")))
+    found = [f"{finished} finished training{'' if finished == 1 else 's'} in {asked.folder}"] if finished else []
+    found += [f"what the frozen layers gave, in {asked.rows}"] if asked.rows.is_dir() else []
+    if not found:
         return "Nothing had been computed yet"
-    trainings = f"{finished} finished training{'' if finished == 1 else 's'}"
-    return f"Kept are {trainings} in {asked.folder} and the rows in {store}; the same command goes on from there"
+    return f"Kept: {' and '.join(found)}; the same command goes on from there"
+
+
+def _is_training(record: Path) -> bool:
+    try:
+        return json.loads(record.read_text(encoding="utf-8")).get("kind") == "trial"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+# -- what can be refused before anything that takes time ---------------------------------------------------------------
+
+
+def _refuse_early(asked: _Asked) -> None:
+    """Whatever needs no data and no model to be seen.
+
+    Raises:
+        RecycleError: an option cannot be used, or a folder.
+    """
+    from torchrecycle.store import open_store
+    from torchrecycle.sweep.run import parse_levels
+
+    _check_numbers(asked.settings)
+    parse_levels(asked.levels.split(","))
+    _check_device(asked.settings["device"])
+    if not asked.model.strip():
+        raise OptionError("--model is empty: give timm/NAME, torchvision/NAME, or a folder with a transformers model")
+    _refuse_other_things(asked.folder)
+    _refuse_unwritable(asked.folder, "--out")
+    open_store(asked.rows)
+    _refuse_unwritable(asked.rows, "--store")
+    if asked.save is not None:
+        _refuse_full_folder(asked.save)
+        _refuse_unwritable(asked.save, "--save")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OutError('the page has plots, which need matplotlib: pip install "torchrecycle[sweep]"')
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    if not 0 < settings["fraction"] <= 1:
+        raise OptionError(f"--fraction {settings['fraction']:g} is no share: give more than 0 and at most 1")
+    for option, name in (("--rate", "rate"), ("--head-rate", "head_rate")):
+        value = settings[name]
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise OptionError(f"{option} {value:g} is no learning rate: give more than 0, such as 3e-4")
+
+
+def _check_device(name: str | None) -> None:
+    """Use it once, since PyTorch knows many names and says nothing of what is there."""
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"--device {name} is no device: give cpu, or cuda for a graphics card") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise OptionError(f"--device {name} cannot be used here ({why}): leave it out, or give cpu") from error
 
 
 def _refuse_other_things(folder: Path) -> None:
@@ -358,9 +459,8 @@ def _refuse_other_things(folder: Path) -> None:
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if held and not {"journal", "activations"} & set(held):
         raise OutError(
-            f"{folder} holds {', '.join(held[:3])}{' and more' * (len(held) > 3)}, and no results of a sweep: "
-            "give a new "
-            "folder with --out"
+            f"{folder} holds {', '.join(held[:3])}{' and more' * (len(held) > 3)}, and no results of a sweep: give a "
+            "new folder with --out"
         )
 
 
@@ -369,40 +469,79 @@ def _refuse_full_folder(folder: Path) -> None:
         raise OutError(f"{folder} is not an empty folder, and no saved model either: give another --save")
 
 
+def _refuse_unwritable(folder: Path, option: str) -> None:
+    """Nothing is made here, so that a mistake in the data leaves no empty folder."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise OutError(f"{folder} cannot be made, since {there} is a file: give another {option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutError(f"nothing can be written in {there}: give a folder with {option} where it can")
+
+
+# -- what is said and written ------------------------------------------------------------------------------------------
+
+
 def _introduce(task: Task, plan: SweepPlan, folder: Path) -> None:
     per = 2 if task.kind == "pairs" else 1
-    validation = f", {len(task.validation) // per:,} to choose a rate" if task.validation is not None else ""
-    typer.echo(f"{task.data}", err=True)
-    typer.echo(
-        f"{task.model}, weights {task.weights}: {len(task.train) // per:,} to train on{validation}, "
-        f"{len(task.test) // per:,} to test",
-        err=True,
-    )
+    splits = [
+        f"{len(split) // per:,} to {purpose}"
+        for split, purpose in ((task.train, "train on"), (task.validation, "choose a rate"), (task.test, "test"))
+        if split is not None
+    ]
+    typer.echo(f"data: {task.data}", err=True)
+    typer.echo(f"  {', '.join(splits)}", err=True)
     for line in task.left_out:
-        typer.echo(f"left out: {line}", err=True)
+        typer.echo(f"  {_left_out(line)}", err=True)
+    typer.echo(f"model: {task.model}, weights {task.weights}", err=True)
     if task.random_weights:
-        typer.secho(
-            "THE WEIGHTS ARE RANDOM, since none were given: what comes out says nothing about a pretrained model. Give "
-            "--checkpoint FILE, or --pretrained for the published ones.",
-            err=True,
-            bold=True,
-            fg="red",
-        )
-    typer.echo(f"results: {folder}, rows: {plan.store}", err=True)
+        _say_random(task)
+    typer.echo(f"results: {folder}; what the frozen layers give is kept in {plan.store}", err=True)
 
 
-def _write(result: SweepResult, folder: Path) -> Path:
+def _left_out(line: str) -> str:
+    """
+    >>> _left_out("cannot decode 1 of 48 pictures: a.png (it is empty): left out")
+    'left out: cannot decode 1 of 48 pictures: a.png (it is empty)'
+    """
+    if "nothing left out" in line:
+        return line
+    return f"left out: {line.removesuffix(': left out')}"
+
+
+def _say_random(task: Task) -> None:
+    published = ", or --pretrained for the published ones" if task.kind == "images" else ""
+    typer.secho(
+        "THE WEIGHTS ARE RANDOM, since none were given: what comes out says nothing about a pretrained model. Give "
+        f"--checkpoint FILE{published}.",
+        err=True,
+        bold=True,
+        fg="red",
+    )
+
+
+def _write(result: SweepResult, asked: _Asked) -> Path:
     from torchrecycle.report import write_page
 
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(result.to_json()), indent=2)
-    temporary = folder / f".results-{os.getpid()}.tmp"
+    folder = asked.folder
+    try:
+        _write_whole(folder / "results.json", json.dumps(_finite(result.to_json()), indent=2))
+        return write_page([result], folder, title=f"{result.title} {result.ran.model}")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        worded = OutError(f"cannot write the page to {folder}: {error.strerror}")
+        worded.errno = error.errno
+        raise worded from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / "results.json")
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return write_page([result], folder, title=f"{result.title} {result.ran.model}")
 
 
 def _finite(value: Any) -> Any:
