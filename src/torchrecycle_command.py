@@ -1,0 +1,58 @@
+"""The first step of the command ``torchrecycle``: from here on Ctrl-C is one line, also while PyTorch is imported.
+
+Importing any part of the package `torchrecycle` imports PyTorch, which takes from one to ten seconds; a Ctrl-C in that
+time would end in a traceback through whatever was being imported. So this module lies beside the package and imports
+nothing but what Python has. What comes before it (the start of Python itself, some 20 ms) cannot be helped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+__all__ = ["main"]
+
+NOTHING_DONE = "torchrecycle: stopped. Nothing had been begun; what earlier runs kept is as it was\n"
+REFUSED = 2
+"""What a command ends with that was stopped or asked for what cannot be; it has said so in one line."""
+CTRL_C_OUTSIDE = 130
+"""What Typer ends with on a Ctrl-C that no command has heard: amid the reading of arguments."""
+
+
+def main() -> NoReturn:
+    """Run the command and end the process with its exit code."""
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a job in the background ignores it
+    if heard:
+        signal.signal(signal.SIGINT, _stop)
+    from torchrecycle.cli import app
+
+    if heard:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        app()
+        code: int | str | None = 0
+    except SystemExit as end:
+        code = end.code
+    # All is done or has been told: what is left is the end of Python itself, which is not worth a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == CTRL_C_OUTSIDE:
+        sys.stderr.write(NOTHING_DONE)
+        code = REFUSED
+    if code == REFUSED:
+        _say_no_more()
+    sys.exit(code)
+
+
+def _say_no_more() -> None:
+    """Threads of `multiprocessing` that are cut off with the process would print a traceback behind the one line."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """At once: packages catch exceptions while they are imported, and there is nothing to clean up."""
+    os.write(2, NOTHING_DONE.encode())
+    os._exit(REFUSED)
