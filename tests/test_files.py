@@ -231,7 +231,10 @@ def test_a_picture_that_is_gone_or_changed_since_is_named(tmp_path):
     (tmp_path / "cat/0.jpg").unlink()
     (tmp_path / "cat/1.jpg").write_bytes(b"")
     assert refused(pictures.items[0].image) == "cannot read cat/0.jpg: no such file or directory"
-    assert refused(pictures.items[1].image) == "cat/1.jpg was changed while it was in use. Start again: what is new is computed"
+    assert (
+        refused(pictures.items[1].image)
+        == "cat/1.jpg was changed while it was in use. Start again: what is new is computed"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ identity

@@ -216,7 +216,7 @@ def _minilm() -> Path:
 
 def test_a_trunk_of_timm_knows_its_features_and_what_its_pictures_look_like(tmp_path: Path):
     file = _saved(lite0_state(), tmp_path)
-    trunk = load_trunk("timm/tf_efficientnet_lite0", "images", checkpoint=file, size=64)
+    trunk = load_trunk("timm/tf_efficientnet_lite0", "images", checkpoint=file, size=64, crop=True)
     assert (trunk.dim, trunk.random, trunk.weights) == (1280, False, "from weights.pt")
     assert not any(module.training for module in trunk.module.modules())
     said = trunk.preprocessing
@@ -224,6 +224,19 @@ def test_a_trunk_of_timm_knows_its_features_and_what_its_pictures_look_like(tmp_
     assert (said.size, said.mean, said.std, said.crop) == (64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.875)
     assert said.interpolation == "bicubic"
     assert trunk.tokenizer is None
+
+
+def test_pictures_are_squeezed_whole_into_the_square_unless_they_are_to_be_cropped():
+    from PIL import Image
+
+    said = load_trunk("timm/test_resnet", "images", size=32).preprocessing
+    assert said is not None
+    assert said.crop is None
+    picture = Image.new("RGB", (90, 30), "black")
+    picture.paste("white", (0, 0, 6, 30))  # at the border, where a crop would cut it off
+    pixels = said.transform()(picture)
+    assert pixels.shape == (3, 32, 32)
+    assert pixels[:, :, 0].mean() > pixels[:, :, 16].mean() + 1
 
 
 def test_a_trunk_without_weights_says_that_they_are_random():
@@ -305,7 +318,7 @@ def test_a_picture_is_prepared_as_the_folder_s_image_processor_does_it(name: str
     processor.save_pretrained(tmp_path)
     sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     transformers.ViTConfig(**sizes, image_size=32, patch_size=8).save_pretrained(tmp_path)
-    trunk = load_trunk(str(tmp_path), "images")
+    trunk = load_trunk(str(tmp_path), "images", crop=True)
     assert (trunk.dim, trunk.random) == (32, True)
     assert trunk.preprocessing is not None
     flower = Image.fromarray(load_sample_image("flower.jpg"))

@@ -184,6 +184,10 @@ def sweep_images(
         int | None,
         typer.Option(min=16, help="Height and width that pictures get, in pixels; the model's own if not given."),
     ] = None,
+    crop: Annotated[
+        bool,
+        typer.Option("--crop", help="Cut out the middle, as the model's own recipe does; else all is squeezed in."),
+    ] = False,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     levels: Levels = "full,50,75,head",
@@ -227,7 +231,7 @@ def sweep_images(
         from torchrecycle.files import find_pictures
         from torchrecycle.sweep import load_trunk, picture_task
 
-        trunk = load_trunk(model, "images", checkpoint=checkpoint, size=size, pretrained=pretrained)
+        trunk = load_trunk(model, "images", checkpoint=checkpoint, size=size, pretrained=pretrained, crop=crop)
         pictures = find_pictures(
             where, labels=labels, file_column=file_column, label_column=label_column, skip_bad=skip_bad
         )

@@ -56,6 +56,7 @@ def load_trunk(
     checkpoint: Path | None = None,
     size: int | None = None,
     pretrained: bool = False,
+    crop: bool = False,
 ) -> Trunk:
     """Make a trunk by name.
 
@@ -65,6 +66,8 @@ def load_trunk(
         checkpoint: a file of weights for exactly this model; those of its classifier do not matter.
         size: height and width of pictures, in pixels; what the model was made for if None.
         pretrained: let timm or torchvision take the weights that they publish, which may download them.
+        crop: cut the middle out of a picture, as the model's own recipe says; else the whole is squeezed into a square,
+            so that nothing at its border is lost.
 
     Raises:
         ModelError: there is no such model, it is not for objects of this kind, its library is not installed, or it does
@@ -84,7 +87,12 @@ def load_trunk(
         random=loaded.random,
         folder=Path(name) if library == "transformers" else None,
     )
-    trunk = _with_texts(trunk, loaded.example) if kind == "texts" else _with_images(trunk, library, loaded.example)
+    if kind == "texts":
+        trunk = _with_texts(trunk, loaded.example)
+    else:
+        trunk = _with_images(trunk, library, loaded.example)
+        assert trunk.preprocessing is not None
+        trunk = trunk if crop else replace(trunk, preprocessing=replace(trunk.preprocessing, crop=None))
     return replace(trunk, dim=_width(trunk, loaded.example))
 
 
