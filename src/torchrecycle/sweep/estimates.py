@@ -32,8 +32,8 @@ def estimate(scores: Scores, clusters: Sequence[int]) -> Estimate:
         scores: for each seed, one figure for each object.
         clusters: for each object, which objects it belongs together with.
 
-    >>> estimate([[1.0, 0.0, 1.0, 0.0]], [0, 1, 2, 3])
-    Estimate(mean=0.5, error=0.2886751345948129)
+    >>> print(estimate([[1.0, 0.0, 1.0, 0.0]], [0, 1, 2, 3]))
+    0.500 ± 0.289
     """
     table = np.asarray(scores, dtype=np.float64)
     return Estimate(float(np.nanmean(table)), math.sqrt(_of_objects(table.mean(0), clusters) + _of_seeds(table)))

@@ -46,7 +46,7 @@ def in_order(names: Iterable[str], *, seed: int = 0) -> list[str]:
     """Distinct names in an order by chance that is always the same.
 
     >>> in_order("abcd")
-    ['c', 'a', 'd', 'b']
+    ['d', 'a', 'c', 'b']
     """
     return sorted(set(names), key=lambda name: _rank(name, seed))
 
