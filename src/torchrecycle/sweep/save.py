@@ -497,7 +497,10 @@ def _taken(config: Mapping[str, Any]) -> str:
     if config["kind"] != "images":
         return f"Takes: texts, cut off after {config['tokens']} tokens"
     said = config["preprocessing"]
-    size, resized = said["size"], int(said["size"] / said["crop"])
+    size = said["size"]
+    if said["crop"] is None:
+        return f"Takes: pictures, each squeezed whole into a square of {size} px ({said['interpolation']})"
+    resized = int(size / said["crop"])
     return f"Takes: pictures, resized to {resized} px ({said['interpolation']}), of which the middle {size} px are seen"
 
 
