@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from torchrecycle.cli import app
+from torchrecycle.cli.errors import one_line_errors
 from torchrecycle.store import FolderStore, LeafSpec
 
 runner = CliRunner()
@@ -69,3 +76,108 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path):
 def test_debug_shows_the_error_itself(tmp_path: Path):
     result = runner.invoke(app, ["store", "ls", str(tmp_path / "none"), "--debug"])
     assert isinstance(result.exception, OSError)
+
+
+# -- what ends a command -----------------------------------------------------------------------------------------------
+
+
+def _interrupt() -> None:
+    """As a terminal does on Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+
+
+def _is_told(capsys: pytest.CaptureFixture[str]) -> str:
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_ctrl_c_says_what_is_kept(capsys):
+    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with pytest.raises(typer.Exit) as ended, one_line_errors(False, lambda: "Kept: all"):
+        _interrupt()
+    assert ended.value.exit_code == 2
+    assert _is_told(capsys) == "torchrecycle: stopped. Kept: all\n"
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == (handler, hook)
+
+
+class _Finalised:
+    """What its finaliser raises, Python prints and forgets."""
+
+    def __del__(self) -> None:
+        _interrupt()
+
+
+def _swallow() -> None:
+    _Finalised()
+    time.sleep(10)
+
+
+def test_a_ctrl_c_that_python_swallows_is_heard_all_the_same(capsys):
+    began = time.monotonic()
+    with pytest.raises(typer.Exit), one_line_errors(False):
+        _swallow()
+    assert time.monotonic() - began < 5
+    assert _is_told(capsys).startswith("torchrecycle: stopped. ")
+
+
+def _turn_into_an_error() -> None:
+    try:
+        _interrupt()
+    finally:
+        raise RuntimeError("DataLoader worker (pid(s) 17) exited unexpectedly")
+
+
+def test_an_error_that_ctrl_c_led_to_is_no_error(capsys):
+    with pytest.raises(typer.Exit), one_line_errors(False):
+        _turn_into_an_error()
+    assert _is_told(capsys).startswith("torchrecycle: stopped. ")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked on Unix only")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_worker_is_not_ended_by_ctrl_c():
+    with one_line_errors(False):
+        worker = os.fork()
+        if not worker:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+
+
+def test_debug_shows_where_ctrl_c_came(capsys):
+    with pytest.raises(typer.Exit), one_line_errors(True):
+        _interrupt()
+    said = capsys.readouterr().err
+    assert "in _interrupt" in said
+    assert said.splitlines()[-1].startswith("torchrecycle: stopped. ")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the graphics card's memory is full. Take a smaller --batch"),
+        (MemoryError(), "the memory is full. Take a smaller --batch"),
+        (OSError(errno.ENOSPC, "No space left on device", "rows"), "rows: No space left on device. Make room. "),
+        (OSError(errno.EACCES, "Permission denied", "rows"), "rows: Permission denied. See that it can be "),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_that_says_what_is_kept(capsys, error: Exception, words):
+    with pytest.raises(typer.Exit), one_line_errors(False):
+        raise error
+    said = _is_told(capsys)
+    assert words in said
+    assert "What was computed is kept; the same command goes on from there" in said
+
+
+def test_pytorch_says_that_memory_is_full_in_words_that_are_known(capsys):
+    with pytest.raises(typer.Exit), one_line_errors(False):
+        torch.empty(1 << 46)
+    assert "the memory is full" in _is_told(capsys)
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError("?")])
+def test_what_is_no_mistake_of_the_user_is_let_through(error: Exception):
+    with pytest.raises(type(error)), one_line_errors(False):
+        raise error
