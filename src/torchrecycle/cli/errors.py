@@ -124,7 +124,14 @@ class _CtrlC:
         if not issubclass(what.exc_type, KeyboardInterrupt):
             self._print(what)
         elif os.getpid() == self._process:
-            threading.Timer(AGAIN, _thread.interrupt_main).start()
+            threading.Timer(AGAIN, _interrupt).start()
+
+
+def _interrupt() -> None:
+    if os.name == "posix":
+        os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread also from a wait
+    else:
+        _thread.interrupt_main()
 
 
 @contextmanager
