@@ -163,12 +163,12 @@ def test_debug_shows_where_ctrl_c_came(capsys):
         (OSError(errno.EACCES, "Permission denied", "rows"), "rows: Permission denied. See that it can be "),
     ],
 )
-def test_what_the_machine_lacks_is_one_line_that_says_what_is_kept(capsys, error: Exception, words):
+def test_what_the_machine_lacks_is_one_line(capsys, error: Exception, words):
     with pytest.raises(typer.Exit), one_line_errors(False):
         raise error
     said = _is_told(capsys)
     assert words in said
-    assert "What was computed is kept; the same command goes on from there" in said
+    assert "Nothing is lost; the same command begins anew" in said
 
 
 def test_pytorch_says_that_memory_is_full_in_words_that_are_known(capsys):

@@ -32,12 +32,12 @@ class OptionError(RecycleError, ValueError):
     """What was given to an option cannot be used."""
 
 
-def _what_is_kept() -> str:
-    return "What was computed is kept; the same command goes on from there"
+def _nothing_lost() -> str:
+    return "Nothing is lost; the same command begins anew"
 
 
 @contextmanager
-def one_line_errors(debug: bool, kept: Callable[[], str] = _what_is_kept) -> Iterator[None]:
+def one_line_errors(debug: bool, kept: Callable[[], str] = _nothing_lost) -> Iterator[None]:
     """A mistake is one line on stderr and exit code 2, and so is Ctrl-C. Whatever else goes wrong is let through.
 
     Args:

@@ -58,7 +58,12 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Compare full training with recycling 50 %, 75 % and all but the head, on images and on texts."""
-    with one_line_errors(debug):
+
+    def kept() -> str:
+        rows = f"what the frozen layers gave, in {store}" if store is not None else "no figures"
+        return f"Kept: {rows}; the same command trains anew"
+
+    with one_line_errors(debug, kept):
         from torchrecycle.demo.run import run_demo
 
         names = [task.value] if task else [name.value for name in TaskName]
