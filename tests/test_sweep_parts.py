@@ -515,12 +515,17 @@ NAMES = tuple(f"class {i}" for i in range(6))
 
 
 def _evaluate(
-    objective: Objective, outputs: Tensor, targets: Tensor, queries: Sequence[int] = (), *, trained: bool = True
+    objective: Objective,
+    outputs: Tensor,
+    targets: Tensor,
+    queries: Sequence[int] = (),
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> Evaluation:
     """In batches of seven, as a loader would give them."""
     batches = list(zip(outputs.split(7), targets.split(7), strict=True))
     split = Split(range(len(outputs)), labels=tuple(targets.tolist()))
-    return objective.evaluate(lambda batch: batch, batches, split, queries, trained=trained)
+    return objective.evaluate(lambda batch: batch, batches, split, queries, known=None if known is None else [known])
 
 
 def _labels(count: int, classes: int, seed: int) -> Tensor:
@@ -551,22 +556,23 @@ def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
 
 
-def test_without_training_a_class_is_told_by_the_nearest_mean_without_the_object_itself():
-    labels = _labels(60, 5, 2)
-    features = _random(5, 8, seed=3)[labels] + 0.9 * _random(60, 8, seed=4)
-    rows, classes = features.tolist(), labels.tolist()
+def test_without_training_a_class_is_told_by_the_nearest_mean_of_the_training_split():
+    labels, known_labels = _labels(60, 5, 2), _labels(40, 5, 6)
+    centres = _random(5, 8, seed=3)
+    features = centres[labels] + 0.9 * _random(60, 8, seed=4)
+    known = centres[known_labels] + 0.9 * _random(40, 8, seed=7)
+    means = {}
+    for c in sorted(set(known_labels.tolist())):
+        members = [row for row, label in zip(known.tolist(), known_labels.tolist(), strict=True) if label == c]
+        means[c] = [sum(column) / len(members) for column in zip(*members, strict=True)]
     right = []
-    for i, row in enumerate(rows):
-        cosines = {}
-        for c in sorted(set(classes)):
-            members = [rows[j] for j in range(60) if classes[j] == c and j != i]
-            if members:
-                cosines[c] = _cosine(row, [sum(column) / len(members) for column in zip(*members, strict=True)])
-        right.append(float(max(cosines, key=lambda c: cosines[c]) == classes[i]))
-    found = _evaluate(Classify(NAMES), features, labels, trained=False)  # the sixth class has no member
+    for row, label in zip(features.tolist(), labels.tolist(), strict=True):
+        cosines = {c: _cosine(row, mean) for c, mean in means.items()}
+        right.append(float(max(cosines, key=lambda c: cosines[c]) == label))
+    found = _evaluate(Classify(NAMES), features, labels, known=(known, known_labels))  # the sixth class has no member
     assert found.scores["accuracy"] == tuple(right)
     assert 0.3 < found.quality["accuracy"] < 0.95
-    scaled = _evaluate(Classify(NAMES), 7 * features, labels, trained=False)
+    scaled = _evaluate(Classify(NAMES), 7 * features, labels, known=(7 * known, known_labels))
     assert scaled.scores == found.scores
 
 
@@ -581,7 +587,7 @@ def test_what_a_classifier_finds_is_the_nearest_of_its_scores_and_what_it_says()
     assert found[1].right[:3] == (False, False, False)
     sure = torch.tensor([4.0, 0.0, 0.0]).softmax(0)[0]
     assert found[1].note == f"told to be class 0 ({sure:.0%} sure)"
-    before = _evaluate(Classify(NAMES[:3]), outputs, labels, [0], trained=False).found
+    before = _evaluate(Classify(NAMES[:3]), outputs, labels, [0], known=(outputs, labels)).found
     assert "sure" not in before[0].note
 
 

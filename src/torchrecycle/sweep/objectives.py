@@ -4,8 +4,8 @@
 seen lie beside each other, and measures R-precision. `Matching` does so for pairs of texts, and ranks all answers for
 each question.
 
-For an untrained model, a class is told by the nearest mean of the test split's own classes, each object left out of its
-own mean (Rocchio's rule, leave-one-out): what the pretrained features are good for with no training at all.
+For an untrained model, a class is told by the nearest of the means of the training split's classes (Rocchio's rule):
+what the pretrained features are good for with no training at all.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Classify(Objective):
             yield loss(*feed(batch))
 
     def evaluate(
-        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, trained: bool
+        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, known: Iterable[Any] | None
     ) -> Evaluation:
         outputs, labels = _all_outputs(feed, batches)
         if not outputs.isfinite().all():
@@ -89,7 +89,8 @@ class Classify(Objective):
                 "an output holds NaN or infinity: the training has diverged, or the weights that it began with hold "
                 "some already"
             )
-        scores = outputs if trained else _scores_by_nearest_mean(outputs, labels, len(self.names))
+        trained = known is None
+        scores = outputs if known is None else _scores_by_mean(outputs, *_all_outputs(feed, known), len(self.names))
         said = scores.argmax(1)
         right = (said == labels).double()
         counts = torch.bincount(labels, minlength=len(self.names)).double()
@@ -109,12 +110,10 @@ class Classify(Objective):
         return split.labels
 
 
-def _scores_by_nearest_mean(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Cosines to the mean of each class of the split, of its own class without the object itself."""
-    sums = torch.zeros(classes, features.shape[1]).index_add_(0, labels, features)
+def _scores_by_mean(features: Tensor, known: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Cosines to the mean of each class among known objects; minus infinity for a class that has none."""
+    sums = torch.zeros(classes, known.shape[1]).index_add_(0, labels, known)
     scores = F.normalize(features, dim=-1) @ F.normalize(sums, dim=-1).T
-    without = F.normalize(sums[labels] - features, dim=-1)
-    scores[torch.arange(len(labels)), labels] = (F.normalize(features, dim=-1) * without).sum(1)
     return scores.masked_fill(torch.bincount(labels, minlength=classes) == 0, -torch.inf)
 
 
@@ -153,7 +152,7 @@ class Similar(Objective):
             yield loss(*feed(batch))
 
     def evaluate(
-        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, trained: bool
+        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, known: Iterable[Any] | None
     ) -> Evaluation:
         embeddings, labels = _all_outputs(feed, batches)
         each = r_precision_of_each(embeddings, labels)
@@ -196,7 +195,7 @@ class Matching(Objective):
         return len(batches) // 2
 
     def evaluate(
-        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, trained: bool
+        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, known: Iterable[Any] | None
     ) -> Evaluation:
         embeddings, _ = _all_outputs(feed, batches)
         left, right = embeddings.chunk(2)

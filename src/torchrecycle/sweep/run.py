@@ -298,23 +298,23 @@ class _Sweep:
         record = self.journal.read(key, "untrained")
         if record is not None:
             return record
-        model = task.build_untrained()
-        if head is None or head.recycling is None:
-            loader = DataLoader(task.test.dataset, **task.eval_arguments())
-            record = self._judged_untrained(model, loader)
-        else:
-            with self._recycle(model, "head", head.recycling.cut) as recycling:
-                loader = recycling.loader(task.test.dataset, name=task.test.name, **task.eval_arguments())
-                record = self._judged_untrained(model, loader)
+        runner = _Runner(task, "untrained", None, task.build_untrained())
+        with ExitStack() as stack:
+            if head is not None and head.recycling is not None:
+                runner.recycling = stack.enter_context(self._recycle(runner.model, "head", head.recycling.cut))
+            loader = runner.evaluation_loader(task.test)
+            with progress("the pretrained model", len(loader), "batches") as shown:
+                found = task.evaluate(
+                    runner.model,
+                    Counted(loader, shown.advance),
+                    task.test,
+                    queries=self.queries,
+                    known=runner.evaluation_loader(task.train),
+                )
+        self.plan.tell("the pretrained model: " + _figures(found.quality))
+        record = {"kind": "untrained", **asdict(found)}
         self.journal.write(key, record)
         return record
-
-    def _judged_untrained(self, model: nn.Module, loader: Any) -> dict[str, Any]:
-        with progress("the pretrained model", len(loader), "batches") as shown:
-            batches = Counted(loader, shown.advance)
-            found = self.task.evaluate(model, batches, self.task.test, queries=self.queries, trained=False)
-        self.plan.tell("the pretrained model: " + _figures(found.quality))
-        return {"kind": "untrained", **asdict(found)}
 
     # -- a level -------------------------------------------------------------------------------------------------------
 

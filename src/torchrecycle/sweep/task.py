@@ -89,7 +89,7 @@ class Objective(ABC):
 
     @abstractmethod
     def evaluate(
-        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, trained: bool
+        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, known: Iterable[Any] | None
     ) -> Evaluation:
         """Figures of merit.
 
@@ -98,7 +98,9 @@ class Objective(ABC):
             batches: the whole split in its order.
             split: which.
             queries: objects for which to tell what is nearest.
-            trained: False if the model is the pretrained one, whose head does nothing.
+            known: None for a trained model; for the pretrained one, whose head does nothing, the batches of the
+            training
+                split, by which it may know the classes.
         """
 
     @abstractmethod
@@ -216,7 +218,7 @@ class Task:
         split: Split,
         *,
         queries: Sequence[int] = (),
-        trained: bool = True,
+        known: Iterable[Any] | None = None,
     ) -> Evaluation:
         """Figures of merit, 0 to 1. Leaves the model in eval mode.
 
@@ -225,7 +227,7 @@ class Task:
             batches: the whole split in its order.
             split: which.
             queries: objects for which to tell what is nearest.
-            trained: False for `build_untrained`.
+            known: for `build_untrained`, the batches of the training split; None for `build_model`.
         """
         model.eval()
-        return self.objective.evaluate(self.feed(model), batches, split, queries, trained=trained)
+        return self.objective.evaluate(self.feed(model), batches, split, queries, known=known)
