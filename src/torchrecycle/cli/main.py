@@ -60,8 +60,8 @@ def demo(
     """Compare full training with recycling 50 %, 75 % and all but the head, on images and on texts."""
 
     def kept() -> str:
-        rows = f"what the frozen layers gave, in {store}" if store is not None else "no figures"
-        return f"Kept: {rows}; the same command trains anew"
+        rows = f"Kept: what the frozen layers gave, in {store}" if store is not None else "Nothing is kept"
+        return f"{rows}; the same command trains anew"
 
     with one_line_errors(debug, kept):
         from torchrecycle.demo.run import run_demo
