@@ -28,6 +28,7 @@ import small
 from torchrecycle.similarity import pair_ranks, r_precision_of_each
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.datasets import (
+    ClassBatches,
     PadTexts,
     PairBatches,
     PairTexts,
@@ -43,9 +44,11 @@ from torchrecycle.sweep.encoders import (
     ResidualHead,
     TextEncoder,
     class_head,
+    embedding_head,
 )
 from torchrecycle.sweep.estimates import difference, estimate
 from torchrecycle.sweep.journal import Journal, JournalError, trial_from_json
+from torchrecycle.sweep.losses import LossError
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.recommend import recommend
@@ -836,12 +839,12 @@ class Hidden(nn.Module):
 def test_heads_start_as_no_head():
     x = _random(5, 7, seed=14)
     assert torch.equal(ResidualHead(7)(x), x)
-    assert torch.equal(class_head(7, 3)(x), torch.zeros(5, 3))
+    assert torch.equal(class_head("linear", 7, 3)(x), torch.zeros(5, 3))
     pictures = _random(2, 3, 8, 8, seed=15)
     trunk = nn.Conv2d(3, 6, 3)
     pooled = trunk(pictures).mean((2, 3))
     torch.testing.assert_close(ImageEncoder(trunk, ResidualHead(6))(pictures), F.normalize(pooled, dim=1))
-    assert torch.equal(ImageEncoder(trunk, class_head(6, 4), unit=False)(pictures), torch.zeros(2, 4))
+    assert torch.equal(ImageEncoder(trunk, class_head("linear", 6, 4), unit=False)(pictures), torch.zeros(2, 4))
 
 
 def test_a_head_that_starts_as_none_learns_all_the_same():
@@ -873,3 +876,57 @@ def test_one_vector_is_made_of_maps_of_tokens_and_of_a_model_output():
     assert torch.equal(pool(output), tokens[:, 1])
     output.pooler_output = None
     torch.testing.assert_close(pool(output), tokens.mean(1))
+
+
+# -- heads and losses by name ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_heads_of_one_layer_or_two_begin_as_no_head(kind: Any):
+    x = _random(5, 7, seed=1)
+    assert torch.equal(embedding_head(kind, 7)(x), x)
+    assert torch.equal(class_head(kind, 7, 3)(x), torch.zeros(5, 3))
+    assert len(list(class_head(kind, 7, 3).parameters())) == {"linear": 2, "mlp": 4}[kind]
+
+
+def test_batches_by_class_hold_several_objects_of_each_and_every_object_comes():
+    labels = [i // 6 for i in range(60)] + [10]
+    batches = ClassBatches(labels, batch_size=16, generator=torch.Generator().manual_seed(0))
+    seen = set()
+    for _ in range(30):
+        drawn = list(batches)
+        assert len(drawn) == len(batches) == 4
+        for batch in drawn:
+            counts = torch.bincount(torch.tensor([labels[i] for i in batch]))
+            assert sorted(counts[counts > 0].tolist()) == [4, 4, 4, 4]
+            seen |= set(batch)
+    assert seen == set(range(61))
+    assert list(batches) != list(batches)
+
+
+@pytest.mark.parametrize("name", ["SupConLoss", "ArcFaceLoss", "MultiSimilarityLoss", "ProxyAnchorLoss", "NTXentLoss"])
+def test_a_loss_of_the_library_pulls_what_is_alike_together(name: str):
+    labels = torch.arange(12) % 3
+    objective = Similar(NAMES[:3], loss=name)
+    loss = objective.make_loss(8, Recipe(epochs=1, suffix_rate=0.0, head_rate=0.0), seed=3)
+    again = objective.make_loss(8, Recipe(epochs=1, suffix_rate=0.0, head_rate=0.0), seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(loss.parameters(), again.parameters(), strict=True))
+    apart = F.normalize(_random(12, 8, seed=5), dim=-1)
+    together = torch.eye(8)[labels] if name not in ("ArcFaceLoss", "ProxyAnchorLoss") else None
+    if together is None:
+        vectors = next(iter(loss.parameters()))
+        together = F.normalize((vectors.T if name == "ArcFaceLoss" else vectors)[labels], dim=-1)
+    assert loss(together, labels) < loss(apart, labels)
+    split = Split(range(12), labels=tuple(labels.tolist()))
+    arguments = objective.loader_arguments(split, Recipe(1, 0.0, 0.0, batch_size=8), torch.Generator())
+    assert ("batch_sampler" in arguments) == (name not in ("ArcFaceLoss", "ProxyAnchorLoss"))
+
+
+def test_a_loss_that_is_none_or_does_not_suit_is_named_with_some_that_do():
+    for wrong in ("NoSuchLoss", "CrossBatchMemory", "BaseMetricLossFunction"):
+        with pytest.raises(LossError, match=f"'{wrong}'.*SupConLoss"):
+            Similar(NAMES, loss=wrong)
+    with pytest.raises(LossError, match="learns a vector for each class"):
+        Matching(loss="ArcFaceLoss")
+    with pytest.raises(LossError, match="cross-entropy or label-smoothing"):
+        Classify(NAMES, loss="SupConLoss")

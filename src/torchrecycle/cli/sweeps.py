@@ -50,6 +50,13 @@ class What(str, Enum):
     classify = "classify"
 
 
+class HeadName(str, Enum):
+    """What the head is made of."""
+
+    linear = "linear"
+    mlp = "mlp"
+
+
 class Precision(str, Enum):
     """Of kept rows."""
 
@@ -85,6 +92,14 @@ Rate = Annotated[
     float | None, typer.Option(help="Learning rate of the pretrained layers; if not given, one is looked for.")
 ]
 HeadRate = Annotated[float | None, typer.Option(help="Learning rate of the head, the new last layer.")]
+Head = Annotated[HeadName, typer.Option(help="The head, the new last layer: one layer, linear, or two, mlp.")]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        help="The loss. For similarity and pairs the name of one of pytorch-metric-learning, such as SupConLoss or "
+        "ArcFaceLoss; for classify cross-entropy or label-smoothing. Each task has its own if not given."
+    ),
+]
 Search = Annotated[
     bool, typer.Option(help="Look for a rate at each level, on objects that are neither trained on nor tested.")
 ]
@@ -197,6 +212,8 @@ def sweep_images(
     batch: Batch = None,
     rate: Rate = None,
     head_rate: HeadRate = None,
+    head: Head = HeadName.linear,
+    loss: Loss = None,
     search: Search = True,
     precision: PrecisionOption = None,
     store: StoreOption = None,
@@ -209,7 +226,7 @@ def sweep_images(
     debug: Debug = False,
 ) -> None:
     """Pictures: in a folder for each class, or in a folder or tar with a table of their classes."""
-    settings = _settings(fraction, epochs, batch, rate, head_rate, workers, device)
+    settings = _settings(fraction, epochs, batch, rate, head_rate, head, loss, workers, device)
     asked = _Asked(
         where,
         model,
@@ -256,6 +273,8 @@ def sweep_texts(
     batch: Batch = None,
     rate: Rate = None,
     head_rate: HeadRate = None,
+    head: Head = HeadName.linear,
+    loss: Loss = None,
     search: Search = True,
     precision: PrecisionOption = None,
     store: StoreOption = None,
@@ -268,7 +287,7 @@ def sweep_texts(
     debug: Debug = False,
 ) -> None:
     """Texts that have a class, in a table."""
-    settings = _settings(fraction, epochs, batch, rate, head_rate, workers, device, tokens)
+    settings = _settings(fraction, epochs, batch, rate, head_rate, head, loss, workers, device, tokens)
     asked = _Asked(
         table, model, checkpoint, False, levels, seeds, search, precision, store, out, save, as_json, settings
     )
@@ -299,6 +318,8 @@ def sweep_pairs(
     batch: Batch = None,
     rate: Rate = None,
     head_rate: HeadRate = None,
+    head: Head = HeadName.linear,
+    loss: Loss = None,
     search: Search = True,
     precision: PrecisionOption = None,
     store: StoreOption = None,
@@ -311,7 +332,7 @@ def sweep_pairs(
     debug: Debug = False,
 ) -> None:
     """Pairs of texts that belong together, in a table: questions and answers, titles and bodies."""
-    settings = _settings(fraction, epochs, batch, rate, head_rate, workers, device, tokens)
+    settings = _settings(fraction, epochs, batch, rate, head_rate, head, loss, workers, device, tokens)
     asked = _Asked(
         table, model, checkpoint, False, levels, seeds, search, precision, store, out, save, as_json, settings
     )
@@ -333,6 +354,8 @@ def _settings(
     batch: int | None,
     rate: float | None,
     head_rate: float | None,
+    head: HeadName,
+    loss: str | None,
     workers: int | None,
     device: str | None,
     tokens: int | None = None,
@@ -343,6 +366,8 @@ def _settings(
         "batch_size": batch,
         "rate": rate,
         "head_rate": head_rate,
+        "head": head.value,
+        "loss": loss,
         "workers": workers,
         "device": device,
         "tokens": tokens,

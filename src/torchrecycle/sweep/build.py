@@ -22,7 +22,7 @@ from torch import nn
 from torchrecycle.files import Pairs, Pictures, Texts
 from torchrecycle.keys import key
 from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, TextObjects, tokenised
-from torchrecycle.sweep.encoders import ImageEncoder, TextEncoder
+from torchrecycle.sweep.encoders import HeadKind, ImageEncoder, TextEncoder
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Sample
@@ -51,6 +51,10 @@ class Settings:
     """Learning rate of what is left of the trunk; with it, none is looked for."""
     head_rate: float | None = None
     """Learning rate of the head."""
+    head: HeadKind = "linear"
+    """One layer, ``linear``, or two, ``mlp``."""
+    loss: str | None = None
+    """See `Classify`, `Similar` and `Matching`."""
     tokens: int | None = None
     """Of each text, at most."""
     workers: int | None = None
@@ -121,7 +125,7 @@ def _identity(*parts: Any) -> str:
 def _shared(trunk: Trunk, settings: Settings, identity: str) -> dict[str, Any]:
     return {
         "dim": trunk.dim,
-        "identity": _identity(identity, _content_of(trunk), settings.fraction),
+        "identity": _identity(identity, _content_of(trunk), settings.fraction, settings.head, settings.loss),
         "model": trunk.name,
         "weights": trunk.weights,
         "random_weights": trunk.random,
@@ -155,14 +159,18 @@ def _split_classes(what: What, names: Sequence[str], labels: Sequence[str], frac
     return divide(names, labels, fraction=fraction)
 
 
-def _objective(what: What, labels: Sequence[str], splits: Splits) -> tuple[Objective, dict[str, int]]:
+def _objective(
+    what: What, labels: Sequence[str], splits: Splits, settings: Settings
+) -> tuple[Objective, dict[str, int]]:
     """What is learned, and the number of each class: for similarity, those of the training split come first."""
     if what == "classify":
         names = tuple(sorted(set(labels)))
-        return Classify(names), {name: i for i, name in enumerate(names)}
+        return Classify(names, head=settings.head, loss=settings.loss), {name: i for i, name in enumerate(names)}
     trained = sorted({labels[i] for i in splits.train})
     others = sorted(set(labels) - set(trained))
-    return Similar(trained), {name: i for i, name in enumerate([*trained, *others])}
+    return Similar(trained, head=settings.head, loss=settings.loss), {
+        name: i for i, name in enumerate([*trained, *others])
+    }
 
 
 _TITLES = {
@@ -212,7 +220,7 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
     names = [picture.name for picture in items]
     labels = [picture.label for picture in items]
     splits = _split_classes(what, names, labels, settings.fraction)
-    objective, number = _objective(what, labels, splits)
+    objective, number = _objective(what, labels, splits, settings)
     numbers = [number[label] for label in labels]
     module = trunk.module
 
@@ -251,6 +259,8 @@ def _readers() -> dict[str, str]:
 def _said(settings: Settings) -> dict[str, str]:
     """What was not left as usual."""
     said = {"part of the training split": f"{settings.fraction:.0%}"} if settings.fraction != 1 else {}
+    if settings.head != "linear":
+        said["head"] = "two layers with GELU between"
     if settings.rate is not None:
         said["rate"] = f"{settings.rate:g}, given"
     return said
@@ -292,7 +302,7 @@ def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Setti
     chosen, repeated = _distinct(range(len(texts.texts)), texts.texts, "text")
     names, labels = [texts.texts[i] for i in chosen], [texts.labels[i] for i in chosen]
     splits = _split_classes(what, names, labels, settings.fraction)
-    objective, number = _objective(what, labels, splits)
+    objective, number = _objective(what, labels, splits, settings)
     numbers = [number[label] for label in labels]
     tokens = _tokens(trunk, settings)
     ids = tokenised(trunk.tokenizer, names, tokens=tokens)
@@ -335,7 +345,7 @@ def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Ta
     Raises:
         SplitError: there are too few pairs.
     """
-    objective = Matching()
+    objective = Matching(head=settings.head, loss=settings.loss)
     splits = split_pairs(pairs.left, pairs.right, fraction=settings.fraction)
     tokens = _tokens(trunk, settings)
     left, right = (tokenised(trunk.tokenizer, side, tokens=tokens) for side in (pairs.left, pairs.right))

@@ -12,12 +12,23 @@ in place of 384 for each of its tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FirstToken", "ImageEncoder", "MeanPool", "PooledOutput", "ResidualHead", "TextEncoder", "class_head"]
+__all__ = [
+    "FirstToken",
+    "HeadKind",
+    "ImageEncoder",
+    "MeanPool",
+    "PooledOutput",
+    "ResidualHead",
+    "ResidualMlpHead",
+    "TextEncoder",
+    "class_head",
+    "embedding_head",
+]
 
 
 class ResidualHead(nn.Module):
@@ -29,20 +40,48 @@ class ResidualHead(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, dim)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = _zeros(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.linear(x)
 
 
-def class_head(dim: int, classes: int) -> nn.Linear:
-    """A linear layer of zeros from features to class scores."""
-    head = nn.Linear(dim, classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
+class ResidualMlpHead(nn.Module):
+    """``x + mlp(x)``, the identity until it is trained.
+
+    Args:
+        dim: Width of the embedding, and of the layer inside.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = _mlp(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def _zeros(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _mlp(dim: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), _zeros(nn.Linear(dim, out)))
+
+
+HeadKind = Literal["linear", "mlp"]
+
+
+def embedding_head(kind: HeadKind, dim: int) -> nn.Module:
+    """From features to an embedding as wide: the identity at first, plus one layer or two."""
+    return ResidualMlpHead(dim) if kind == "mlp" else ResidualHead(dim)
+
+
+def class_head(kind: HeadKind, dim: int, classes: int) -> nn.Module:
+    """From features to class scores, by one layer or two; all scores are nought at first."""
+    return _mlp(dim, classes) if kind == "mlp" else _zeros(nn.Linear(dim, classes))
 
 
 class MeanPool(nn.Module):

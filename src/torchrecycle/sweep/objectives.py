@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from torchrecycle.similarity import CosineSoftmax, MultipleNegativesRanking, pair_ranks, r_precision_of_each
 from torchrecycle.similarity.metrics import NotFiniteError
-from torchrecycle.sweep.datasets import PairBatches, two_by_two
-from torchrecycle.sweep.encoders import ResidualHead, class_head
+from torchrecycle.sweep.datasets import ClassBatches, PairBatches, two_by_two
+from torchrecycle.sweep.encoders import HeadKind, class_head, embedding_head
+from torchrecycle.sweep.losses import LossError, learns_classes, loss_by_name
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Found
 from torchrecycle.sweep.task import Evaluation, Feed, Objective, Split
@@ -49,11 +50,19 @@ def _nearest(embeddings: Tensor, query: int, *, among: Tensor, leave_out: int | 
     return similar.topk(min(NEAREST, len(among) - (leave_out is not None))).indices.tolist()
 
 
+_SMOOTHING = {"cross-entropy": 0.0, "label-smoothing": 0.1}
+
+
 class Classify(Objective):
     """Which of the known classes is it?
 
     Args:
         names: of the classes, in the order of their numbers.
+        head: one layer, ``linear``, or two, ``mlp``.
+        loss: ``cross-entropy``, or ``label-smoothing``: the same with a tenth of each label spread over all classes.
+
+    Raises:
+        LossError: there is no such loss.
     """
 
     metric = "accuracy"
@@ -61,17 +70,20 @@ class Classify(Objective):
         "accuracy": "share of the objects whose class is told right",
         "mean recall": "the same for each class, then the mean over the classes: small classes count as much",
     }
-    loss = "cross-entropy"
     unit = False
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], *, head: HeadKind = "linear", loss: str | None = None) -> None:
         self.names = tuple(names)
+        self.head: HeadKind = head
+        self.loss = loss or "cross-entropy"
+        if self.loss not in _SMOOTHING:
+            raise LossError(f"there is no loss '{loss}' to tell classes apart: give {' or '.join(_SMOOTHING)}")
 
     def make_head(self, dim: int) -> nn.Module:
-        return class_head(dim, len(self.names))
+        return class_head(self.head, dim, len(self.names))
 
     def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
-        return nn.CrossEntropyLoss()
+        return nn.CrossEntropyLoss(label_smoothing=_SMOOTHING[self.loss])
 
     def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
         return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator}
@@ -122,6 +134,11 @@ class Similar(Objective):
 
     Args:
         names: of the classes that are trained on, in the order of their numbers.
+        head: one layer, ``linear``, or two, ``mlp``, beside the identity.
+        loss: the name of a class of pytorch-metric-learning; `CosineSoftmax` if None.
+
+    Raises:
+        LossError: there is no such loss.
     """
 
     metric = "R-precision"
@@ -131,20 +148,28 @@ class Similar(Objective):
             "its class"
         )
     }
-    loss = "softmax over cosines to one learned vector per training class"
     unit = True
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], *, head: HeadKind = "linear", loss: str | None = None) -> None:
         self.names = tuple(names)
+        self.head: HeadKind = head
+        self.library_loss = loss
+        self.compares = loss is not None and not learns_classes(loss)
+        self.loss = loss or "softmax over cosines to one learned vector per training class"
 
     def make_head(self, dim: int) -> nn.Module:
-        return ResidualHead(dim)
+        return embedding_head(self.head, dim)
 
     def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
+        if self.library_loss is not None:
+            return loss_by_name(self.library_loss, classes=len(self.names), dim=dim, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         return CosineSoftmax(len(self.names), dim, scale=recipe.scale, generator=generator)
 
     def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
+        if self.compares:
+            batches = ClassBatches(split.labels, batch_size=recipe.batch_size, generator=generator)
+            return {"batch_sampler": batches}
         return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator}
 
     def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
@@ -167,20 +192,39 @@ class Similar(Objective):
 
 
 class Matching(Objective):
-    """Which right text belongs to the left one?"""
+    """Which right text belongs to the left one?
+
+    Args:
+        head: one layer, ``linear``, or two, ``mlp``, beside the identity.
+        loss: the name of a class of pytorch-metric-learning, for which the two texts of a pair are a class of two;
+            `MultipleNegativesRanking` if None.
+
+    Raises:
+        LossError: there is no such loss, or it learns a vector for each class.
+    """
 
     metric = "reciprocal rank"
     metrics = {
         "reciprocal rank": "all right texts are ranked for each left one: the mean of 1 / rank of its own",
         "precision@1": "share of the left texts whose own right one is ranked first",
     }
-    loss = "multiple negatives ranking, both ways"
     unit = True
 
+    def __init__(self, *, head: HeadKind = "linear", loss: str | None = None) -> None:
+        self.head: HeadKind = head
+        self.library_loss = loss
+        self.loss = loss or "multiple negatives ranking, both ways"
+        if loss is not None and learns_classes(loss):
+            raise LossError(
+                f"{loss} learns a vector for each class, and pairs have none: give SupConLoss or NTXentLoss"
+            )
+
     def make_head(self, dim: int) -> nn.Module:
-        return ResidualHead(dim)
+        return embedding_head(self.head, dim)
 
     def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
+        if self.library_loss is not None:
+            return loss_by_name(self.library_loss, classes=0, dim=dim, seed=seed)
         return MultipleNegativesRanking(scale=recipe.scale)
 
     def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
@@ -189,7 +233,12 @@ class Matching(Objective):
 
     def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
         for left, right in two_by_two(batches):
-            yield loss(feed(left)[0], feed(right)[0])
+            one, pairs = feed(left)
+            other, _ = feed(right)
+            if self.library_loss is None:
+                yield loss(one, other)
+            else:
+                yield loss(torch.cat([one, other]), pairs.repeat(2))
 
     def steps(self, batches: Sized) -> int:
         return len(batches) // 2

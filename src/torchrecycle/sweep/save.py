@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrecycle.errors import RecycleError
-from torchrecycle.sweep.encoders import FirstToken, MeanPool, PooledOutput, ResidualHead
+from torchrecycle.sweep.encoders import FirstToken, MeanPool, PooledOutput, ResidualHead, ResidualMlpHead
 from torchrecycle.sweep.environment import now, versions
 from torchrecycle.sweep.objectives import Classify
 from torchrecycle.sweep.task import Task
@@ -166,6 +166,10 @@ def _head(task: Task) -> str:
     head = task.objective.make_head(task.dim)
     if isinstance(head, ResidualHead):
         return "residual"
+    if isinstance(head, ResidualMlpHead):
+        return "residual mlp"
+    if isinstance(head, nn.Sequential) and isinstance(task.objective, Classify):
+        return "mlp"
     if isinstance(head, nn.Linear) and isinstance(task.objective, Classify):
         return "linear"
     raise SaveError(

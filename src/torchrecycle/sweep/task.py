@@ -166,6 +166,7 @@ class Task:
 
     def _built(self, make_head: Callable[[], nn.Module], unit: bool) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             return self.build(make_head(), unit).to(self.device).eval()
 
     def example(self) -> Any:

@@ -54,6 +54,25 @@ class ResidualHead(nn.Module):
         return x + self.linear(x)
 
 
+class ResidualMlpHead(nn.Module):
+    """``x + mlp(x)``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = make_head("mlp", dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def make_head(kind: str, dim: int, out: int) -> nn.Module:
+    """From features ``[batch, dim]`` to ``[batch, out]``; its weights are random."""
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out))
+    heads = {"residual": ResidualHead, "residual mlp": ResidualMlpHead}
+    return heads[kind](dim) if kind in heads else nn.Linear(dim, out)
+
+
 class Encoder(nn.Module):
     """Pictures ``[batch, 3, size, size]`` to class scores ``[batch, classes]``, or to embeddings of length one."""
 
@@ -87,7 +106,7 @@ def load(folder: Path = HERE) -> Encoder:
     """
     config = read_config(Path(folder))
     dim, classes = config["features"], config["classes"]
-    head = ResidualHead(dim) if config["head"] == "residual" else nn.Linear(dim, len(classes))
+    head = make_head(config["head"], dim, dim if classes is None else len(classes))
     model = Encoder(make_trunk(config, Path(folder)), head, config)
     load_model(model, str(Path(folder) / "model.safetensors"))
     return model.eval()

@@ -52,6 +52,25 @@ class ResidualHead(nn.Module):
         return x + self.linear(x)
 
 
+class ResidualMlpHead(nn.Module):
+    """``x + mlp(x)``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = make_head("mlp", dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def make_head(kind: str, dim: int, out: int) -> nn.Module:
+    """From features ``[batch, dim]`` to ``[batch, out]``; its weights are random."""
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out))
+    heads = {"residual": ResidualHead, "residual mlp": ResidualMlpHead}
+    return heads[kind](dim) if kind in heads else nn.Linear(dim, out)
+
+
 class Encoder(nn.Module):
     """Token ids ``[batch, tokens]`` to class scores ``[batch, classes]``, or to embeddings of length one."""
 
@@ -83,7 +102,7 @@ def load(folder: Path = HERE) -> Encoder:
     """
     config = read_config(Path(folder))
     dim, classes, inside = config["features"], config["classes"], Path(folder) / "trunk"
-    head = ResidualHead(dim) if config["head"] == "residual" else nn.Linear(dim, len(classes))
+    head = make_head(config["head"], dim, dim if classes is None else len(classes))
     trunk = AutoModel.from_config(AutoConfig.from_pretrained(inside, local_files_only=True))
     tokenizer = AutoTokenizer.from_pretrained(inside, local_files_only=True)
     model = Encoder(trunk, head, config, tokenizer)
