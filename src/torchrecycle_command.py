@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from types import FrameType
+import threading
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -29,27 +30,35 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, _stop)
     from torchrecycle.cli import app
 
-    if heard:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.excepthook = _only_ours
+    code: int | str | None = 0
     try:
+        if heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         app()
-        code: int | str | None = 0
     except SystemExit as end:
-        code = end.code
-    # All is done or has been told: what is left is the end of Python itself, which is not worth a traceback.
+        code = _told(end.code)  # while it is at hand: what it holds says more when it is let go
+    except KeyboardInterrupt:  # while Typer makes the command
+        code = _told(CTRL_C_OUTSIDE)
+    sys.exit(code)
+
+
+def _only_ours(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
+    """The thread by which `multiprocessing` shares tensors calls this hook where a worker that is ended hangs up."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, frames)
+
+
+def _told(code: int | str | None) -> int | str | None:
+    """All is done or has been told: what comes now is the end of Python, which is not worth a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if code == CTRL_C_OUTSIDE:
         sys.stderr.write(NOTHING_DONE)
         code = REFUSED
     if code == REFUSED:
-        _say_no_more()
-    sys.exit(code)
-
-
-def _say_no_more() -> None:
-    """Threads of `multiprocessing` that are cut off with the process would print a traceback behind the one line."""
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    return code
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -732,6 +732,8 @@ STOPS = [
     ("full training, seed", 0.1),
 ]
 """From the introduction to the writing of the page."""
+MOMENTS = 20
+"""Evenly spread from the start of the process on; each takes ten seconds."""
 
 
 def assert_stopped(ended: Any) -> None:
@@ -812,13 +814,13 @@ def test_the_console_script_begins_in_the_module_that_hears_ctrl_c():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_from_a_terminal_at_forty_moments(swept, shapes, tmp_path, workers):
+def test_ctrl_c_from_a_terminal_at_many_moments(swept, shapes, tmp_path, workers):
     """Workers get it too. Real processes, from their start on; each is gone on with."""
     arguments = ["sweep", "images", str(shapes), *SMALLEST, *QUICK, "--workers", str(workers)]
     began = time.monotonic()
     subprocess.run([*COMMAND, *arguments, "--out", str(tmp_path / "whole")], capture_output=True, check=True)
     whole = time.monotonic() - began
-    for number in range(40):
+    for number in range(MOMENTS):
         out = tmp_path / str(number)
         with subprocess.Popen(
             [*COMMAND, *arguments, "--out", str(out)],
@@ -827,7 +829,7 @@ def test_ctrl_c_from_a_terminal_at_forty_moments(swept, shapes, tmp_path, worker
             text=True,
             start_new_session=True,
         ) as process:
-            time.sleep(0.2 + (whole - 0.2) * number / 40)
+            time.sleep(0.2 + (whole - 0.2) * number / MOMENTS)
             os.killpg(process.pid, signal.SIGINT)
             printed, said = process.communicate()
         if process.returncode:

@@ -121,8 +121,10 @@ class _CtrlC:
         raise KeyboardInterrupt
 
     def swallowed(self, what: sys.UnraisableHookArgs) -> None:
+        """What comes of a Ctrl-C, such as a loader that was half made, says nothing more than that."""
         if not issubclass(what.exc_type, KeyboardInterrupt):
-            self._print(what)
+            if not self.heard:
+                self._print(what)
         elif os.getpid() == self._process:
             threading.Timer(AGAIN, _interrupt).start()
 
