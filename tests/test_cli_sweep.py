@@ -316,14 +316,6 @@ def test_a_name_that_is_no_utf_8_is_a_name(own_shapes, tmp_path):
     works("images", own_shapes, *SMALLEST, *SHORT, "--out", tmp_path / "out")
 
 
-def test_texts_that_are_all_the_same_are_no_hindrance(tmp_path):
-    rows = [{"text": "the same", "label": "ab"[number % 2]} for number in range(20)]
-    result = works(
-        "texts", write_table(tmp_path / "same.csv", rows), "--model", MINILM, *SHORT, "--out", tmp_path / "out"
-    )
-    assert "filled 1 of" in result.stderr
-
-
 # -- help and usage ----------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +484,12 @@ def test_a_table_of_labels_that_is_not_there_is_named(shapes, tmp_path):
 def test_a_table_of_two_rows_is_too_small(tmp_path, rows, words):
     table = write_table(tmp_path / "two.csv", rows)
     assert words in is_refused("texts", table, "--model", MINILM, "--out", tmp_path / "out")
+
+
+def test_texts_that_are_all_the_same_are_too_few(tmp_path):
+    rows = [{"text": "the same", "label": "ab"[number % 2]} for number in range(20)]
+    table = write_table(tmp_path / "same.csv", rows)
+    assert "add objects" in is_refused("texts", table, "--model", MINILM, "--out", tmp_path / "out")
 
 
 def test_two_pairs_are_too_few(tmp_path):
