@@ -47,7 +47,7 @@ class FillReport:
             return f"nothing to fill: all {self.objects:,} objects are in the store ({self.seconds:.1f} s)"
         return (
             f"filled {self.computed:,} of {self.objects:,} objects, {self.bytes_written / 1e6:,.1f} MB, in "
-            f"{self.seconds:.1f} s ({self.prefix_seconds:.1f} s of it in the prefix)"
+            f"{self.seconds:.1f} s ({self.prefix_seconds:.1f} s of it in the frozen layers)"
         )
 
 

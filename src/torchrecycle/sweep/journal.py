@@ -84,8 +84,8 @@ class Journal:
             temporary.replace(self.folder / f"{key}.json")
         except OSError as error:
             raise JournalError(
-                f"cannot write to {self.folder}: {error.strerror}. What was finished before is kept; make room or give "
-                "another --out, and the same command goes on"
+                f"cannot write to {self.folder}: {error.strerror}. What was finished before is kept, and the "
+                "same command goes on from there"
             ) from error
         finally:
             with suppress(OSError):  # where nothing can be written, nothing is there to be removed

@@ -177,7 +177,8 @@ def split_pairs(left: Sequence[str], right: Sequence[str], *, fraction: float = 
         if len(part) < 2:
             raise SplitError(
                 f"{count} pairs are too few to {name} on some of them, with no text in two splits: there are "
-                f"{len(groups)} groups of pairs that share a text, the largest of {max(map(len, groups))} pairs"
+                f"{len(groups)} groups of pairs that share a text, the largest of {max(map(len, groups))} pairs: add "
+                "pairs of other texts"
             )
     return Splits(tuple(train), tuple(chosen["validation"]), tuple(chosen["test"]))
 
