@@ -141,6 +141,31 @@ def test_hidden_files_and_what_systems_add_are_passed_over_without_a_word(tmp_pa
     assert pictures.left_out == ()
 
 
+def test_folders_that_are_to_be_left_out_are_no_classes(tmp_path):
+    put(tmp_path, {**zoo(), "out/plots/0.png": jpeg(7), "cat/kept/0.png": jpeg(8), "elsewhere/9.jpg": jpeg(9)})
+    (tmp_path / "cat" / "link").symlink_to(tmp_path / "elsewhere")
+    ours = [tmp_path / "cat" / ".." / "out", tmp_path / "cat" / "kept", tmp_path / "elsewhere", tmp_path / "to come"]
+    pictures = find_pictures(tmp_path, leave_out=ours)
+    assert set(classes(pictures)) == set(zoo())
+    assert pictures.left_out == ()
+    assert pictures.identity == find_pictures(put(tmp_path / "plain", zoo())).identity
+
+
+@pytest.mark.parametrize("held", [["journal/a.json", "results.json"], ["sweep.json"]])
+def test_the_results_of_an_earlier_sweep_are_no_class_and_said(tmp_path, held):
+    put(tmp_path, {**zoo(), "sweep-a/plots/0.png": jpeg(7), "sweep-a/plots/1.png": jpeg(8)})
+    assert find_pictures(tmp_path).where.endswith("8 pictures of 3 classes")
+    put(tmp_path / "sweep-a", dict.fromkeys(held, '{"made_by": "torchrecycle sweep", "format": 1}'))
+    pictures = find_pictures(tmp_path)
+    assert set(classes(pictures)) == set(zoo())
+    assert pictures.left_out == ("1 folder with the results of a sweep: sweep-a",)
+
+
+def test_a_file_of_the_same_name_as_a_sweeps_makes_no_results(tmp_path):
+    put(tmp_path, {**zoo(), "cat/sweep.json": '{"made_by": "me"}', "dog/sweep.json": "[no json"})
+    assert set(classes(find_pictures(tmp_path))) == set(zoo())
+
+
 def test_other_files_and_pictures_in_no_class_folder_are_left_out_and_said(tmp_path):
     put(tmp_path, {**zoo(), "cover.png": jpeg(), "cat/a.heic": b"x", "cat/notes.txt": "x", "read.me": "x"})
     pictures = find_pictures(tmp_path)

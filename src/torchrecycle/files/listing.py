@@ -18,12 +18,13 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from torchrecycle.files.errors import DataError, readable, shown
+from torchrecycle.files.marker import holds_results
 
 __all__ = ["Listing", "Piece", "list_files", "plain"]
 
@@ -121,6 +122,8 @@ class Listing:
     """Bytes of an archive."""
     loops: list[str] = field(default_factory=list)
     """Links that lead to a folder around them, which are not followed."""
+    results: list[str] = field(default_factory=list)
+    """Folders with the results of a sweep, which are passed over."""
 
     def add(self, name: str, piece: Piece) -> None:
         if name in self.files:
@@ -138,8 +141,12 @@ def plain(name: str) -> str:
     return posixpath.normpath(name) if name else ""
 
 
-def list_files(where: Path) -> Listing:
+def list_files(where: Path, leave_out: Sequence[Path] = ()) -> Listing:
     """What a folder, a tar or a zip holds.
+
+    Args:
+        where: the folder or archive.
+        leave_out: folders that are passed over, wherever links lead to them; they need not be there.
 
     Raises:
         DataError: if it is not there, cannot be read, or is none of these.
@@ -147,7 +154,7 @@ def list_files(where: Path) -> Listing:
     with readable(where):
         status = where.stat()
         if stat.S_ISDIR(status.st_mode):
-            return _list_folder(where)
+            return _list_folder(where, leave_out)
         with where.open("rb") as file:
             begin = file.read(8)
     suffix = where.suffix.lower()
@@ -170,11 +177,12 @@ def _passed_over(parts: Iterable[str]) -> bool:
 # ------------------------------------------------------------------------------------------------------ folder
 
 
-def _list_folder(where: Path) -> Listing:
+def _list_folder(where: Path, leave_out: Sequence[Path]) -> Listing:
     listing = Listing(where)
     root = where.resolve()
     around = {_identity(folder.stat()) for folder in (root, *root.parents)}
-    _walk(listing, str(where), "", frozenset(around))
+    passed = {_identity(folder.stat()) for folder in leave_out if folder.exists()}
+    _walk(listing, str(where), "", frozenset(around), frozenset(passed))
     return listing
 
 
@@ -182,7 +190,10 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _walk(listing: Listing, folder: str, below: str, around: frozenset[tuple[int, int]]) -> None:
+_Identities: TypeAlias = frozenset[tuple[int, int]]
+
+
+def _walk(listing: Listing, folder: str, below: str, around: _Identities, passed: _Identities) -> None:
     with readable(folder), os.scandir(folder) as entries:
         inside = sorted(entries, key=lambda entry: entry.name)
     for entry in inside:
@@ -198,17 +209,22 @@ def _walk(listing: Listing, folder: str, below: str, around: frozenset[tuple[int
         if stat.S_ISREG(status.st_mode):
             listing.add(name, WholeFile(entry.path))
         elif stat.S_ISDIR(status.st_mode):
-            _enter(listing, entry.path, name, around)
+            _enter(listing, entry.path, name, around, passed)
 
 
-def _enter(listing: Listing, path: str, name: str, around: frozenset[tuple[int, int]]) -> None:
+def _enter(listing: Listing, path: str, name: str, around: _Identities, passed: _Identities) -> None:
     # Not the number that scandir gives, which is 0 on Windows.
     identity = _identity(os.stat(path))
     if identity in around:
         listing.loops.append(name)
         return
+    if identity in passed:
+        return
+    if holds_results(Path(path)):
+        listing.results.append(name)
+        return
     listing.folders.append(name)
-    _walk(listing, path, f"{name}/", around | {identity})
+    _walk(listing, path, f"{name}/", around | {identity}, passed)
 
 
 # ---------------------------------------------------------------------------------------------------- archives

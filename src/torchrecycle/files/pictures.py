@@ -118,6 +118,7 @@ def find_pictures(
     file_column: str = "file",
     label_column: str = "label",
     skip_bad: bool = False,
+    leave_out: Sequence[Path] = (),
 ) -> Pictures:
     """The pictures of a folder, a tar or a zip, each decoded once to see that it is whole.
 
@@ -130,13 +131,15 @@ def find_pictures(
         label_column: its column with the classes.
         skip_bad: whether pictures that are not there or cannot be decoded, classes with fewer than two pictures, and
             rows without a name or a class are left out. Otherwise each is an error.
+        leave_out: folders that hold no data even where they lie among the pictures, such as that of the results. They
+            need not be there.
 
     Raises:
         DataError: if anything is not as described. One line, which names the first three places.
     """
     where, left_out = Path(where), LeftOut(skip_bad)
-    listing = list_files(where)
-    _note_loops(listing, left_out)
+    listing = list_files(where, leave_out)
+    _note_passed_over(listing, left_out)
     if labels is None:
         named = _by_folder(listing, left_out)
         step = "Put the pictures in one folder per class, or give a table with --labels"
@@ -151,9 +154,12 @@ def find_pictures(
     return Pictures(tuple(whole), tuple(left_out.lines), _identity(whole), _in_words(where, whole, labels))
 
 
-def _note_loops(listing: Listing, left_out: LeftOut) -> None:
+def _note_passed_over(listing: Listing, left_out: LeftOut) -> None:
     if listing.loops:
         left_out.note(f"{count_of(len(listing.loops), 'link')} to a folder around itself: {examples(listing.loops)}")
+    if listing.results:
+        count = count_of(len(listing.results), "folder")
+        left_out.note(f"{count} with the results of a sweep: {examples(listing.results)}")
 
 
 def _with_classes(pictures: Sequence[Picture], left_out: LeftOut, where: Path, step: str) -> list[Picture]:
