@@ -26,6 +26,7 @@ import typer
 
 from torchrecycle.cli.errors import Debug, OptionError, one_line_errors
 from torchrecycle.errors import RecycleError
+from torchrecycle.files.marker import MARKER, MARKER_TEXT, is_marked
 
 if TYPE_CHECKING:
     from torchrecycle.sweep import Settings, SweepPlan, SweepResult, Task, Trunk
@@ -89,7 +90,11 @@ Fraction = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option(min=2, help="Objects, or pairs, in a step of training.")]
 Rate = Annotated[
-    float | None, typer.Option(help="Learning rate of the pretrained layers; if not given, one is looked for.")
+    str | None,
+    typer.Option(
+        help="Learning rate of the pretrained layers, such as 3e-4, or of some levels, such as full=1e-4,50=3e-4; "
+        "where none is given, one is looked for."
+    ),
 ]
 HeadRate = Annotated[float | None, typer.Option(help="Learning rate of the head, the new last layer.")]
 Head = Annotated[HeadName, typer.Option(help="The head, the new last layer: one layer, linear, or two, mlp.")]
@@ -171,6 +176,12 @@ class _Asked:
         """Where what the frozen layers give is kept."""
         return self.store if self.store is not None else self.folder / "activations"
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """All that is written, by option."""
+        save = {} if self.save is None else {"--save": self.save}
+        return {"--out": self.folder, "--store": self.rows, **save}
+
     def plan(self, tell: Callable[[str], None]) -> SweepPlan:
         from torchrecycle.sweep import SweepPlan
 
@@ -179,7 +190,7 @@ class _Asked:
             journal=self.folder / "journal",
             levels=self.levels.split(","),
             seeds=range(self.seeds),
-            search=self.search and self.settings["rate"] is None,
+            search=self.search,
             precision=self.precision.value if self.precision is not None else None,
             weights=self.folder / "weights" if self.save is not None else None,
             command=shlex.join(["torchrecycle", *sys.argv[1:]]),
@@ -226,7 +237,7 @@ def sweep_images(
     debug: Debug = False,
 ) -> None:
     """Pictures: in a folder for each class, or in a folder or tar with a table of their classes."""
-    settings = _settings(fraction, epochs, batch, rate, head_rate, head, loss, workers, device)
+    settings = _settings(fraction, epochs, batch, rate, head_rate, head, loss, search, skip_bad, workers, device)
     asked = _Asked(
         where,
         model,
@@ -250,7 +261,12 @@ def sweep_images(
 
         trunk = load_trunk(model, "images", checkpoint=checkpoint, size=size, pretrained=pretrained, crop=crop)
         pictures = find_pictures(
-            where, labels=labels, file_column=file_column, label_column=label_column, skip_bad=skip_bad
+            where,
+            labels=labels,
+            file_column=file_column,
+            label_column=label_column,
+            skip_bad=skip_bad,
+            leave_out=list(asked.folders.values()),
         )
         return picture_task(pictures, trunk, task.value, settings), trunk
 
@@ -287,7 +303,9 @@ def sweep_texts(
     debug: Debug = False,
 ) -> None:
     """Texts that have a class, in a table."""
-    settings = _settings(fraction, epochs, batch, rate, head_rate, head, loss, workers, device, tokens)
+    settings = _settings(
+        fraction, epochs, batch, rate, head_rate, head, loss, search, skip_bad, workers, device, tokens
+    )
     asked = _Asked(
         table, model, checkpoint, False, levels, seeds, search, precision, store, out, save, as_json, settings
     )
@@ -332,7 +350,9 @@ def sweep_pairs(
     debug: Debug = False,
 ) -> None:
     """Pairs of texts that belong together, in a table: questions and answers, titles and bodies."""
-    settings = _settings(fraction, epochs, batch, rate, head_rate, head, loss, workers, device, tokens)
+    settings = _settings(
+        fraction, epochs, batch, rate, head_rate, head, loss, search, skip_bad, workers, device, tokens
+    )
     asked = _Asked(
         table, model, checkpoint, False, levels, seeds, search, precision, store, out, save, as_json, settings
     )
@@ -352,10 +372,12 @@ def _settings(
     fraction: float,
     epochs: int | None,
     batch: int | None,
-    rate: float | None,
+    rate: str | None,
     head_rate: float | None,
     head: HeadName,
     loss: str | None,
+    search: bool,
+    skip_bad: bool,
     workers: int | None,
     device: str | None,
     tokens: int | None = None,
@@ -368,6 +390,8 @@ def _settings(
         "head_rate": head_rate,
         "head": head.value,
         "loss": loss,
+        "search": search,
+        "skip_bad": skip_bad,
         "workers": workers,
         "device": device,
         "tokens": tokens,
@@ -387,6 +411,7 @@ def _run(asked: _Asked, make: Callable[[Settings], tuple[Task, Trunk]], debug: b
             task, trunk = _made(make, Settings(**asked.settings))
             plan = asked.plan(tell)
             _introduce(task, plan, asked.folder)
+            _begin(asked.folder)
             result = sweep(task, plan)
         if asked.as_json:
             print(json.dumps(_finite(result.to_json()), indent=2), flush=True)
@@ -442,12 +467,13 @@ def _refuse_early(asked: _Asked) -> None:
     _check_device(asked.settings["device"])
     if not asked.model.strip():
         raise OptionError("--model is empty: give timm/NAME, torchvision/NAME, or a folder with a transformers model")
+    _refuse_one_for_two({"the data": asked.data, **asked.folders})
     _refuse_other_things(asked.folder)
     _refuse_unwritable(asked.folder, "--out")
     open_store(asked.rows)
     _refuse_unwritable(asked.rows, "--store")
     if asked.save is not None:
-        _refuse_full_folder(asked.save)
+        _refuse_other_models(asked.save)
         _refuse_unwritable(asked.save, "--save")
     if importlib.util.find_spec("matplotlib") is None:
         raise OutError('the page has plots, which need matplotlib: pip install "torchrecycle[sweep]"')
@@ -456,10 +482,38 @@ def _refuse_early(asked: _Asked) -> None:
 def _check_numbers(settings: dict[str, Any]) -> None:
     if not 0 < settings["fraction"] <= 1:
         raise OptionError(f"--fraction {settings['fraction']:g} is no share: give more than 0 and at most 1")
-    for option, name in (("--rate", "rate"), ("--head-rate", "head_rate")):
-        value = settings[name]
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise OptionError(f"{option} {value:g} is no learning rate: give more than 0, such as 3e-4")
+    if settings["rate"] is not None:
+        settings["rate"] = _rates(settings["rate"])
+    if settings["head_rate"] is not None:
+        _checked_rate("--head-rate", settings["head_rate"])
+
+
+def _rates(said: str) -> float | dict[str, float]:
+    """One rate for all levels, or one for some.
+
+    >>> _rates("3e-4"), _rates("full=1e-4, head=0.01")
+    (0.0003, {'full': 0.0001, 'head': 0.01})
+    """
+    if "=" not in said:
+        return _checked_rate("--rate", said)
+    from torchrecycle.sweep.run import parse_levels
+
+    rates = {}
+    for part in said.split(","):
+        level, _, rate = part.partition("=")
+        (level,) = parse_levels([level or "?"])
+        rates[level] = _checked_rate("--rate", rate)
+    return rates
+
+
+def _checked_rate(option: str, value: str | float) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = math.nan
+    if not (math.isfinite(rate) and rate > 0):
+        raise OptionError(f"{option} {value} is no learning rate: give more than 0, such as 3e-4 or full=1e-4,50=3e-4")
+    return rate
 
 
 def _check_device(name: str | None) -> None:
@@ -479,6 +533,14 @@ def _check_device(name: str | None) -> None:
         raise OptionError(f"--device {name} cannot be used here ({why}): leave it out, or give cpu") from error
 
 
+def _refuse_one_for_two(places: dict[str, Path]) -> None:
+    seen: dict[Path, str] = {}
+    for what, path in places.items():
+        other = seen.setdefault(path.resolve(), what)
+        if other != what:
+            raise OutError(f"{what} {path} is the folder of {other} too: give another {what}")
+
+
 def _refuse_other_things(folder: Path) -> None:
     """A page of somebody else must not be written over."""
     if not folder.exists():
@@ -486,16 +548,26 @@ def _refuse_other_things(folder: Path) -> None:
     if not folder.is_dir():
         raise OutError(f"{folder} is a file, and the results are a folder: give another --out")
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if held and not {"journal", "activations"} & set(held):
+    if held and not is_marked(folder):
         raise OutError(
             f"{folder} holds {', '.join(held[:3])}{' and more' * (len(held) > 3)}, and no results of a sweep: give a "
             "new folder with --out"
         )
 
 
-def _refuse_full_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / "load.py").is_file():
+def _refuse_other_models(folder: Path) -> None:
+    """As saving does, but before the hours that training takes."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _is_saved_model(folder):
         raise OutError(f"{folder} is not an empty folder, and no saved model either: give another --save")
+
+
+def _is_saved_model(folder: Path) -> bool:
+    from torchrecycle.sweep.save import MARK, SCRIPT
+
+    if not (folder / SCRIPT).is_file():
+        return False
+    with (folder / SCRIPT).open(encoding="utf-8", errors="replace") as script:
+        return MARK in script.readline()
 
 
 def _refuse_unwritable(folder: Path, option: str) -> None:
@@ -548,6 +620,20 @@ def _say_random(task: Task) -> None:
     )
 
 
+def _begin(folder: Path) -> None:
+    """From here on the folder is known as ours, however the sweep ends."""
+    try:
+        _write_whole(folder / MARKER, MARKER_TEXT)
+    except OSError as error:
+        raise _unwritten(f"cannot write to {folder}", error) from error
+
+
+def _unwritten(what: str, error: OSError) -> OutError:
+    worded = OutError(f"{what}: {error.strerror}")
+    worded.errno = error.errno
+    return worded
+
+
 def _write(result: SweepResult, asked: _Asked) -> Path:
     from torchrecycle.report import write_page
 
@@ -558,9 +644,7 @@ def _write(result: SweepResult, asked: _Asked) -> Path:
     except OSError as error:
         if error.errno is None:
             raise
-        worded = OutError(f"cannot write the page to {folder}: {error.strerror}")
-        worded.errno = error.errno
-        raise worded from error
+        raise _unwritten(f"cannot write the page to {folder}", error) from error
 
 
 def _write_whole(path: Path, text: str) -> None:

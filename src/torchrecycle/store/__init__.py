@@ -2,6 +2,7 @@
 
 from torchrecycle.store.contract import FORMAT_VERSION, Leaf, LeafSpec, Ragged, Rows, Store, VerifyReport
 from torchrecycle.store.stores import FolderStore, MemoryStore, open_store
+from torchrecycle.store.waiting import leaf_bytes
 
 __all__ = [
     "FORMAT_VERSION",
@@ -13,5 +14,6 @@ __all__ = [
     "Rows",
     "Store",
     "VerifyReport",
+    "leaf_bytes",
     "open_store",
 ]

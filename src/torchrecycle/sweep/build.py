@@ -11,7 +11,8 @@ import base64
 import copy
 import importlib.metadata
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from blake3 import blake3
 from torch import nn
 
 from torchrecycle.files import Pairs, Pictures, Texts
+from torchrecycle.files.errors import LeftOut, count_of, shown
+from torchrecycle.files.labels import keep_classes
 from torchrecycle.keys import key
 from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, TextObjects, tokenised
 from torchrecycle.sweep.encoders import HeadKind, ImageEncoder, TextEncoder
@@ -47,10 +50,14 @@ class Settings:
     """Passes over the training split; head only, whose epochs cost next to nothing, gets five times as many."""
     batch_size: int | None = None
     """Objects, or pairs, in a step."""
-    rate: float | None = None
-    """Learning rate of what is left of the trunk; with it, none is looked for."""
+    rate: float | Mapping[str, float] | None = None
+    """Learning rate of what is left of the trunk, or one for some levels; where it is given, none is looked for."""
     head_rate: float | None = None
     """Learning rate of the head."""
+    search: bool = True
+    """Whether something must be held out to choose a rate on."""
+    skip_bad: bool = False
+    """Whether objects that contradict each other, and classes of one, are left out; else they are an error."""
     head: HeadKind = "linear"
     """One layer, ``linear``, or two, ``mlp``."""
     loss: str | None = None
@@ -65,24 +72,45 @@ class Settings:
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
+LEAST_STEPS, LEAST_HEAD_STEPS = 60, 300
+"""Steps that a training has at least, however little there is to train on."""
+MOST_EPOCHS, MOST_HEAD_EPOCHS = 30, 150
 
-def _recipes(settings: Settings, base: dict[str, Recipe]) -> Callable[[str, float], Recipe]:
-    """The recipe of each level: of those for ``full``, ``head`` and what lies between."""
+
+def _recipes(settings: Settings, base: dict[str, Recipe], objects: int) -> Callable[[str, float], Recipe]:
+    """The recipe of each level: of those for ``full``, ``head`` and what lies between.
+
+    Args:
+        settings: what is not to be as usual.
+        base: usual recipes.
+        objects: that an epoch has; pairs count once.
+    """
 
     def recipe(level: str, share: float) -> Recipe:
-        usual = base.get(level, base["between"])
+        usual, is_head = base.get(level, base["between"]), level == "head"
+        size = settings.batch_size or usual.batch_size
         epochs = usual.epochs if level in base else usual.epochs + round(2 * share)
+        least = math.ceil((LEAST_HEAD_STEPS if is_head else LEAST_STEPS) / max(1, objects / size))
+        epochs = max(epochs, min(least, MOST_HEAD_EPOCHS if is_head else MOST_EPOCHS))
         if settings.epochs is not None:
-            epochs = settings.epochs * (5 if level == "head" else 1)
+            epochs = settings.epochs * (5 if is_head else 1)
+        given = _rate(settings, level)
         return Recipe(
             epochs=epochs,
-            suffix_rate=0.0 if level == "head" else usual.suffix_rate if settings.rate is None else settings.rate,
-            head_rate=usual.head_rate if settings.head_rate is None else settings.head_rate,
-            batch_size=settings.batch_size or usual.batch_size,
+            suffix_rate=0.0 if is_head else usual.suffix_rate if given is None else given,
+            head_rate=given if is_head and given is not None else settings.head_rate or usual.head_rate,
+            batch_size=size,
             scale=usual.scale,
         )
 
     return recipe
+
+
+def _rate(settings: Settings, level: str) -> float | None:
+    """What was given for a level: one rate for all is that of the trunk, which the head's level does not train."""
+    if isinstance(settings.rate, Mapping):
+        return settings.rate.get(level, settings.head_rate if level == "head" else None)
+    return settings.head_rate if level == "head" else settings.rate
 
 
 _PICTURES = {
@@ -131,6 +159,8 @@ def _shared(trunk: Trunk, settings: Settings, identity: str) -> dict[str, Any]:
         "random_weights": trunk.random,
         "device": _device(settings),
         "workers": _workers(settings),
+        "evaluation_batch": min(64, settings.batch_size or 64),
+        "rate_is_given": lambda level: _rate(settings, level) is not None,
     }
 
 
@@ -141,22 +171,53 @@ def _numbers(labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return names, tuple(number[label] for label in labels)
 
 
-def _distinct(objects: Sequence[Any], contents: Sequence[Any], noun: str) -> tuple[list[Any], tuple[str, ...]]:
-    """The first object of each content, and what is said of the others: one of them could be trained on and tested
-    on."""
-    first: dict[Any, Any] = {}
-    for each, content in zip(objects, contents, strict=True):
-        first.setdefault(content, each)
-    chosen = list(first.values())
-    count = len(objects) - len(chosen)
-    if not count:
-        return chosen, ()
-    return chosen, (f"{count:,} {noun}{'s' * (count > 1)} with the content of another, which came before",)
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """Objects that have a class, each content once."""
+
+    chosen: tuple[int, ...]
+    """Indices of those that are used."""
+    labels: tuple[str, ...]
+    """Of them."""
+    lines: tuple[str, ...]
+    """What was left out, for the user."""
 
 
-def _split_classes(what: What, names: Sequence[str], labels: Sequence[str], fraction: float) -> Splits:
-    divide = split_by_class if what == "similarity" else split_within_classes
-    return divide(names, labels, fraction=fraction)
+def _each_once(
+    contents: Sequence[Any], labels: Sequence[str], names: Sequence[str], noun: str, settings: Settings
+) -> _Labelled:
+    """One object of each content: of two, one could be trained on and the other tested.
+
+    Raises:
+        DataError: two objects of one content are said to be of different classes, or a class has one member left.
+    """
+    left_out = LeftOut(settings.skip_bad)
+    groups: dict[Any, list[int]] = {}
+    for index, content in enumerate(contents):
+        groups.setdefault(content, []).append(index)
+    torn = [group for group in groups.values() if len({labels[i] for i in group}) > 1]
+    if torn:
+        one, other = torn[0][0], next(i for i in torn[0] if labels[i] != labels[torn[0][0]])
+        more = f", and so are {len(torn) - 1:,} more" if len(torn) > 1 else ""
+        left_out.bad(
+            f"two {noun}s are the same and have different classes: '{shown(names[one])}' is '{shown(labels[one])}' and "
+            f"'{shown(names[other])}' is '{shown(labels[other])}'{more}",
+            "Correct the classes",
+        )
+    kept = [group[0] for group in groups.values() if len({labels[i] for i in group}) == 1]
+    repeated = sum(len(group) - 1 for group in groups.values() if len({labels[i] for i in group}) == 1)
+    if repeated:
+        left_out.note(f"{count_of(repeated, noun)} with the content of another of its class, which came before")
+    of_kept = [labels[i] for i in kept]
+    used = keep_classes(of_kept, left_out, noun=noun, where="what is left", step=f"Add {noun}s of other classes")
+    chosen = tuple(kept[i] for i in used)
+    return _Labelled(chosen, tuple(labels[i] for i in chosen), tuple(left_out.lines))
+
+
+def _split_classes(what: What, names: Sequence[str], labels: Sequence[str], settings: Settings) -> Splits:
+    if what == "similarity":
+        return split_by_class(names, labels, fraction=settings.fraction)
+    return split_within_classes(names, labels, fraction=settings.fraction, validation=settings.search)
 
 
 def _objective(
@@ -183,11 +244,13 @@ _TITLES = {
 
 def _make_splits(
     splits: Splits, make: Callable[[Sequence[int]], Any], numbers: Sequence[int], name: str, sample: Any
-) -> dict[str, Split]:
-    """The three splits of objects that have a class."""
-    parts = {}
+) -> dict[str, Any]:
+    """The three splits of objects that have a class; None for validation if there is nothing to choose a rate on."""
+    parts: dict[str, Split | None] = {"validation": None}
     for part in ("train", "validation", "test"):
         indices = getattr(splits, part)
+        if not indices:
+            continue
         parts[part] = Split(
             dataset=make(indices),
             labels=tuple(numbers[i] for i in indices),
@@ -214,12 +277,11 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
     """
     preprocessing = trunk.preprocessing
     assert preprocessing is not None
-    items, repeated = _distinct(
-        pictures.items, [picture.digest or picture.name for picture in pictures.items], "picture"
-    )
-    names = [picture.name for picture in items]
-    labels = [picture.label for picture in items]
-    splits = _split_classes(what, names, labels, settings.fraction)
+    contents = [picture.digest or picture.name for picture in pictures.items]
+    names, labels = [p.name for p in pictures.items], [p.label for p in pictures.items]
+    once = _each_once(contents, labels, names, "picture", settings)
+    items, labels = [pictures.items[i] for i in once.chosen], once.labels
+    splits = _split_classes(what, [picture.name for picture in items], labels, settings)
     objective, number = _objective(what, labels, splits, settings)
     numbers = [number[label] for label in labels]
     module = trunk.module
@@ -238,9 +300,9 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
         objective=objective,
         build=lambda head, unit: ImageEncoder(copy.deepcopy(module), head, unit=unit),
         collate=None,
-        recipe=_recipes(settings, _PICTURES),
+        recipe=_recipes(settings, _PICTURES, len(splits.train)),
         data=pictures.where,
-        left_out=(*pictures.left_out, *repeated),
+        left_out=(*pictures.left_out, *once.lines),
         settings={
             "image size": f"{preprocessing.size} px",
             "preprocessing": str(preprocessing),
@@ -261,7 +323,9 @@ def _said(settings: Settings) -> dict[str, str]:
     said = {"part of the training split": f"{settings.fraction:.0%}"} if settings.fraction != 1 else {}
     if settings.head != "linear":
         said["head"] = "two layers with GELU between"
-    if settings.rate is not None:
+    if isinstance(settings.rate, Mapping):
+        said["rates"] = ", ".join(f"{level} {rate:g}" for level, rate in settings.rate.items()) + ", given"
+    elif settings.rate is not None:
         said["rate"] = f"{settings.rate:g}, given"
     return said
 
@@ -299,13 +363,14 @@ def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Setti
     Raises:
         SplitError: there are too few classes or texts.
     """
-    chosen, repeated = _distinct(range(len(texts.texts)), texts.texts, "text")
-    names, labels = [texts.texts[i] for i in chosen], [texts.labels[i] for i in chosen]
-    splits = _split_classes(what, names, labels, settings.fraction)
+    tokens = _tokens(trunk, settings)
+    all_ids = tokenised(trunk.tokenizer, texts.texts, tokens=tokens)
+    contents = [tuple(each.tolist()) for each in all_ids]  # what the model sees: upper case may be the same to it
+    once = _each_once(contents, texts.labels, texts.texts, "text", settings)
+    names, labels, ids = [texts.texts[i] for i in once.chosen], once.labels, [all_ids[i] for i in once.chosen]
+    splits = _split_classes(what, names, labels, settings)
     objective, number = _objective(what, labels, splits, settings)
     numbers = [number[label] for label in labels]
-    tokens = _tokens(trunk, settings)
-    ids = tokenised(trunk.tokenizer, names, tokens=tokens)
 
     def make(indices: Sequence[int]) -> TextObjects:
         return TextObjects([ids[i] for i in indices], [numbers[i] for i in indices])
@@ -320,9 +385,9 @@ def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Setti
         objective=objective,
         build=_text_builder(trunk),
         collate=PadTexts(trunk.tokenizer.pad_token_id),
-        recipe=_recipes(settings, _TEXTS),
+        recipe=_recipes(settings, _TEXTS, len(splits.train)),
         data=texts.where,
-        left_out=(*texts.left_out, *repeated),
+        left_out=(*texts.left_out, *once.lines),
         settings={"tokens of a text": f"{tokens} at most", **_said(settings)},
         **_make_splits(splits, make, numbers, identity, sample),
         **_shared(trunk, settings, identity),
@@ -346,9 +411,11 @@ def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Ta
         SplitError: there are too few pairs.
     """
     objective = Matching(head=settings.head, loss=settings.loss)
-    splits = split_pairs(pairs.left, pairs.right, fraction=settings.fraction)
     tokens = _tokens(trunk, settings)
     left, right = (tokenised(trunk.tokenizer, side, tokens=tokens) for side in (pairs.left, pairs.right))
+    # What the model sees: texts that are one to the tokenizer are one text.
+    spelled = [[" ".join(map(str, ids.tolist())) for ids in side] for side in (left, right)]
+    splits = split_pairs(*spelled, fraction=settings.fraction)
     identity = _identity(pairs.identity, _all_ids([*left, *right]))
 
     def part(indices: Sequence[int], *, shown: bool = False) -> Split:
@@ -370,7 +437,7 @@ def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Ta
         objective=objective,
         build=_text_builder(trunk),
         collate=PadTexts(trunk.tokenizer.pad_token_id),
-        recipe=_recipes(settings, _TEXTS),
+        recipe=_recipes(settings, _TEXTS, len(splits.train)),
         data=pairs.where,
         left_out=(*pairs.left_out, *unused),
         settings={"tokens of a text": f"{tokens} at most", **_said(settings)},

@@ -12,7 +12,17 @@ import torch
 
 __all__ = ["machine", "now", "versions"]
 
-LIBRARIES = ("torchrecycle", "torch", "torchvision", "timm", "transformers", "numpy")
+LIBRARIES = (
+    "torchrecycle",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "pillow",
+    "pytorch-metric-learning",
+    "numpy",
+)
 
 
 def machine(device: torch.device | None = None) -> str:

@@ -61,6 +61,8 @@ def _of_objects(each: np.ndarray, clusters: Sequence[int]) -> float:
     values, groups = each[asked], np.asarray(clusters)[asked]
     _, cluster = np.unique(groups, return_inverse=True)
     count = int(cluster.max()) + 1
+    if count < 2:  # of one draw nothing would be known: the objects in it are all that there is
+        cluster, count = np.arange(len(values)), len(values)
     if count < 2:
         return 0.0
     sums = np.bincount(cluster, weights=values - values.mean())

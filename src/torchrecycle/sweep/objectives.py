@@ -71,6 +71,7 @@ class Classify(Objective):
         "mean recall": "the same for each class, then the mean over the classes: small classes count as much",
     }
     unit = False
+    pretrained = "the pretrained features with the nearest class mean"
 
     def __init__(self, names: Sequence[str], *, head: HeadKind = "linear", loss: str | None = None) -> None:
         self.names = tuple(names)
@@ -119,7 +120,8 @@ class Classify(Objective):
         return _evaluation(each, found)
 
     def clusters(self, split: Split) -> tuple[int, ...]:
-        return split.labels
+        """Each object by itself: the classes are the ones that are asked for, and no sample of others."""
+        return tuple(range(len(split)))
 
 
 def _scores_by_mean(features: Tensor, known: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -39,7 +39,12 @@ class _Against:
 
 
 def recommend(
-    levels: Sequence[LevelResult], untrained: Sequence[float], metric: str, clusters: Sequence[int]
+    levels: Sequence[LevelResult],
+    untrained: Sequence[float],
+    metric: str,
+    clusters: Sequence[int],
+    *,
+    pretrained: str = "the pretrained model as it is",
 ) -> Recommendation:
     """Which level to take, and why.
 
@@ -48,13 +53,14 @@ def recommend(
         untrained: what each object contributes with the pretrained model.
         metric: which of the figures counts.
         clusters: for each object, which ones belong together; see `torchrecycle.sweep.estimates`.
+        pretrained: what one takes who does not train, in words.
     """
     scores = {level.level: [trial.scores[metric] for trial in level.trials] for level in levels}
     best = max(levels, key=lambda level: level.quality[metric].mean)
     gain = difference(scores[best.level], [untrained], clusters)
     against = [_compare(level, difference(scores[best.level], scores[level.level], clusters), gain) for level in levels]
     if gain.mean <= 2 * gain.error or gain.mean <= 0:
-        return _nothing_gained(best, estimate([untrained], clusters), gain, metric, levels)
+        return _nothing_gained(best, estimate([untrained], clusters), gain, metric, levels, pretrained)
     against = _also_what_is_better(against)
     chosen = min((each for each in against if each.is_enough), key=lambda each: each.seconds)
     return Recommendation(
@@ -76,15 +82,20 @@ def _also_what_is_better(against: Sequence[_Against]) -> list[_Against]:
 
 
 def _nothing_gained(
-    best: LevelResult, untrained: Estimate, gain: Estimate, metric: str, levels: Sequence[LevelResult]
+    best: LevelResult,
+    untrained: Estimate,
+    gain: Estimate,
+    metric: str,
+    levels: Sequence[LevelResult],
+    pretrained: str,
 ) -> Recommendation:
     sentence = (
-        f"Take the pretrained model as it is: {metric} {untrained}, and no level was better by more than chance "
+        f"Take {pretrained}: {metric} {untrained}, and no level was better by more than chance "
         "explains "
         f"(the best, {best.words}, by {gain.mean:+.3f} ± {gain.error:.3f}); more epochs, more data or another rate may "
         "change that."
     )
-    return Recommendation(None, sentence, {level.level: "not better than the pretrained model" for level in levels})
+    return Recommendation(None, sentence, {level.level: f"not better than {pretrained}" for level in levels})
 
 
 def _sentence(chosen: _Against, against: Sequence[_Against], best: LevelResult, metric: str) -> str:

@@ -11,8 +11,11 @@ and one that is asked for a second seed trains that one only.
 from __future__ import annotations
 
 import math
+import os
+import secrets
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -27,6 +30,7 @@ from torchrecycle.errors import RecycleError
 from torchrecycle.fill import FillReport
 from torchrecycle.progress import progress
 from torchrecycle.recycling import Recycling, fill_many, recycle
+from torchrecycle.store import leaf_bytes
 from torchrecycle.sweep.environment import machine, now, versions
 from torchrecycle.sweep.estimates import estimate
 from torchrecycle.sweep.fit import fit
@@ -46,6 +50,10 @@ POINTS = 6
 """How often the quality is measured during a training."""
 QUERIES = 8
 """Objects of which is shown what they find."""
+SIZED = 512
+"""Rows of which the size is looked at."""
+ROW_BYTES = 24
+"""What a row takes beside its leaves: a key and a checksum."""
 FROZEN_STEPS = 12
 """Steps by which an epoch without a store is timed."""
 
@@ -115,7 +123,10 @@ def best_weights(task: Task, plan: SweepPlan, result: SweepResult) -> BestWeight
         else max(result.levels, key=lambda each: each.quality[result.metric].mean)
     )
     trial = max(level.trials, key=lambda each: each.quality[result.metric])
-    return BestWeights(level, trial, _Sweep(task, plan).weights_of(level, trial))
+    return _Sweep(task, plan).best_weights(level, trial)
+
+
+Purpose = Literal["search", "final"]
 
 
 class _MissingRecord(Exception):
@@ -129,10 +140,8 @@ class _Place:
     cut: str | None
     share: float
     trained_parameters: int
-    row_bytes: float
-    frozen_epoch_seconds: float | None
-    fingerprint: str | None = None
-    """Of its rows."""
+    bytes_kept: int
+    fingerprint: str | None
 
 
 class _Runner:
@@ -163,6 +172,7 @@ class _Sweep:
     """One sweep; its methods are in the order in which they are called."""
 
     def __init__(self, task: Task, plan: SweepPlan) -> None:
+        _refuse_switched_off()
         self.task, self.plan = task, plan
         self.levels = parse_levels(plan.levels)
         self.journal = Journal(plan.journal)
@@ -171,6 +181,7 @@ class _Sweep:
             "format": FORMAT,
             "task": task.identity,
             "precision": plan.precision,
+            "workers": task.workers,
             "machine": machine(task.device),
             "versions": {name: version for name, version in versions().items() if name not in ("python", "numpy")},
         }
@@ -183,7 +194,7 @@ class _Sweep:
         with ExitStack() as stack:
             runners = self._attach(todo, stack)
             self._tell_of_others([r.recycling for r in runners.values() if r.recycling is not None])
-            self._fill([r.recycling for r in runners.values() if r.recycling is not None])
+            self._fill(runners)
             untrained = self._untrained(runners.get("head"))
             for level in reversed(self.levels):
                 if level not in todo:
@@ -191,6 +202,8 @@ class _Sweep:
                     continue
                 runner = runners.pop(level, None) or _Runner(task, level, None, task.build_model())
                 place = self._place(level, runner)
+                if place.cut is not None:
+                    self._frozen_epoch(level, self._recipe(level, place), runner)
                 for trial in self._trials(level, place, runner):
                     plan.tell(_told(trial, task.objective.metric))
                 if runner.recycling is not None:
@@ -210,7 +223,10 @@ class _Sweep:
 
     def _is_done(self, level: str) -> bool:
         try:
-            list(self._trials(level, self._known_place(level), None))
+            place = self._known_place(level)
+            list(self._trials(level, place, None))
+            if place.cut is not None:
+                self._frozen_epoch(level, self._recipe(level, place), None)
         except _MissingRecord:
             return False
         return True
@@ -220,10 +236,10 @@ class _Sweep:
 
     # -- attaching and filling -----------------------------------------------------------------------------------------
 
-    def _attach(self, levels: Sequence[str], stack: ExitStack) -> dict[str, _Runner]:
+    def _attach(self, levels: Sequence[str], stack: ExitStack, *, alone: bool = False) -> dict[str, _Runner]:
         """A model of its own for each recycled level, so that all are filled in one pass."""
         runners: dict[str, _Runner] = {}
-        done = [level for level in self.levels if level not in levels and level != "full"]
+        done = [] if alone else [level for level in self.levels if level not in levels and level != "full"]
         cuts = {self._known_place(level).cut: level for level in done}
         for level in levels:
             if level == "full":
@@ -260,34 +276,46 @@ class _Sweep:
                 "left as they are"
             )
 
-    def _fill(self, recyclings: Sequence[Recycling]) -> None:
-        if not recyclings:
+    def _fill(self, runners: Mapping[str, _Runner]) -> None:
+        if not runners:
             return
         splits = {"training": self.task.train, "validation": self.task.validation, "test": self.task.test}
         for name, split in splits.items():
             if split is not None:
-                report = self._fill_split(name, split, recyclings)
+                report = self._fill_split(name, split, runners)
                 self.plan.tell(f"{name} split: {report}")
 
-    def _fill_split(self, name: str, split: Split, recyclings: Sequence[Recycling]) -> FillReport:
-        """One pass; how long it took is kept also if it is stopped amid."""
-        before = [len(recycling.source.rows) for recycling in recyclings]
-        began = time.perf_counter()
-        try:
-            reports = fill_many(recyclings, split.dataset, name=split.name, **self.task.eval_arguments())
-        finally:
-            seconds = time.perf_counter() - began
-            computed = max(len(r.source.rows) - n for r, n in zip(recyclings, before, strict=True))
-            if computed:
-                record = {"kind": "fill", "split": name, "computed": computed, "seconds": seconds, **self.facts}
-                self.journal.write(f"fill-{time.time_ns()}", record)
-        return _together(reports)
+    def _fill_split(self, name: str, split: Split, runners: Mapping[str, _Runner]) -> FillReport:
+        """One pass over a split, for all levels that are not done. What it cost is kept."""
+        recyclings = [runner.recycling for runner in runners.values() if runner.recycling is not None]
+        reports = fill_many(recyclings, split.dataset, name=split.name, **self.task.eval_arguments())
+        together = _together(reports)
+        if together.computed:
+            cost = {"objects": together.objects, "computed": together.computed, "seconds": together.seconds}
+            levels = [level for level, report in zip(runners, reports, strict=True) if report.computed]
+            record = {"kind": "fill", "split": name, "levels": levels, "prefix_seconds": together.prefix_seconds}
+            self.journal.write(f"fill-{time.time_ns()}", {**record, **cost, **self.facts})
+        return together
 
-    def _seconds_to_fill(self) -> float:
-        """What filling the training split takes, from the passes that computed something; 0 if none did."""
-        passes = [r for r in self.journal.all("fill") if all(r.get(name) == fact for name, fact in self.facts.items())]
-        computed = sum(one["computed"] for one in passes)
-        return sum(one["seconds"] for one in passes) / computed * len(self.task.train) if computed else 0.0
+    def _seconds_to_fill(self, level: str) -> float | None:
+        """What filling the training split takes: reading and hashing of all objects, the prefix of those computed.
+
+        None if most rows of the level were in the store already, so that nothing is known of it.
+        """
+        passes = [
+            record
+            for record in self.journal.all("fill")
+            if level in record["levels"]
+            and 2 * record["computed"] >= record["objects"]  # of a few rows, most is what comes before the first
+            and all(record.get(name) == fact for name, fact in self.facts.items())
+        ]
+        if not passes:
+            return None
+        total = {
+            name: sum(one[name] for one in passes) for name in ("objects", "computed", "seconds", "prefix_seconds")
+        }
+        reading = (total["seconds"] - total["prefix_seconds"]) / total["objects"]
+        return len(self.task.train) * (reading + total["prefix_seconds"] / total["computed"])
 
     # -- the pretrained model ------------------------------------------------------------------------------------------
 
@@ -326,28 +354,51 @@ class _Sweep:
         count = sum(parameter.numel() for parameter in runner.trained)
         recycling = runner.recycling
         if recycling is None:
-            place = _Place(None, 0.0, count, 0.0, None)
+            place = _Place(None, 0.0, count, 0, None)
         else:
-            rows = recycling.source.rows
-            frozen = self._frozen_epoch(level, runner)
-            row_bytes = rows.nbytes / max(1, len(rows))
-            place = _Place(recycling.cut, recycling.level, count, row_bytes, frozen, recycling.fingerprint)
+            place = _Place(recycling.cut, recycling.level, count, self._bytes_kept(runner), recycling.fingerprint)
         self.journal.write(key, {"kind": "place", "place": asdict(place)})
         return place
 
-    def _frozen_epoch(self, level: str, runner: _Runner) -> float:
-        """Seconds of an epoch with the prefix computed again, from its first steps."""
+    def _bytes_kept(self, runner: _Runner) -> int:
+        """Of the rows of this task's objects, whatever else the store holds; from some of them if they are many."""
+        recycling = runner.recycling
+        assert recycling is not None
+        splits = [split for split in (self.task.train, self.task.validation, self.task.test) if split is not None]
+        rows = torch.cat([runner.evaluation_loader(split).dataset.locations for split in splits]).unique()
+        some = rows[:: max(1, len(rows) // SIZED)]
+        kept = sum(leaf_bytes(leaf) for leaf in recycling.source.rows.gather(some))
+        return round(len(rows) * (kept / len(some) + ROW_BYTES))
+
+    def _frozen_epoch(self, level: str, recipe: Recipe, runner: _Runner | None) -> float:
+        """Seconds of an epoch with the prefix computed again, from its first steps.
+
+        Raises:
+            _MissingRecord: it was not measured, and there is no runner.
+        """
+        recipe = replace(recipe, epochs=1)
+        key = self._key(kind="frozen", level=level, recipe=asdict(recipe))
+        record = self.journal.read(key, "frozen")
+        if record is not None:
+            return record["seconds"]
+        if runner is None:
+            raise _MissingRecord
         assert runner.recycling is not None
-        recipe = replace(self.task.recipe(level, share_of(level)), epochs=1)
         with runner.recycling.paused():
             loader = _First(self._training_loader(runner, recipe, 0), FROZEN_STEPS * _batches_of_a_step(self.task))
             with progress(f"{in_words(level)}, no store", len(loader), "steps") as shown:
                 points = fit(self.task, runner.model, runner.trained, Counted(loader, shown.advance), recipe, seed=0)
         runner.restart()
-        return points[-1].seconds * loader.whole / len(loader)
+        seconds = points[-1].seconds * loader.whole / len(loader)
+        self.journal.write(key, {"kind": "frozen", "seconds": seconds})
+        return seconds
 
     def _training_loader(self, runner: _Runner, recipe: Recipe, seed: int) -> Any:
         return runner.loader(self.task.train, self.task.loader_arguments(recipe, seed=seed))
+
+    def _recipe(self, level: str, place: _Place) -> Recipe:
+        """How the level is trained if no other rate is found."""
+        return self.task.recipe(level, place.share)
 
     def _trials(self, level: str, place: _Place, runner: _Runner | None) -> Iterator[Trial]:
         """All trainings of a level, in order; without a runner they must all be in the journal.
@@ -355,8 +406,8 @@ class _Sweep:
         Raises:
             _MissingRecord: one is not, and there is no runner.
         """
-        recipe = self.task.recipe(level, place.share if place.cut else 0.0)
-        if self.plan.search and self.task.validation is not None:
+        recipe = self._recipe(level, place)
+        if self.plan.search and self.task.validation is not None and not self.task.rate_is_given(level):
             tried = []
             for candidate in search_order(recipe, level, tried):
                 tried.append(self._trial(level, place, candidate, 0, "search", runner))
@@ -371,19 +422,23 @@ class _Sweep:
         place: _Place,
         recipe: Recipe,
         seed: int,
-        purpose: Literal["search", "final"],
+        purpose: Purpose,
         runner: _Runner | None,
     ) -> Trial:
         key = self._trial_key(level, place.cut, recipe, seed, purpose)
         record = self.journal.read(key, "trial")
-        weights = self._weights_file(key) if purpose == "final" else None
-        if record is not None and (weights is None or weights.is_file()):
+        if record is not None:
             return trial_from_json(record["trial"])
         if runner is None:
             raise _MissingRecord
+        return self._train_and_keep(level, recipe, seed, purpose, runner, key)
+
+    def _train_and_keep(
+        self, level: str, recipe: Recipe, seed: int, purpose: Purpose, runner: _Runner, key: str
+    ) -> Trial:
         trial = self._train(level, recipe, seed, purpose, runner)
-        if weights is not None:
-            _keep_weights(runner.model, weights)
+        if self.plan.weights is not None and purpose == "final":
+            _keep_weights(runner.model, self.plan.weights / f"{key}.safetensors")
         self.journal.write(key, {"kind": "trial", "trial": asdict(trial)})
         return trial
 
@@ -391,19 +446,21 @@ class _Sweep:
         facts = {"kind": "trial", "level": level, "cut": cut, "purpose": purpose, "seed": seed}
         return self._key(**facts, recipe=asdict(recipe), queries=list(self.queries))
 
-    def weights_of(self, level: LevelResult, trial: Trial) -> Path:
-        """The file where the weights of a final training are kept."""
+    def best_weights(self, level: LevelResult, trial: Trial) -> BestWeights:
+        """The weights of a final training; it is done once more if they were not kept then."""
+        assert self.plan.weights is not None
         key = self._trial_key(level.level, level.cut, trial.recipe, trial.seed, "final")
-        file = self._weights_file(key)
-        assert file is not None
-        return file
+        file = self.plan.weights / f"{key}.safetensors"
+        if not file.is_file():
+            self.plan.tell(f"{level.words}, seed {trial.seed}: trained once more, since its weights were not kept")
+            with ExitStack() as stack:
+                runners = self._attach([level.level], stack, alone=True)
+                self._fill(runners)
+                runner = runners.get(level.level) or _Runner(self.task, level.level, None, self.task.build_model())
+                trial = self._train_and_keep(level.level, trial.recipe, trial.seed, "final", runner, key)
+        return BestWeights(level, trial, file)
 
-    def _weights_file(self, key: str) -> Path | None:
-        return None if self.plan.weights is None else self.plan.weights / f"{key}.safetensors"
-
-    def _train(
-        self, level: str, recipe: Recipe, seed: int, purpose: Literal["search", "final"], runner: _Runner
-    ) -> Trial:
+    def _train(self, level: str, recipe: Recipe, seed: int, purpose: Purpose, runner: _Runner) -> Trial:
         task = self.task
         runner.restart()
         loader = self._training_loader(runner, recipe, seed)
@@ -452,7 +509,9 @@ class _Sweep:
             untrained={name: estimate([each], clusters) for name, each in untrained["scores"].items()},
             untrained_found=before,
             levels=levels,
-            recommendation=recommend(levels, untrained["scores"][metric], metric, clusters),
+            recommendation=recommend(
+                levels, untrained["scores"][metric], metric, clusters, pretrained=task.objective.pretrained
+            ),
             seeds=tuple(plan.seeds),
             samples=self._samples(sorted({i for found in shown for i in (found.query, *found.nearest)})),
             ran=self._ran(levels),
@@ -462,7 +521,11 @@ class _Sweep:
         place = self._known_place(level)
         trials = list(self._trials(level, place, None))
         final = tuple(trial for trial in trials if trial.purpose == "final")
-        objects = sum(len(split) for split in (self.task.train, self.task.validation, self.task.test) if split)
+        frozen = None if place.cut is None else self._frozen_epoch(level, self._recipe(level, place), None)
+        epoch = statistics.mean(trial.epoch_seconds for trial in final)
+        fill = 0.0 if frozen is None else self._seconds_to_fill(level)
+        if fill is None and frozen is not None:  # what an epoch without a store takes longer is the prefix
+            fill = max(0.0, frozen - epoch)
         return LevelResult(
             level=level,
             cut=place.cut,
@@ -474,9 +537,9 @@ class _Sweep:
             },
             trials=final,
             search=tuple(trial for trial in trials if trial.purpose == "search"),
-            fill_seconds=self._seconds_to_fill() if place.cut else 0.0,
-            frozen_epoch_seconds=place.frozen_epoch_seconds,
-            bytes_kept=round(place.row_bytes * objects),
+            fill_seconds=fill or 0.0,
+            frozen_epoch_seconds=frozen,
+            bytes_kept=place.bytes_kept,
         )
 
     def _samples(self, indices: Sequence[int]) -> dict[int, Sample]:
@@ -502,7 +565,7 @@ class _Sweep:
             machine=machine(task.device),
             versions=versions(),
             date=now(),
-            seconds=max(time.perf_counter() - self.began, trained + self._seconds_to_fill()),
+            seconds=max(time.perf_counter() - self.began, trained + max(level.fill_seconds for level in levels)),
         )
 
 
@@ -595,13 +658,23 @@ def _epochs_to_judge(epochs: int) -> set[int]:
     return {math.ceil(epochs * step / POINTS) for step in range(1, POINTS + 1)}
 
 
+def _refuse_switched_off() -> None:
+    if os.environ.get("TORCHRECYCLE", "").lower() == "off":
+        raise SweepError(
+            "TORCHRECYCLE=off is set, and a sweep measures what recycling gains: unset it. Full training and an "
+            "epoch without a store are measured anyway"
+        )
+
+
 def _keep_weights(model: nn.Module, path: Path) -> None:
     from safetensors.torch import save_model
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     try:
         save_model(model, str(temporary))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

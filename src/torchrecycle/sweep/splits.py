@@ -84,7 +84,7 @@ def split_by_class(names: Sequence[str], labels: Sequence[str], *, fraction: flo
         seed: of the order.
 
     Raises:
-        SplitError: there are fewer than seven classes.
+        SplitError: there are fewer than seven classes, or a class of one.
     """
     members = _members(names, labels, seed)
     if len(members) < 7:  # two to choose a rate, and of one class alone nothing is learned
@@ -107,16 +107,22 @@ def split_by_class(names: Sequence[str], labels: Sequence[str], *, fraction: flo
 
 
 def split_within_classes(
-    names: Sequence[str], labels: Sequence[str], *, fraction: float = 1.0, seed: int = 0
+    names: Sequence[str],
+    labels: Sequence[str],
+    *,
+    fraction: float = 1.0,
+    validation: bool = True,
+    seed: int = 0,
 ) -> Splits:
     """A fifth of each class is held out to test, a tenth to choose a rate; one object of each at least.
 
-    A class of two has one object to train and one to test.
+    A class of two has one object to train and one to test. Of many classes, only some choose the rate.
 
     Args:
         names: of each object, distinct.
         labels: the class of each object; none has a single member.
         fraction: the share of what is left that is trained on, 0 to 1; what is tested stays the same.
+        validation: whether there must be something to choose a rate on.
         seed: of the order.
 
     Raises:
@@ -124,25 +130,28 @@ def split_within_classes(
             a rate.
     """
     train: list[int] = []
-    validation: list[int] = []
+    chosen: list[int] = []
     test: list[int] = []
     classes = _members(names, labels, seed)
     if len(classes) < 2:
         raise SplitError(f"there is nothing to tell apart in {len(classes)} class: add objects of other classes")
-    for label, members in classes.items():
+    most = max(1, MOST_VALIDATION // len(classes))
+    for label in in_order(classes, seed=seed):
+        members = classes[label]
         if len(members) < 2:
             raise SplitError(f"class {label!r} has one member, which cannot be trained on and tested on")
         held = max(1, round(0.2 * len(members)))
-        most = max(1, MOST_VALIDATION // len(classes))
-        chosen = min(most, max(1, round(0.1 * len(members)))) if len(members) > 2 else 0
+        choosing = min(most, max(1, round(0.1 * len(members)))) if len(members) > 2 else 0
+        choosing = min(choosing, MOST_VALIDATION - len(chosen))
         test += members[:held]
-        validation += members[held : held + chosen]
-        train += _thinned(members[held + chosen :], fraction, 1)
-    if not validation:
+        chosen += members[held : held + choosing]
+        train += _thinned(members[held + choosing :], fraction, 1)
+    if not chosen and validation:
         raise SplitError(
-            "no class has three members or more, so that there is nothing to choose a rate on: add objects"
+            "no class has three members or more, so that there is nothing to choose a rate on: add objects, or give a "
+            "rate with --rate or --no-search"
         )
-    return Splits(tuple(sorted(train)), tuple(sorted(validation)), tuple(sorted(test)))
+    return Splits(tuple(sorted(train)), tuple(sorted(chosen)), tuple(sorted(test)))
 
 
 def split_pairs(left: Sequence[str], right: Sequence[str], *, fraction: float = 1.0, seed: int = 0) -> Splits:
@@ -193,10 +202,10 @@ def _linked(left: Sequence[str], right: Sequence[str]) -> list[list[int]]:
             i = parent[i]
         return i
 
-    first: dict[tuple[int, str], int] = {}
+    first: dict[str, int] = {}
     for index, texts in enumerate(zip(left, right, strict=True)):
-        for side_and_text in enumerate(texts):
-            other = first.setdefault(side_and_text, index)
+        for text in texts:  # on whichever side: in data of paraphrases, what is left in one pair is right in another
+            other = first.setdefault(text, index)
             parent[root(index)] = root(other)
     groups: dict[int, list[int]] = {}
     for index in range(len(left)):
@@ -205,12 +214,11 @@ def _linked(left: Sequence[str], right: Sequence[str]) -> list[list[int]]:
 
 
 def _each_text_once(indices: Sequence[int], left: Sequence[str], right: Sequence[str]) -> list[int]:
-    seen: tuple[set[str], set[str]] = set(), set()
+    seen: set[str] = set()
     chosen = []
     for index in indices:
-        if left[index] in seen[0] or right[index] in seen[1]:
+        if left[index] in seen or right[index] in seen:
             continue
-        seen[0].add(left[index])
-        seen[1].add(right[index])
+        seen |= {left[index], right[index]}
         chosen.append(index)
     return chosen

@@ -66,6 +66,8 @@ class Objective(ABC):
     """In words."""
     unit: bool
     """Whether the model's outputs are embeddings of length one."""
+    pretrained: str = "the pretrained model as it is"
+    """What one takes who does not train."""
 
     @abstractmethod
     def make_head(self, dim: int) -> nn.Module:
@@ -148,6 +150,8 @@ class Task:
     """Whatever else was set, by name."""
     licences: tuple[str, ...] = ()
     """Whose data and weights these are, a line each, to be printed."""
+    rate_is_given: Callable[[str], bool] = field(default=lambda level: False, repr=False)
+    """Whether a level's rate was given, so that none is looked for."""
     cuts: dict[str, str] = field(default_factory=dict)
     """Levels with the module to cut at; the nearest valid cut for any other."""
     evaluation_batch: int = 64
