@@ -557,6 +557,47 @@ def test_a_folder_that_holds_other_things_is_left_as_it_is(shapes, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("held", ["journal", "activations"])
+def test_a_folder_that_only_looks_like_one_of_ours_is_left_as_it_is(shapes, tmp_path, held):
+    (tmp_path / "mine" / held).mkdir(parents=True)
+    (tmp_path / "mine" / "index.html").write_text("my own page")
+    (tmp_path / "mine" / "results.json").write_text("{}")
+    line = is_refused("images", shapes, *SMALLEST, "--out", tmp_path / "mine")
+    assert "and no results of a sweep: give a new folder with --out" in line
+    assert (tmp_path / "mine" / "index.html").read_text() == "my own page"
+
+
+def test_a_load_py_of_somebody_else_makes_no_saved_model(shapes, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "load.py").write_text("print('my own')")
+    line = is_refused("images", shapes, *SMALLEST, "--out", tmp_path / "out", "--save", tmp_path / "mine")
+    assert "is not an empty folder, and no saved model either" in line
+
+
+def test_no_folder_is_used_for_two_things(own_shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(own_shapes)
+    out, model = tmp_path / "out", tmp_path / "model"
+    for arguments, words in (
+        (("--out", "."), "--out . is the folder of the data too: give another --out"),
+        (("--out", out, "--store", own_shapes / "."), f"--store {own_shapes} is the folder of the data too"),
+        (("--out", out, "--save", own_shapes), f"--save {own_shapes} is the folder of the data too"),
+        (("--out", out, "--store", out), f"--store {out} is the folder of --out too: give another --store"),
+        (("--out", model, "--save", model), f"--save {model} is the folder of --out too: give another --save"),
+    ):
+        assert words in is_refused("images", ".", *SMALLEST, *arguments)
+    assert not out.exists()
+    assert not (own_shapes / "journal").exists()
+
+
+def test_what_a_sweep_writes_among_the_pictures_is_no_class_to_the_next(own_shapes, monkeypatch):
+    monkeypatch.chdir(own_shapes)
+    arguments = ("images", ".", *SMALLEST, *SHORT, "--levels", "head", "--save", "kept/model", "--store", "kept/rows")
+    works(*arguments)
+    assert {"kept", "sweep-shapes-test_resnet"} < {path.name for path in own_shapes.iterdir()}
+    again = works(*arguments)
+    assert "48 pictures of 8 classes" in again.stderr
+
+
 def _mounted(folder: Path, options: str) -> bool:
     """A file system of its own in RAM: root may, if it is a real one."""
     folder.mkdir()
