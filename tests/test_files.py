@@ -586,7 +586,8 @@ def test_a_picture_too_large_to_be_safe_is_named(tmp_path, monkeypatch):
     message = refused(lambda: find_pictures(tmp_path))
     assert "cat/large.png (it has 3,000 x 3,000 pixels, more than the 5,000,000 that PIL takes for safe)" in message
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
-    assert "cat/large.png (Image size (9000000 pixels) exceeds" in refused(lambda: find_pictures(tmp_path))
+    message = refused(lambda: find_pictures(tmp_path))
+    assert "cat/large.png (it has 9,000,000 pixels, more than the 1,000,000 that PIL takes for safe)" in message
 
 
 @pytest.mark.parametrize(("kind", "tool"), [("gz", "gunzip"), ("bz2", "bunzip2"), ("xz", "unxz")])

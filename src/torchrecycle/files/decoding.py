@@ -9,6 +9,7 @@ not of the one picture, so that dark pictures stay dark. Decoding is safe in thr
 from __future__ import annotations
 
 import io
+import re
 import sys
 import threading
 import warnings
@@ -48,6 +49,8 @@ def decode(data: bytes) -> Image:
             return _to_rgb(image, Image)
     except _Undecodable as error:
         raise ValueError(str(error)) from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(_huge(str(error), Image.MAX_IMAGE_PIXELS)) from None
     except UnidentifiedImageError:
         raise ValueError(_what_it_is(data)) from None
     # Decoders raise whatever broken bytes lead them to: struct.error, SyntaxError, IndexError and others.
@@ -59,6 +62,13 @@ def _check_size(image: Image, most: int | None) -> None:
     width, height = image.size
     if most and width * height > most:
         raise _Undecodable(f"it has {width:,} x {height:,} pixels, more than the {most:,} that PIL takes for safe")
+
+
+def _huge(said: str, most: int | None) -> str:
+    """Of a picture that PIL does not even open, only its words tell the size."""
+    found = re.search(r"\d+", said)
+    count = f"{int(found[0]):,} pixels, " if found else ""
+    return f"it has {count}more than the {most or 0:,} that PIL takes for safe"
 
 
 def _turn(image: Image, operations: Any) -> None:
