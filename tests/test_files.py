@@ -142,9 +142,24 @@ def test_hidden_files_and_what_systems_add_are_passed_over_without_a_word(tmp_pa
 
 
 def test_folders_that_are_to_be_left_out_are_no_classes(tmp_path):
-    put(tmp_path, {**zoo(), "out/plots/0.png": jpeg(7), "cat/kept/0.png": jpeg(8), "elsewhere/9.jpg": jpeg(9)})
+    put(
+        tmp_path,
+        {
+            **zoo(),
+            "out/plots/0.png": jpeg(7),
+            "around/ours/0.png": jpeg(6),
+            "cat/kept/0.png": jpeg(8),
+            "elsewhere/9.jpg": jpeg(9),
+        },
+    )
     (tmp_path / "cat" / "link").symlink_to(tmp_path / "elsewhere")
-    ours = [tmp_path / "cat" / ".." / "out", tmp_path / "cat" / "kept", tmp_path / "elsewhere", tmp_path / "to come"]
+    ours = [
+        tmp_path / "around" / "ours",
+        tmp_path / "cat" / ".." / "out",
+        tmp_path / "cat" / "kept",
+        tmp_path / "elsewhere",
+        tmp_path / "to come",
+    ]
     pictures = find_pictures(tmp_path, leave_out=ours)
     assert set(classes(pictures)) == set(zoo())
     assert pictures.left_out == ()

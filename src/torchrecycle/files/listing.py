@@ -124,6 +124,8 @@ class Listing:
     """Links that lead to a folder around them, which are not followed."""
     results: list[str] = field(default_factory=list)
     """Folders with the results of a sweep, which are passed over."""
+    ours: list[str] = field(default_factory=list)
+    """Folders that were to be passed over."""
 
     def add(self, name: str, piece: Piece) -> None:
         if name in self.files:
@@ -183,7 +185,14 @@ def _list_folder(where: Path, leave_out: Sequence[Path]) -> Listing:
     around = {_identity(folder.stat()) for folder in (root, *root.parents)}
     passed = {_identity(folder.stat()) for folder in leave_out if folder.exists()}
     _walk(listing, str(where), "", frozenset(around), frozenset(passed))
+    listing.folders = [name for name in listing.folders if not _is_around_ours(listing, f"{name}/")]
     return listing
+
+
+def _is_around_ours(listing: Listing, folder: str) -> bool:
+    """Whether there is nothing else in the folder, so that it is none of the user's that is empty."""
+    passed = any(name.startswith(folder) for name in (*listing.ours, *listing.results))
+    return passed and not any(name.startswith(folder) for name in listing.files)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -219,6 +228,7 @@ def _enter(listing: Listing, path: str, name: str, around: _Identities, passed: 
         listing.loops.append(name)
         return
     if identity in passed:
+        listing.ours.append(name)
         return
     if holds_results(Path(path)):
         listing.results.append(name)
