@@ -171,6 +171,12 @@ def test_what_the_machine_lacks_is_one_line(capsys, error: Exception, words):
     assert "Nothing is lost; the same command begins anew" in said
 
 
+def test_what_takes_less_memory_is_said_as_the_command_has_it(capsys):
+    with pytest.raises(typer.Exit), one_line_errors(False, smaller="a smaller --batch, or fewer --tokens"):
+        raise MemoryError
+    assert "the memory is full. Take a smaller --batch, or fewer --tokens. Nothing is lost" in _is_told(capsys)
+
+
 def test_pytorch_says_that_memory_is_full_in_words_that_are_known(capsys):
     with pytest.raises(typer.Exit), one_line_errors(False):
         torch.empty(1 << 46)

@@ -516,6 +516,27 @@ def test_a_size_that_the_model_does_not_take_is_refused(shapes, tmp_path):
     assert "Leave --size 20 out, or take another" in line
 
 
+def _limited(arguments: Sequence[object]) -> str:
+    """The last line of a sweep in a process that gets 3 GB of addresses more than it has after its imports."""
+    code = (
+        "import resource, sys, torch, timm, torchrecycle.sweep, torchrecycle.report, torchrecycle_command; "
+        "pages = int(open('/proc/self/statm').read().split()[0]); "
+        "limit = pages * resource.getpagesize() + 3 * 2**30; resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); "
+        "torchrecycle_command.main()"
+    )
+    command = [sys.executable, "-c", code, "sweep", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    return ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is found in /proc")
+def test_pictures_too_large_for_the_memory_lead_to_a_smaller_size(shapes, tmp_path):
+    line = _limited(("images", shapes, "--model", "timm/test_resnet", "--size", 2000, *SHORT, "--out", tmp_path))
+    assert "the memory is full. Take a smaller --batch, by which training and testing both go" in line
+    assert ", or a smaller --size. " in line
+
+
 def test_a_model_of_texts_is_none_for_pictures_and_the_reverse(shapes, tmp_path):
     out = ("--out", tmp_path / "out")
     assert "for pictures, give a model of images" in is_refused("images", shapes, "--model", MINILM, *out)

@@ -37,12 +37,15 @@ def _nothing_lost() -> str:
 
 
 @contextmanager
-def one_line_errors(debug: bool, kept: Callable[[], str] = _nothing_lost) -> Iterator[None]:
+def one_line_errors(
+    debug: bool, kept: Callable[[], str] = _nothing_lost, *, smaller: str = "a smaller --batch"
+) -> Iterator[None]:
     """A mistake is one line on stderr and exit code 2, and so is Ctrl-C. Whatever else goes wrong is let through.
 
     Args:
         debug: let the exception through; of Ctrl-C, show the traceback.
         kept: says what is left when the command is stopped; must not fail.
+        smaller: what to take where the memory is full.
     """
     with _ctrl_c() as ctrl_c:
         try:
@@ -50,7 +53,7 @@ def one_line_errors(debug: bool, kept: Callable[[], str] = _nothing_lost) -> Ite
         except (Exception, KeyboardInterrupt) as error:
             ctrl_c.deaf = True
             stopped = ctrl_c.heard or isinstance(error, KeyboardInterrupt)
-            line = f"stopped. {kept()}" if stopped else _in_one_line(error, kept)
+            line = f"stopped. {kept()}" if stopped else _in_one_line(error, kept, smaller)
             if line is None or (debug and not stopped):
                 raise
             if debug:
@@ -59,13 +62,14 @@ def one_line_errors(debug: bool, kept: Callable[[], str] = _nothing_lost) -> Ite
             raise typer.Exit(2) from None
 
 
-def _in_one_line(error: BaseException, kept: Callable[[], str]) -> str | None:
+def _in_one_line(error: BaseException, kept: Callable[[], str], smaller: str) -> str | None:
     """None if it is nothing that a user could mend."""
-    if isinstance(error, RecycleError):
-        return f"{error}{_after_a_disk(error, kept)}"
+    # First, since a model that did not run for want of memory is told as one that takes no such example.
     memory = _full_memory(error)
     if memory is not None:
-        return f"{memory} is full. Take a smaller --batch. {kept()}"
+        return f"{memory} is full. Take {smaller}. {kept()}"
+    if isinstance(error, RecycleError):
+        return f"{error}{_after_a_disk(error, kept)}"
     # A broken pipe is left to Typer: somebody reads no further.
     if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):
         where = f"{error.filename}: " if error.filename else ""
@@ -85,13 +89,13 @@ def _after_a_disk(error: BaseException, kept: Callable[[], str]) -> str:
 
 
 def _full_memory(error: BaseException) -> str | None:
-    """Which memory is full, if that is what it was."""
+    """Which memory is full, if that is what it was, or led to it."""
     if isinstance(error, torch.OutOfMemoryError):
         return "the graphics card's memory"
     # PyTorch has no class of its own for the other one.
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "the memory"
-    return None
+    return _full_memory(error.__cause__) if error.__cause__ is not None else None
 
 
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def demo(
         rows = f"Kept: what the frozen layers gave, in {store}" if store is not None else "Nothing is kept"
         return f"{rows}; the same command trains anew"
 
-    with one_line_errors(debug, kept):
+    with one_line_errors(debug, kept, smaller="--quick, or end other programs"):
         from torchrecycle.demo.run import run_demo
 
         names = [task.value] if task else [name.value for name in TaskName]
@@ -91,7 +91,7 @@ def show_cuts(
     debug: Debug = False,
 ) -> None:
     """Where a model can be cut, what each cut saves and what it costs. Nothing is downloaded."""
-    with one_line_errors(debug):
+    with one_line_errors(debug, smaller="a smaller --batch, --size or --tokens"):
         from torchrecycle.cost import cuts
         from torchrecycle.models import load_model
 

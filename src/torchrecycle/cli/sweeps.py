@@ -162,6 +162,8 @@ class _Asked:
     as_json: bool
     settings: dict[str, Any]
     size: int | None = None
+    smaller: str = "or fewer --tokens"
+    """What else than a smaller batch takes less memory."""
 
     @property
     def folder(self) -> Path:
@@ -253,6 +255,7 @@ def sweep_images(
         as_json,
         settings,
         size,
+        "or a smaller --size",
     )
 
     def make(settings: Settings) -> tuple[Task, Trunk]:
@@ -401,8 +404,11 @@ def _settings(
 # -- what all three do -------------------------------------------------------------------------------------------------
 
 
+_SMALLER_BATCH = "a smaller --batch, by which training and testing both go"
+
+
 def _run(asked: _Asked, make: Callable[[Settings], tuple[Task, Trunk]], debug: bool) -> None:
-    with one_line_errors(debug, lambda: _kept(asked)):
+    with one_line_errors(debug, lambda: _kept(asked), smaller=f"{_SMALLER_BATCH}, {asked.smaller}"):
         _refuse_early(asked)
         from torchrecycle.sweep import Settings, sweep
 
