@@ -136,9 +136,10 @@ def test_seeds_add_the_variance_of_their_means():
     assert found.error == pytest.approx(math.sqrt(variance), rel=1e-9)
 
 
-def test_one_seed_and_one_cluster_have_no_error_to_tell():
-    assert estimate([[1.0, 0.0, 1.0]], [5, 5, 5]).error == 0.0
-    assert estimate([[1.0, 0.0], [0.0, 0.0]], [5, 5]).error == pytest.approx(math.sqrt(0.125 / 2))
+def test_in_one_cluster_the_objects_are_the_draws_and_one_object_has_no_error_to_tell():
+    assert estimate([[1.0, 0.0, 1.0]], [5, 5, 5]) == estimate([[1.0, 0.0, 1.0]], [1, 2, 3])
+    assert estimate([[1.0]], [5]).error == 0.0
+    assert estimate([[1.0], [0.0]], [5]).error == pytest.approx(math.sqrt(0.5 / 2))  # of the seeds
 
 
 def test_a_difference_object_by_object_is_far_sharper_than_one_of_means():
@@ -370,7 +371,7 @@ def test_where_nothing_is_gained_the_pretrained_model_is_to_be_taken_as_it_is():
     assert found.level is None
     assert found.sentence.startswith("Take the pretrained model as it is: accuracy 0.200 ± 0.001, and no level")
     assert "the best, full training, by +0.002 ± 0.00" in found.sentence
-    assert set(found.verdicts.values()) == {"not better than the pretrained model"}
+    assert set(found.verdicts.values()) == {"not better than the pretrained model as it is"}
     worse = _recommend(_level("full", 0.1, 100.0, noise=0.0001))  # also where that is sure
     assert worse.level is None
     assert "by -0.100" in worse.sentence

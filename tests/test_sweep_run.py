@@ -39,10 +39,12 @@ from torchrecycle.sweep import (
     load_trunk,
     pair_task,
     picture_task,
+    run,
     sweep,
 )
 from torchrecycle.sweep.build import text_task
 from torchrecycle.sweep.journal import Journal
+from torchrecycle.sweep.recipes import Recipe
 
 SETTINGS = Settings(epochs=2, batch_size=8)
 
@@ -339,6 +341,9 @@ def test_a_recycled_level_is_as_good_as_the_same_level_without_a_store(
 ):
     recycled = sweep(make_task(emoji, what=what), make_plan(tmp_path / "recycled"))
     monkeypatch.setenv("TORCHRECYCLE", "off")
+    with pytest.raises(SweepError, match="unset it"):
+        sweep(make_task(emoji, what=what), make_plan(tmp_path / "frozen"))
+    monkeypatch.setattr(run, "_refuse_switched_off", lambda: None)
     frozen = sweep(make_task(emoji, what=what), make_plan(tmp_path / "frozen"))
     for one, other in zip(recycled.levels, frozen.levels, strict=True):
         assert one.cut == other.cut
@@ -399,11 +404,15 @@ def test_the_weights_of_the_best_seed_are_kept_and_are_as_good_as_was_said(emoji
     load_model(model, str(best.file))
     found = task.evaluate(model, DataLoader(task.test.dataset, **task.eval_arguments()), task.test)
     assert found.quality[metric] == pytest.approx(best.trial.quality[metric], abs=0.006)
-    best.file.unlink()  # weights that are gone are trained anew, and nothing else is
+    best.file.unlink()  # weights that are gone are trained anew when they are asked for, and nothing else is
     again = sweep(task, plan)
+    assert _seconds(again) == _seconds(result)
+    assert not best.file.is_file()
+    assert best_weights(task, plan, again).file == best.file
     assert best.file.is_file()
-    assert sum(seconds in _seconds(result) for seconds in _seconds(again)) == 3
-    _assert_same(again, result)
+    found = sweep(task, plan)
+    assert sum(seconds in _seconds(result) for seconds in _seconds(found)) == 3
+    _assert_same(found, result)
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -419,7 +428,8 @@ def test_a_rate_that_diverges_is_an_error_with_the_next_step(emoji: Path, tmp_pa
 @pytest.mark.parametrize("batch", [8, 64], ids=["a loss tells", "only the outputs tell"])
 def test_in_a_search_a_rate_that_diverges_is_a_quality_of_nothing(batch: int, emoji: Path, tmp_path: Path):
     """Of a single step in an epoch the loss is finite, and what comes after it is not."""
-    task = make_task(emoji, settings=replace(SETTINGS, rate=1e30, epochs=1, batch_size=batch))
+    wild = Recipe(epochs=1, suffix_rate=1e30, head_rate=1e-3, batch_size=batch)
+    task = replace(make_task(emoji), recipe=lambda level, share: wild, rate_is_given=lambda level: False)
     with pytest.raises(SweepError, match="50 % recycled diverged"):
         sweep(task, make_plan(tmp_path, "50", search=True))
     tried = [record["trial"] for record in Journal(tmp_path / "journal").all("trial")]
@@ -454,4 +464,4 @@ def test_an_object_that_comes_twice_is_in_one_split_only(tmp_path: Path):
     splits = [task.train, task.validation, task.test]
     ids = [tuple(split.dataset[i]["input_ids"].tolist()) for split in splits if split for i in range(len(split))]
     assert len(ids) == len(set(ids)) == 20
-    assert task.left_out == ("40 texts with the content of another, which came before",)
+    assert task.left_out == ("40 texts with the content of another of its class, which came before",)

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -286,6 +287,10 @@ def _from_folder(folder: Path, size: int | None, batch: int, tokens: int) -> tup
             model, weights = transformers.AutoModel.from_config(config), RANDOM
     except Exception as error:
         raise ModelError(f"transformers cannot make a model of {folder}: {_one_line(error)}.") from error
+    if weights != RANDOM:
+        _must_be_finite(f"the folder {folder}", model)
+    # Some versions write it into what the config says of itself: where a model lies makes it no other one.
+    model.config._name_or_path = ""
     # As in training: what a model remembers for generating is no part of what it learns from.
     model.config.use_cache = False
     return model, _example_for(model, size, batch, tokens), weights
@@ -383,7 +388,7 @@ def _load_weights(name: str, model: nn.Module, file: Path, classifier: Sequence[
     """Put a file's weights into the model. Those of its classifier stay as they are if it is named.
 
     Raises:
-        ModelError: the file cannot be read, or is of another model.
+        ModelError: the file cannot be read, is of another model, or holds NaN or infinity.
     """
     inside = tuple(f"{layer}." for layer in classifier)
     own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
@@ -402,6 +407,37 @@ def _load_weights(name: str, model: nn.Module, file: Path, classifier: Sequence[
                 f"{list(tensor.shape)} in the model"
             )
     model.load_state_dict(state, strict=not classifier)  # what else might be missing has been named above
+    _must_be_finite(str(file), model)
+
+
+def _must_be_finite(where: str, model: nn.Module) -> None:
+    """
+    Raises:
+        ModelError: a tensor holds NaN or infinity, so that all that comes out would.
+    """
+    weights = {name for name, _ in model.named_parameters()}
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+            continue
+        # Masks of attention are kept as such.
+        if name not in weights and not (tensor.isnan() | (tensor == torch.inf)).any():
+            continue
+        what = "NaN" if tensor.isnan().any() else "infinity"
+        raise ModelError(
+            f"{where} holds {what} in '{name}', so that nothing could be learned from it: give weights of a training "
+            "that went well"
+        )
+
+
+def _no_weights(file: Path, said: str) -> str:
+    """In place of a page of PyTorch's about when a file may be trusted."""
+    if "GLOBAL" in said:
+        return (
+            f"{file} holds more than weights, such as a whole model, which is not read since it could run any program: "
+            "save the weights with torch.save(model.state_dict(), file)"
+        )
+    why = said.partition("WeightsUnpickler error: ")[2].partition("\n")[0].rstrip(". ")
+    return f"{file} cannot be read as a file of weights{f' ({why})' if why else ''}: is it whole, and one that PyTorch wrote?"
 
 
 def _read_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -414,6 +450,8 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(_no_weights(file, str(error))) from error
     except Exception as error:
         raise ModelError(f"{file} cannot be read as a file of weights: {_one_line(error)}") from error
     for inner in ("state_dict", "model_state_dict", "model"):

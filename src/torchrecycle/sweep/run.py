@@ -366,6 +366,8 @@ class _Sweep:
         assert recycling is not None
         splits = [split for split in (self.task.train, self.task.validation, self.task.test) if split is not None]
         rows = torch.cat([runner.evaluation_loader(split).dataset.locations for split in splits]).unique()
+        if not len(rows):
+            return 0
         some = rows[:: max(1, len(rows) // SIZED)]
         kept = sum(leaf_bytes(leaf) for leaf in recycling.source.rows.gather(some))
         return round(len(rows) * (kept / len(some) + ROW_BYTES))
