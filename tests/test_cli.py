@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,47 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path):
     assert result.exit_code == 2
     assert "is no store" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("sweep images photos", "missing option '--model'. See torchrecycle sweep images --help"),
+        ("sweep images --model timm/resnet18", "missing argument 'where'"),
+        ("sweep images photos --model m --epochs 0", "invalid value for '--epochs': "),
+        ("sweep images photos --model m --task guess", "'guess' is not one of 'similarity', 'classify'"),
+        ("sweep images photos --modle m", "no such option: --modle"),
+        ("sweep texts a b --model m", "unexpected extra argument"),
+        ("cuts --model", "option '--model' requires an argument"),
+        ("store ls", "missing argument 'folder'. See torchrecycle store ls --help"),
+        ("swep", "no such command 'swep'"),
+        ("-q", "no such option: -q. See torchrecycle --help"),
+    ],
+)
+def test_arguments_that_are_missing_or_wrong_are_one_line_and_exit_code_2(arguments, words):
+    result = runner.invoke(app, arguments.split(), prog_name="torchrecycle", env={"COLUMNS": "40"})
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("torchrecycle: ")
+    assert result.stderr.endswith(" --help\n")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+
+
+def test_without_any_argument_the_help_is_shown():
+    assert "Compare full training" in runner.invoke(app, []).output
+    assert "--help" in runner.invoke(app, ["sweep"]).output
+
+
+CONSOLE_SCRIPT = "import torchrecycle_command as c, sys; sys.argv[0] = 'torchrecycle'; c.main()"
+
+
+@pytest.mark.parametrize("start", [["-m", "torchrecycle.cli"], ["-c", CONSOLE_SCRIPT]], ids=["module", "script"])
+def test_wrong_arguments_are_one_line_however_the_command_is_started(start):
+    ended = subprocess.run([sys.executable, *start, "sweep", "images"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr == "torchrecycle: missing argument 'where'. See torchrecycle sweep images --help\n"
 
 
 def test_debug_shows_the_error_itself(tmp_path: Path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,60 @@ def test_a_checkpoint_of_another_architecture_is_refused_also_without_the_classi
     wider = {name: torch.cat([tensor] * 2) if tensor.dim() else tensor for name, tensor in _resnet().items()}
     with pytest.raises(ModelError, match=r"'conv1.weight' is \[128, 3, 7, 7\] in it and \[64, 3, 7, 7\]"):
         load_model("timm/resnet18", checkpoint=_saved(wider, tmp_path), size=32, headless=True)
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+@pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "bn1.running_var"])
+def test_a_checkpoint_that_is_not_finite_is_refused_with_the_tensor(name: str, value: float, what: str, tmp_path: Path):
+    state = _resnet()
+    state[name].view(-1)[3] = value
+    with pytest.raises(ModelError, match=rf"weights\.pt holds {what} in '{name}'"):
+        load_model("timm/resnet18", checkpoint=_saved(state, tmp_path), size=32)
+
+
+def test_a_classifier_that_is_not_used_may_hold_what_it_likes(tmp_path: Path):
+    state = _resnet()
+    state["fc.weight"][0, 0] = float("nan")
+    file = _saved(state, tmp_path)
+    assert load_model("timm/resnet18", checkpoint=file, size=32, headless=True).weights == "from weights.pt"
+
+
+def test_a_folder_whose_weights_are_not_finite_is_refused_with_the_tensor(tmp_path: Path):
+    from transformers import BertConfig, BertModel
+
+    sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model = BertModel(BertConfig(**sizes, vocab_size=60))
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.bias[5] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"the folder .* holds NaN in 'encoder\.layer\.0\.output\.dense\.bias'"):
+        load_model(str(tmp_path))
+
+
+def _not_only_weights() -> dict[str, Any]:
+    """What people save in place of a state dict, or beside it."""
+    return {"model.pth": nn.Linear(2, 2), "state.pth": {"state_dict": {}, "accuracy": np.float64(0.9)}}
+
+
+@pytest.mark.parametrize("name", _not_only_weights())
+def test_a_file_that_holds_more_than_weights_is_refused_in_a_few_words(name: str, tmp_path: Path):
+    torch.save(_not_only_weights()[name], tmp_path / name)
+    with pytest.raises(ModelError) as refused:
+        load_model("timm/test_resnet", checkpoint=tmp_path / name)
+    assert "save the weights with torch.save(model.state_dict(), file)" in str(refused.value)
+    assert "weights_only" not in str(refused.value)
+    assert len(str(refused.value)) < 200 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("held", "words"), [("no pickle", " (Unsupported operand 110): is it whole"), ("", ": is it w")]
+)
+def test_a_file_of_no_weights_at_all_is_refused_in_a_few_words(held: str, words: str, tmp_path: Path):
+    (tmp_path / "weights.pth").write_text(held)
+    with pytest.raises(ModelError) as refused:
+        load_model("timm/test_resnet", checkpoint=tmp_path / "weights.pth")
+    assert f"weights.pth cannot be read as a file of weights{words}" in str(refused.value)
+    assert "weights_only" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

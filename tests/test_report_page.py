@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -307,7 +308,10 @@ def test_a_table_that_is_too_wide_scrolls_by_the_arrow_keys(browser, written):
         table.focus()
         for _ in range(5):
             tab.keyboard.press("ArrowRight")
-        tab.wait_for_function("document.querySelector('.scroll').scrollLeft > 30")
+        deadline = time.monotonic() + 10  # the page lets no script in, so that it cannot be waited for from inside
+        while (moved := table.evaluate("(e) => e.scrollLeft")) <= 30 and time.monotonic() < deadline:
+            tab.wait_for_timeout(50)
+        assert moved > 30
         head = tab.locator("table.levels tbody th").first
         assert head.evaluate("(e) => e.getBoundingClientRect().left >= 0")  # the level stays beside its figures
 

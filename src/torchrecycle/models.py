@@ -436,8 +436,9 @@ def _no_weights(file: Path, said: str) -> str:
             f"{file} holds more than weights, such as a whole model, which is not read since it could run any program: "
             "save the weights with torch.save(model.state_dict(), file)"
         )
-    why = said.partition("WeightsUnpickler error: ")[2].partition("\n")[0].rstrip(". ")
-    return f"{file} cannot be read as a file of weights{f' ({why})' if why else ''}: is it whole, and one that PyTorch wrote?"
+    why = said.partition("WeightsUnpickler error:")[2].strip().partition("\n")[0].rstrip(".")
+    because = f" ({why})" if why else ""
+    return f"{file} cannot be read as a file of weights{because}: is it whole, and one that PyTorch wrote?"
 
 
 def _read_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -450,7 +451,7 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError) as error:
         raise ModelError(_no_weights(file, str(error))) from error
     except Exception as error:
         raise ModelError(f"{file} cannot be read as a file of weights: {_one_line(error)}") from error

@@ -16,14 +16,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from typer.core import TyperGroup
 
 from torchrecycle.errors import RecycleError
 
-__all__ = ["Debug", "OptionError", "one_line_errors"]
+__all__ = ["Debug", "OneLineGroup", "OptionError", "one_line_errors"]
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from: its traceback.")]
 
@@ -96,6 +97,37 @@ def _full_memory(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "the memory"
     return _full_memory(error.__cause__) if error.__cause__ is not None else None
+
+
+# -- arguments that are missing or wrong -------------------------------------------------------------------------------
+
+_UsageError: Any = typer.BadParameter.__bases__[0]
+"""Of click, or of the copy of it that newer versions of Typer hold: Typer names its heir only."""
+
+
+class OneLineGroup(TyperGroup):
+    """The root of the commands; what Typer says of arguments is one line too, for all that lie below."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _one_line_usage():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line_usage() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # what it shows is the help
+            raise
+        words = " ".join(error.format_message().split()).rstrip(".")
+        command = error.ctx.command_path if error.ctx is not None else "torchrecycle"
+        typer.echo(f"torchrecycle: {words[:1].lower()}{words[1:]}. See {command} --help", err=True)
+        raise typer.Exit(error.exit_code) from None
 
 
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------

@@ -18,13 +18,14 @@ from typing import Annotated, Any
 
 import typer
 
-from torchrecycle.cli.errors import Debug, one_line_errors
+from torchrecycle.cli.errors import Debug, OneLineGroup, one_line_errors
 from torchrecycle.cli.sweeps import sweep_app
 from torchrecycle.errors import StoreError
 
 __all__ = ["app"]
 
 app = typer.Typer(
+    cls=OneLineGroup,
     help="Layer recycling for PyTorch: compute the frozen first layers once, and train only the rest.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
