@@ -175,7 +175,7 @@ def test_a_folder_whose_weights_are_not_finite_is_refused_with_the_tensor(tmp_pa
     sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     model = BertModel(BertConfig(**sizes, vocab_size=60))
     with torch.no_grad():
-        model.encoder.layer[0].output.dense.bias[5] = float("nan")
+        model.get_parameter("encoder.layer.0.output.dense.bias")[5] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"the folder .* holds NaN in 'encoder\.layer\.0\.output\.dense\.bias'"):
         load_model(str(tmp_path))
