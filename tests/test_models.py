@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from torch import nn
 from small_models import SAMPLES, Sample
 from torchrecycle import RecycleWarning, recycle
 from torchrecycle.demo.weights import lite0_state, package_folder
+from torchrecycle.files import Texts
 from torchrecycle.models import ModelError, load_model
+from torchrecycle.sweep import text_task
 from torchrecycle.sweep.encoders import FirstToken, MeanPool
 from torchrecycle.sweep.trunks import load_trunk
 
@@ -315,15 +318,91 @@ def test_a_model_of_something_else_is_refused_in_words(name: str, kind: str, wor
         load_trunk(str(_minilm()) if name == "MINILM" else name, kind)
 
 
-def test_how_tokens_are_pooled_is_read_from_the_folder(tmp_path: Path):
+def _small_bert(folder: Path) -> Path:
+    """With MiniLM's tokenizer; nothing is said of pooling."""
     from transformers import BertConfig, BertModel
 
+    folder.mkdir(exist_ok=True)
     for path in _minilm().iterdir():
         if path.name.startswith(("tokenizer", "vocab", "special")):
-            (tmp_path / path.name).write_bytes(path.read_bytes())
+            (folder / path.name).write_bytes(path.read_bytes())
     sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    BertModel(BertConfig(**sizes, vocab_size=30522)).save_pretrained(tmp_path)
-    trunk = load_trunk(str(tmp_path), "texts")
+    BertModel(BertConfig(**sizes, vocab_size=30522)).save_pretrained(folder)
+    return folder
+
+
+def _with_pooling(folder: Path, said: dict[str, Any], where: str = "1_Pooling") -> Path:
+    (folder / where).mkdir(exist_ok=True)
+    (folder / where / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **said}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("said", "pool"),
+    [
+        ({"pooling_mode": "mean"}, MeanPool),
+        ({"pooling_mode": "cls"}, FirstToken),
+        ({"pooling_mode": ["cls"]}, FirstToken),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}, MeanPool),
+        ({"pooling_mode": "max"}, "by max,"),
+        ({"pooling_mode": ["cls", "mean"]}, "by cls and mean,"),
+        ({"pooling_mode_max_tokens": True}, "by max,"),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "by lasttoken,"),
+        ({"pooling_mode_weightedmean_tokens": True}, "by weightedmean,"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "by mean_sqrt_len,"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "by cls and mean,"),
+    ],
+)
+def test_pooling_that_is_not_known_is_refused_and_not_replaced(said: dict[str, Any], pool: Any, tmp_path: Path):
+    folder = _with_pooling(_small_bert(tmp_path), said)
+    if isinstance(pool, str):
+        with pytest.raises(
+            ModelError, match=rf"asks for pooling {pool} and only the mean \(mean\) and the first token"
+        ):
+            load_trunk(str(folder), "texts")
+    else:
+        assert isinstance(load_trunk(str(folder), "texts").pool, pool)
+
+
+def test_a_layer_after_pooling_is_refused_and_not_left_out(tmp_path: Path):
+    folder = _with_pooling(_small_bert(tmp_path), {"pooling_mode": "cls"}, "1_Other")
+    kinds = {
+        "": "models.Transformer",
+        "1_Other": "sentence_transformer.modules.pooling.Pooling",
+        "2_Dense": "models.Dense",
+    }
+    modules = [{"idx": i, "path": path, "type": kind} for i, (path, kind) in enumerate(kinds.items())]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelError, match=r"asks for Dense after the model \(modules\.json\)"):
+        load_trunk(str(folder), "texts")
+    (folder / "modules.json").write_text(
+        json.dumps([*modules[:2], {"path": "2_Normalize", "type": "models.Normalize"}])
+    )
+    assert isinstance(load_trunk(str(folder), "texts").pool, FirstToken)  # from where the list of modules says
+    (folder / "modules.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"modules\.json holds dict, and a list was expected"):
+        load_trunk(str(folder), "texts")
+
+
+def test_where_a_model_lies_and_how_its_path_is_written_makes_it_no_other(tmp_path: Path, monkeypatch):
+    folder = _small_bert(tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere" / "bert"
+    shutil.copytree(folder, elsewhere)
+    spellings = ["bert", "bert/", "./bert", str(folder), "elsewhere/../bert", str(elsewhere)]
+    trunks = [load_trunk(spelling, "texts") for spelling in spellings]
+    assert {trunk.name for trunk in trunks} == {"bert"}
+    assert [trunk.folder for trunk in trunks] == [Path(spelling) for spelling in spellings]
+    texts = Texts(tuple("abcdefghijkl"), tuple("xy" * 6), (), "these", "here")
+    assert len({text_task(texts, trunk, "classify").identity for trunk in trunks}) == 1
+
+
+def test_a_folder_that_has_any_models_name_is_told_by_the_one_around_it():
+    assert load_trunk(str(_minilm()), "texts").name == f"{_minilm().parent.name}/model"
+
+
+def test_how_tokens_are_pooled_is_read_from_the_folder(tmp_path: Path):
+    trunk = load_trunk(str(_small_bert(tmp_path)), "texts")
     assert isinstance(trunk.pool, MeanPool)  # nothing is said
     assert (trunk.dim, trunk.weights, trunk.folder) == (32, "from the folder", tmp_path)
     assert trunk.tokenizer("a word")["input_ids"][0] == trunk.tokenizer.cls_token_id

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class Trunk:
     """A pretrained model without its classifier."""
 
     name: str
-    """As it was asked for."""
+    """As it was asked for; of a folder its last part, so that where it lies makes it no other model."""
     module: nn.Module = field(repr=False)
     """In eval mode. Of images it gives features, of texts a ``last_hidden_state``."""
     pool: nn.Module = field(repr=False)
@@ -79,7 +79,7 @@ def load_trunk(
     loaded = load_model(name, checkpoint=checkpoint, size=size, pretrained=pretrained, headless=True)
     module = loaded.model.eval()
     trunk = Trunk(
-        name=name,
+        name=_name_of(Path(name)) if library == "transformers" else name,
         module=module,
         pool=PooledOutput(),
         dim=0,
@@ -94,6 +94,11 @@ def load_trunk(
         assert trunk.preprocessing is not None
         trunk = trunk if crop else replace(trunk, preprocessing=replace(trunk.preprocessing, crop=None))
     return replace(trunk, dim=_width(trunk, loaded.example))
+
+
+def _name_of(folder: Path) -> str:
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name == "model" else folder.name
 
 
 def _width(trunk: Trunk, example: Any) -> int:
@@ -145,21 +150,64 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
+"""Of sentence-transformers. The last two are left out, since a sweep has a head there, and norms of its own."""
+_OLD_KEY = "pooling_mode_"
+
+
 def _text_pool(folder: Path) -> nn.Module:
-    """As sentence-transformers says in the folder; the mean where it says nothing."""
-    said = _read_json(folder / "1_Pooling" / "config.json")
-    if said.get("pooling_mode_cls_token"):
+    """As sentence-transformers says in the folder; the mean where it says nothing.
+
+    Raises:
+        ModelError: it says something that is not known here, and that must not be replaced unseen.
+    """
+    modules = _read_json(folder / "modules.json", [])
+    kinds = {
+        str(module.get("type")).rpartition(".")[2]: str(module.get("path"))
+        for module in modules
+        if isinstance(module, dict)
+    }
+    others = [kind for kind in kinds if kind not in _KNOWN_MODULES]
+    if others:
+        raise ModelError(
+            f"the folder {folder} asks for {' and '.join(others)} after the model (modules.json), of which only "
+            "pooling is known here: give a folder of a model without"
+        )
+    asked = _pooling(_read_json(folder / kinds.get("Pooling", "1_Pooling") / "config.json", {}))
+    if asked in ([], ["mean"]):
+        return MeanPool()
+    if asked == ["cls"]:
         return FirstToken()
-    return MeanPool()
+    raise ModelError(
+        f"the folder {folder} asks for pooling by {' and '.join(asked)}, and only the mean (mean) and the first token "
+        "(cls) are known here: give a folder of a model that was trained with one of these"
+    )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _pooling(said: Mapping[str, Any]) -> list[str]:
+    """The names of what is asked for: of one key in newer versions, of a switch for each in older ones."""
+    if "pooling_mode" in said:
+        mode = said["pooling_mode"]
+        return [mode] if isinstance(mode, str) else [str(each) for each in mode or ()]
+    switched = [key for key, on in said.items() if key.startswith(_OLD_KEY) and on]
+    return [key.removeprefix(_OLD_KEY).removesuffix("_tokens").removesuffix("_token") for key in switched]
+
+
+_Json = TypeVar("_Json", dict[str, Any], list[dict[str, Any]])
+
+
+def _read_json(path: Path, otherwise: _Json) -> _Json:
+    """What is in the file, which must be of the kind of what is taken if there is none."""
     if not path.is_file():
-        return {}
+        return otherwise
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is no JSON: {error}") from error
+    if not isinstance(said, type(otherwise)):
+        kind = "an object" if isinstance(otherwise, dict) else "a list"
+        raise ModelError(f"{path} holds {type(said).__name__}, and {kind} was expected")
+    return said
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -214,7 +262,7 @@ def _preprocessing(trunk: Trunk, library: str, size: int) -> Preprocessing:
             crop=min(1.0, crop / (resize or 256)) if crop else 0.875,
         )
     assert trunk.folder is not None
-    return _of_processor(_read_json(trunk.folder / "preprocessor_config.json"), size)
+    return _of_processor(_read_json(trunk.folder / "preprocessor_config.json", {}), size)
 
 
 def _side(size: Any) -> int:
