@@ -489,7 +489,9 @@ def test_a_table_of_two_rows_is_too_small(tmp_path, rows, words):
 def test_texts_that_are_all_the_same_are_too_few(tmp_path):
     rows = [{"text": "the same", "label": "ab"[number % 2]} for number in range(20)]
     table = write_table(tmp_path / "same.csv", rows)
-    assert "add objects" in is_refused("texts", table, "--model", MINILM, "--out", tmp_path / "out")
+    arguments = ("texts", table, "--model", MINILM, "--out", tmp_path / "out")
+    assert "have different classes: 'the same' is 'a' and 'the same' is 'b'" in is_refused(*arguments)
+    assert "fewer than two classes with two texts are left" in is_refused(*arguments, "--skip-bad")
 
 
 def test_two_pairs_are_too_few(tmp_path):
