@@ -90,6 +90,7 @@ def test_twenty_steps_from_kept_rows_equal_a_prefix_frozen_by_hand_to_the_bit_an
     ]
     with recycle(model.train(), _first_two(sample.batch), cut=sample.cut, store="memory://") as recycling:
         loader = recycling.loader(items, batch_size=8)
+        dataset: Any = loader.dataset
         (batch,) = list(loader)
         _train(
             sample, model.eval(), torch.optim.SGD([next(recycling.parameters())], 0.0), 1, batch
@@ -100,7 +101,7 @@ def test_twenty_steps_from_kept_rows_equal_a_prefix_frozen_by_hand_to_the_bit_an
         called: list[str] = []
         handle = model.get_submodule(sample.leaf).register_forward_pre_hook(lambda *_: called.append(sample.leaf))
         with pytest.warns(RecycleWarning, match="does not fire"):
-            recycling.renew(loader.dataset)  # a new hook is tried once, on the example: it might change the rows
+            recycling.renew(dataset)  # a new hook is tried once, on the example: it might change the rows
         called.clear()
         got = _train(sample, model, OPTIMIZERS["adamw"](recycling.parameters()), 20, batch)
         assert not called
