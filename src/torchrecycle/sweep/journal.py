@@ -83,10 +83,9 @@ class Journal:
                 os.fsync(file.fileno())
             temporary.replace(self.folder / f"{key}.json")
         except OSError as error:
-            raise JournalError(
-                f"cannot write to {self.folder}: {error.strerror}. What was finished before is kept, and the "
-                "same command goes on from there"
-            ) from error
+            worded = JournalError(f"cannot write to {self.folder}: {error.strerror}")
+            worded.errno = error.errno  # by which it is told what to do about it
+            raise worded from error
         finally:
             with suppress(OSError):  # where nothing can be written, nothing is there to be removed
                 temporary.unlink(missing_ok=True)
