@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ SIDE = 16
 
 # Convolutions of this size take 50 times as long where threads outnumber free cores.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start: timings are kept by threads
 
 
 class Block(nn.Module):
