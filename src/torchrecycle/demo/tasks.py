@@ -7,7 +7,6 @@ looked for.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torchrecycle.demo.emoji import (
 from torchrecycle.demo.faq import Pair, distinct, load_pairs, pair_texts, split_pairs
 from torchrecycle.demo.recipes import IMAGE_CUTS, IMAGE_RECIPES, TEXT_CUTS, TEXT_RECIPES, quicker
 from torchrecycle.demo.weights import image_trunk, text_trunk
-from torchrecycle.sweep.datasets import PadTexts
+from torchrecycle.sweep.datasets import PadTexts, thumbnail
 from torchrecycle.sweep.encoders import ImageEncoder, TextEncoder
 from torchrecycle.sweep.objectives import Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
@@ -87,18 +86,9 @@ def _emoji_split(pictures: Sequence[Picture]) -> Split:
 
     def sample(index: int) -> Sample:
         picture = pictures[index]
-        return Sample(picture.label, picture.path.stem, _thumbnail(picture))
+        return Sample(picture.label, picture.path.stem, thumbnail(picture.image()))
 
     return Split(data, labels=data.labels, sample=sample)
-
-
-def _thumbnail(picture: Picture) -> str:
-    import io
-
-    image, file = picture.image(), io.BytesIO()
-    image.thumbnail((96, 96))
-    image.save(file, "JPEG", quality=85)
-    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def text_task(*, quick: bool = False) -> Task:

@@ -7,10 +7,8 @@ is; what is learned is an `Objective`.
 
 from __future__ import annotations
 
-import base64
 import copy
 import importlib.metadata
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from torchrecycle.files import Pairs, Pictures, Texts
 from torchrecycle.files.errors import LeftOut, count_of, shown
 from torchrecycle.files.labels import keep_classes
 from torchrecycle.keys import key
-from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, TextObjects, tokenised
+from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, TextObjects, thumbnail, tokenised
 from torchrecycle.sweep.encoders import HeadKind, ImageEncoder, TextEncoder
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
@@ -36,8 +34,6 @@ from torchrecycle.sweep.trunks import Trunk
 __all__ = ["Settings", "pair_task", "picture_task", "text_task"]
 
 What = Literal["similarity", "classify"]
-THUMBNAIL = 112
-"""Pixels of the longer side of a picture that is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +160,6 @@ def _shared(trunk: Trunk, settings: Settings, identity: str) -> dict[str, Any]:
     }
 
 
-def _numbers(labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The classes in sorted order, and the number of each object's."""
-    names = tuple(sorted(set(labels)))
-    number = {name: i for i, name in enumerate(names)}
-    return names, tuple(number[label] for label in labels)
-
-
 @dataclass(frozen=True, slots=True)
 class _Labelled:
     """Objects that have a class, each content once."""
@@ -291,7 +280,7 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
 
     def sample(index: int) -> Sample:
         picture = items[index]
-        return Sample(title=picture.label, text=picture.name, picture=_thumbnail(picture.image()))
+        return Sample(title=picture.label, text=picture.name, picture=thumbnail(picture.image()))
 
     identity = _identity(pictures.identity, preprocessing, what, _readers())
     return Task(
@@ -328,13 +317,6 @@ def _said(settings: Settings) -> dict[str, str]:
     elif settings.rate is not None:
         said["rate"] = f"{settings.rate:g}, given"
     return said
-
-
-def _thumbnail(image: Any) -> str:
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

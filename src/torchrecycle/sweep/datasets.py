@@ -12,6 +12,8 @@ in one batch, two thirds of the question side would be padding.
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,9 +31,14 @@ __all__ = [
     "Preprocessing",
     "Readable",
     "TextObjects",
+    "thumbnail",
     "tokenised",
     "two_by_two",
 ]
+
+
+THUMBNAIL = 112
+"""Pixels of the longer side of a picture that is shown."""
 
 
 class Readable(Protocol):
@@ -102,6 +109,14 @@ class PictureObjects(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self._transform(self.pictures[index].image()), torch.tensor(self.labels[index])
+
+
+def thumbnail(image: Any) -> str:
+    """A PIL image as it is shown: a small JPEG, base64. The image is shrunk in place."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

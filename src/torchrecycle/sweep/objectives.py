@@ -86,13 +86,6 @@ class Classify(Objective):
     def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
         return nn.CrossEntropyLoss(label_smoothing=_SMOOTHING[self.loss])
 
-    def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
-        return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator}
-
-    def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
-        for batch in batches:
-            yield loss(*feed(batch))
-
     def evaluate(
         self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, known: Iterable[Any] | None
     ) -> Evaluation:
@@ -172,11 +165,7 @@ class Similar(Objective):
         if self.compares:
             batches = ClassBatches(split.labels, batch_size=recipe.batch_size, generator=generator)
             return {"batch_sampler": batches}
-        return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator}
-
-    def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
-        for batch in batches:
-            yield loss(*feed(batch))
+        return super().loader_arguments(split, recipe, generator)
 
     def evaluate(
         self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, known: Iterable[Any] | None

@@ -193,7 +193,7 @@ class _Sweep:
         todo = [level for level in self.levels if not self._is_done(level)]
         with ExitStack() as stack:
             runners = self._attach(todo, stack)
-            self._tell_of_others([r.recycling for r in runners.values() if r.recycling is not None])
+            self._tell_of_others([r.recycling for r in runners.values() if r.recycling is not None], todo)
             self._fill(runners)
             untrained = self._untrained(runners.get("head"))
             for level in reversed(self.levels):
@@ -263,10 +263,10 @@ class _Sweep:
             return recycle(model, self.task.example(), cut=cut, **options)
         return recycle(model, self.task.example(), level=share_of(level), **options)
 
-    def _tell_of_others(self, recyclings: Sequence[Recycling]) -> None:
+    def _tell_of_others(self, recyclings: Sequence[Recycling], todo: Sequence[str]) -> None:
         if not recyclings:
             return
-        done = [level for level in self.levels if self._is_done(level)]
+        done = [level for level in self.levels if level not in todo]
         ours = {self._known_place(level).fingerprint for level in done} | {each.fingerprint for each in recyclings}
         others = set(recyclings[0].store.fingerprints()) - ours
         if others:

@@ -77,13 +77,14 @@ class Objective(ABC):
     def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
         """The loss, with whatever it learns itself."""
 
-    @abstractmethod
     def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
-        """What of a loader's arguments says which objects are in a batch."""
+        """What of a loader's arguments says which objects are in a batch: any, by chance, if not overridden."""
+        return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator}
 
-    @abstractmethod
     def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
-        """The loss of each step of an epoch."""
+        """The loss of each step of an epoch: a batch is a step, unless an objective takes several."""
+        for batch in batches:
+            yield loss(*feed(batch))
 
     def steps(self, batches: Sized) -> int:
         """How many steps the batches of an epoch make."""
