@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 import small
 from torchrecycle.similarity import pair_ranks, r_precision_of_each
+from torchrecycle.similarity.losses import LossError
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.datasets import (
     ClassBatches,
@@ -48,7 +49,6 @@ from torchrecycle.sweep.encoders import (
 )
 from torchrecycle.sweep.estimates import difference, estimate
 from torchrecycle.sweep.journal import Journal, JournalError, trial_from_json
-from torchrecycle.sweep.losses import LossError
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.recommend import recommend

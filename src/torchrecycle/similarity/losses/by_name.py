@@ -13,25 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchrecycle.errors import RecycleError
+from torchrecycle.similarity.losses.base import LossError, require_library
 
-__all__ = ["LossError", "learns_classes", "loss_by_name"]
+__all__ = ["learns_classes", "loss_by_name"]
 
 USUAL = "SupConLoss, MultiSimilarityLoss, TripletMarginLoss, NTXentLoss, ArcFaceLoss, ProxyAnchorLoss"
 
 
-class LossError(RecycleError, ValueError):
-    """There is no loss of that name, or it does not suit what is learned."""
-
-
 def _library_class(name: str) -> Any:
-    try:
-        from pytorch_metric_learning import losses
-    except ModuleNotFoundError as error:
-        raise LossError(
-            f"the loss '{name}' is looked for in pytorch-metric-learning, which is not installed: pip install "
-            '"torchrecycle[sweep]"'
-        ) from error
+    require_library(f"the loss '{name}'")
+    from pytorch_metric_learning import losses
+
     found = getattr(losses, name, None)
     base = losses.BaseMetricLossFunction
     if not (isinstance(found, type) and issubclass(found, base)) or found is base or not _takes(found):
