@@ -33,7 +33,21 @@ from torchrecycle.progress import progress
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Picture", "Pictures", "find_pictures"]
+__all__ = [
+    "PICTURES",
+    "Asked",
+    "Picture",
+    "Pictures",
+    "check_twice",
+    "decoded",
+    "digest_of",
+    "find_pictures",
+    "is_picture",
+    "note_others",
+    "note_passed_over",
+    "resolve",
+    "why_unreadable",
+]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """The extensions of pictures, in any case."""
@@ -67,8 +81,8 @@ class Picture:
         try:
             data = self.piece.read()
         except Exception as error:
-            raise DataError(f"cannot read {shown(self.name)}: {_why_unreadable(error)}") from None
-        if self.digest and _digest(data) != self.digest:
+            raise DataError(f"cannot read {shown(self.name)}: {why_unreadable(error)}") from None
+        if self.digest and digest_of(data) != self.digest:
             raise DataError(f"{shown(self.name)} was changed while it was in use. Start again: what is new is computed")
         return data
 
@@ -87,11 +101,12 @@ class Picture:
             raise DataError(f"cannot decode {shown(self.name)}: {error}") from None
 
 
-def _digest(data: bytes) -> bytes:
+def digest_of(data: bytes) -> bytes:
+    """What a picture is known by: 128 bits of BLAKE3 over its file."""
     return blake3(data).digest(length=16)
 
 
-def _why_unreadable(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return shown(str(error) or type(error).__name__)
@@ -139,7 +154,7 @@ def find_pictures(
     """
     where, left_out = Path(where), LeftOut(skip_bad)
     listing = list_files(where, leave_out)
-    _note_passed_over(listing, left_out)
+    note_passed_over(listing, left_out)
     if labels is None:
         named = _by_folder(listing, left_out)
         step = "Put the pictures in one folder per class, or give a table with --labels"
@@ -148,13 +163,14 @@ def find_pictures(
         step = "Name another column with --label-column, or add pictures of other classes"
     pictures = [Picture(name, label, listing.files[name]) for name, label in sorted(named.items())]
     pictures = _with_classes(pictures, left_out, where, step)
-    whole = _decoded(pictures, left_out)
+    whole = decoded(pictures, left_out)
     if len(whole) < len(pictures):
         whole = _with_classes(whole, left_out, where, step)
     return Pictures(tuple(whole), tuple(left_out.lines), _identity(whole), _in_words(where, whole, labels))
 
 
-def _note_passed_over(listing: Listing, left_out: LeftOut) -> None:
+def note_passed_over(listing: Listing, left_out: LeftOut) -> None:
+    """Say which folders were not looked into."""
     if listing.loops:
         left_out.note(f"{count_of(len(listing.loops), 'link')} to a folder around itself: {examples(listing.loops)}")
     if listing.results:
@@ -181,7 +197,11 @@ def _in_words(where: Path, pictures: Sequence[Picture], labels: Path | None) -> 
     return f"{shown(place)}, {count_of(len(pictures), 'picture')} of {count_of(classes, 'class')}{source}"
 
 
-def _is_picture(name: str) -> bool:
+def is_picture(name: str) -> bool:
+    """
+    >>> is_picture("cars/1.JPG"), is_picture("cars/labels.csv")
+    (True, False)
+    """
     return name.lower().endswith(PICTURES)
 
 
@@ -190,7 +210,11 @@ def _holds(names: Sequence[str]) -> str:
     return f"it holds {count_of(len(names), 'file')}: {examples(names)}" if names else "it holds no files"
 
 
-def _check_twice(listing: Listing, names: Collection[str], left_out: LeftOut) -> None:
+def check_twice(listing: Listing, names: Collection[str], left_out: LeftOut) -> None:
+    """
+    Raises:
+        DataError: an archive holds two files of one of these names; with ``skip_bad``, the last is taken.
+    """
     twice = sorted(name for name in set(listing.twice) if name in names)
     if twice:
         what = f"{shown(listing.where)} holds two files of one name: {examples(twice)}"
@@ -204,7 +228,7 @@ def _check_twice(listing: Listing, names: Collection[str], left_out: LeftOut) ->
 
 def _by_folder(listing: Listing, left_out: LeftOut) -> dict[str, str]:
     """The class of each picture, where each class has a folder."""
-    pictures = [name for name in listing.files if _is_picture(name)]
+    pictures = [name for name in listing.files if is_picture(name)]
     if not pictures:
         raise DataError(_no_pictures(listing))
     top = _seen_through(listing, pictures)
@@ -216,9 +240,9 @@ def _by_folder(listing: Listing, left_out: LeftOut) -> dict[str, str]:
     _check_parts(listing, top, inside, set(labels.values()))
     if loose:
         left_out.note(f"{count_of(len(loose), 'picture')} in no class folder: {examples(loose)}")
-    _note_others(listing, left_out)
+    note_others(listing, left_out)
     _check_empty(listing, top, set(labels.values()), left_out)
-    _check_twice(listing, labels, left_out)
+    check_twice(listing, labels, left_out)
     return labels
 
 
@@ -266,8 +290,9 @@ def _check_parts(listing: Listing, top: str, inside: dict[str, str], labels: set
         )
 
 
-def _note_others(listing: Listing, left_out: LeftOut) -> None:
-    others = sorted(name for name in listing.files if not _is_picture(name))
+def note_others(listing: Listing, left_out: LeftOut) -> None:
+    """Say which files are no pictures."""
+    others = sorted(name for name in listing.files if not is_picture(name))
     if others:
         left_out.note(f"{count_of(len(others), 'file')} without an extension of a picture: {examples(others)}")
 
@@ -296,18 +321,18 @@ def _by_table(listing: Listing, table: Path, file_column: str, label_column: str
     rows, files = [row for row, _ in cells], {id(row): cell for row, cell in cells}
     classes = cells_of(rows, label_column, left_out, what="class", remedy=f"{fill}--label-column")
     check_column([label for _, label in classes], label_column, "--label-column")
-    asked = [_Asked(row, files[id(row)], label) for row, label in classes]
-    found = _resolve(listing, table, asked, left_out)
+    asked = [Asked(row, files[id(row)], label) for row, label in classes]
+    found = resolve(listing, table, asked, left_out)
     named = _once(found, left_out)
-    _check_twice(listing, named, left_out)
-    rest = sorted(name for name in listing.files if _is_picture(name) and name not in named)
+    check_twice(listing, named, left_out)
+    rest = sorted(name for name in listing.files if is_picture(name) and name not in named)
     if rest and named:
         left_out.note(f"{count_of(len(rest), 'picture')} that {shown(table.name)} does not name: {examples(rest)}")
     return named
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """A picture that a row of the table names."""
 
     row: Row
@@ -315,11 +340,11 @@ class _Asked:
     label: str
 
 
-def _resolve(listing: Listing, table: Path, asked: Sequence[_Asked], left_out: LeftOut) -> list[tuple[str, _Asked]]:
+def resolve(listing: Listing, table: Path, asked: Sequence[Asked], left_out: LeftOut) -> list[tuple[str, Asked]]:
     """Which file each row means."""
     names = _Names(listing, table)
     found, several, missing, elsewhere = [], [], [], []
-    open_: list[_Asked] = []
+    open_: list[Asked] = []
     for one in asked:
         matches = names.exact(one.file)
         found += [(name, one) for name in matches[:1]]
@@ -350,9 +375,9 @@ def _resolve(listing: Listing, table: Path, asked: Sequence[_Asked], left_out: L
     return found
 
 
-def _miss(listing: Listing, missing: Sequence[_Asked], total: int, left_out: LeftOut) -> None:
+def _miss(listing: Listing, missing: Sequence[Asked], total: int, left_out: LeftOut) -> None:
     table = missing[0].row.table
-    there = next((name for name in sorted(listing.files) if _is_picture(name)), None)
+    there = next((name for name in sorted(listing.files) if is_picture(name)), None)
     holds = f"it holds, for example, {shown(there)}" if there else f"{_holds(sorted(listing.files))}"
     left_out.bad(
         f"{table} names {len(missing):,} of {count_of(total, 'file')} that {shown(listing.where)} does not hold: "
@@ -372,7 +397,7 @@ class _Names:
         for name in self._files:
             base = posixpath.basename(name)
             self._ends[base].append(name)
-            if _is_picture(base):
+            if is_picture(base):
                 self._ends[posixpath.splitext(base)[0]].append(name)
 
     def exact(self, cell: str) -> list[str]:
@@ -397,14 +422,14 @@ class _Names:
     def agrees(self, cell: str, name: str) -> bool:
         """Whether one is the end of the other, with or without the extension."""
         asked, there = f"/{plain(cell)}", f"/{plain(name)}"
-        if not _is_picture(asked):
+        if not is_picture(asked):
             there = posixpath.splitext(there)[0] if not there.endswith(asked) else there
         return asked.endswith(there) or there.endswith(asked)
 
 
-def _once(found: Sequence[tuple[str, _Asked]], left_out: LeftOut) -> dict[str, str]:
+def _once(found: Sequence[tuple[str, Asked]], left_out: LeftOut) -> dict[str, str]:
     """The class of each file, where rows that name one file agree."""
-    by_name: dict[str, list[_Asked]] = defaultdict(list)
+    by_name: dict[str, list[Asked]] = defaultdict(list)
     for name, one in found:
         by_name[name].append(one)
     again = [one.row for rows in by_name.values() for one in rows[1:] if one.label == rows[0].label]
@@ -429,7 +454,7 @@ def _once(found: Sequence[tuple[str, _Asked]], left_out: LeftOut) -> dict[str, s
 # ---------------------------------------------------------------------------------------------------- decoding
 
 
-def _decoded(pictures: Sequence[Picture], left_out: LeftOut) -> list[Picture]:
+def decoded(pictures: Sequence[Picture], left_out: LeftOut) -> list[Picture]:
     """The pictures that can be decoded: every one is tried."""
     whole, broken = [], []
     pool = ThreadPoolExecutor(max_workers=min(THREADS, os.cpu_count() or 1))
@@ -458,5 +483,5 @@ def _checked(picture: Picture) -> tuple[bytes, str | None]:
     except DataError:
         raise
     except Exception as error:
-        return b"", _why_unreadable(error)
-    return _digest(data), None
+        return b"", why_unreadable(error)
+    return digest_of(data), None

@@ -17,7 +17,7 @@ from torchrecycle.files.labels import cells_of, check_column, keep_classes, text
 from torchrecycle.files.tables import Row, is_nothing, places, read_table
 from torchrecycle.keys import key
 
-__all__ = ["Pairs", "Texts", "find_pairs", "find_texts"]
+__all__ = ["Pairs", "Texts", "find_pairs", "find_texts", "with_texts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def find_texts(path: Path, *, text: str, label: str, skip_bad: bool = False) -> 
     path, left_out = Path(path), LeftOut(skip_bad)
     name = shown(path.name)
     rows = read_table(path, [text, label], options=["--text", "--label"], left_out=left_out)
-    rows = _with_texts(rows, text, left_out)
+    rows = with_texts(rows, text, left_out)
     cells = cells_of(rows, label, left_out, what="class", remedy="Fill in a class, or name another column with --label")
     check_column([cell for _, cell in cells], label, "--label")
     if not cells:
@@ -98,7 +98,7 @@ def find_pairs(path: Path, *, left: str, right: str, skip_bad: bool = False) -> 
         raise DataError(f"--left and --right both name column {left!r} of {name}: expected two columns")
     rows = read_table(path, [left, right], options=["--left", "--right"], left_out=left_out)
     for column in (left, right):
-        rows = _with_texts(rows, column, left_out)
+        rows = with_texts(rows, column, left_out)
     pairs = _once(rows, left, right, left_out)
     if len(pairs) < 2:
         raise DataError(_nothing_left(name, left_out) if not pairs else f"{name} has one pair: expected two or more")
@@ -111,7 +111,7 @@ def _nothing_left(name: str, left_out: LeftOut) -> str:
     return f"nothing is left of {name}: {'; '.join(left_out.lines)}"
 
 
-def _with_texts(rows: Sequence[Row], column: str, left_out: LeftOut) -> list[Row]:
+def with_texts(rows: Sequence[Row], column: str, left_out: LeftOut) -> list[Row]:
     """The rows that have a text in the column."""
     reasons = [_why_no_text(row.values[column]) for row in rows]
     bad = [row for row, why in zip(rows, reasons, strict=True) if why]
