@@ -83,6 +83,16 @@ class Layout:
         return self.free and len(self.ragged_dims) > 1
 
     @property
+    def _is_row(self) -> bool:
+        """Whether the model's dimensions come in a row's own order."""
+        return (
+            self.batch_dim == 0
+            and not self.ragged_dims
+            and self.per_object == 1
+            and self.order == tuple(range(len(self.order)))
+        )
+
+    @property
     def permutation(self) -> tuple[int, ...]:
         """The model's dimensions in the order of a row: objects, ragged ones, then the rest as it lies in memory."""
         first = (self.batch_dim, *self.ragged_dims)
@@ -122,6 +132,8 @@ class Layout:
 
     def to_model(self, rows: torch.Tensor) -> torch.Tensor:
         """``[batch, (ragged,)* ...]`` as the model gives it: dtype, dimensions, strides. May be a view of `rows`."""
+        if self._is_row and rows.dtype is self.dtype and rows.is_contiguous():
+            return rows
         rows = rows.to(self.dtype)
         inverse = [self.permutation.index(dim) for dim in range(len(self.permutation))]
         leaf = rows.permute(inverse)

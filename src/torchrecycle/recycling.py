@@ -32,6 +32,7 @@ from torchrecycle.bypass import (
     Padding,
     Plan,
     Probes,
+    compare_autocast,
     device_of,
     evaluating,
     example_inputs,
@@ -633,17 +634,7 @@ class Recycling:
         return output
 
     def _recycled(self, inputs: Inputs, carriers: Mapping[str, RecycledTensor]) -> Any:
-        if self.off:
-            raise BatchError(
-                "a recycled batch came while recycling is off: it holds no objects. Make a new iterator of the "
-                "loader within recycling.paused(), which then reads the data set."
-            )
-        fingerprint = next(iter(carriers.values())).fingerprint
-        if fingerprint != self.source.fingerprint:
-            raise StaleActivationError(
-                f"this batch holds rows of {fingerprint}, but the model's prefix now is "
-                f"{self.source.fingerprint}. Make a new iterator of the loader: it fills anew."
-            )
+        self._refuse_other_rows(next(iter(carriers.values())).fingerprint)
         main = self._compare_carriers(carriers)
         self._refuse_moved()
         if main.locations.dim() == 0:
@@ -793,6 +784,49 @@ class Recycling:
             return given.detach()
 
         return inputs.map(value)
+
+    # -- rows for whoever runs the suffix by himself ---------------------------------------------------------------------
+
+    @property
+    def keeps_one_tensor(self) -> bool:
+        """Whether the cut gives one tensor with a row of one shape for each object, and nothing else is kept: then
+        `activation` takes the place of a recycled batch."""
+        plan = self.bypass.plan
+        if len(plan.kept) != 1 or len(plan.layouts) != 1 or plan.layouts[0].ragged:
+            return False
+        form = plan.forms[plan.kept[0]]
+        return len(form.leaves) == 1 and bool(form.rows) and pytree.tree_structure(torch.empty(0)) == form.spec
+
+    def activation(self, rows: torch.Tensor, fingerprint: str) -> torch.Tensor:
+        """What the cut gives for some objects, made of their kept rows; the forward around the cut is not run.
+
+        Args:
+            rows: ``[batch, ...]`` as `RowSource.gather` gives them, on any device. May be handed on as they are.
+            fingerprint: of the recycling that they were found by.
+
+        Raises:
+            BatchError: recycling is off, so that rows are not to be used.
+            StaleActivationError: the prefix has moved since.
+            AutocastError: autocast is not what the rows were made under.
+        """
+        self._refuse_other_rows(fingerprint)
+        compare_autocast(self._options.autocast, rows.device.type)
+        self._refuse_moved()
+        self.stats.hits += len(rows)
+        self.stats.bytes_read += rows.numel() * rows.itemsize
+        return self.bypass.plan.layouts[0].to_model(rows)
+
+    def _refuse_other_rows(self, fingerprint: str) -> None:
+        if self.off:
+            raise BatchError(
+                "a recycled batch came while recycling is off: it holds no objects. Make a new iterator of the "
+                "loader within recycling.paused(), which then reads the data set."
+            )
+        if fingerprint != self.source.fingerprint:
+            raise StaleActivationError(
+                f"this batch holds rows of {fingerprint}, but the model's prefix now is "
+                f"{self.source.fingerprint}. Make a new iterator of the loader: it fills anew."
+            )
 
     # -- data sets -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ through the slots of the `Interceptor`; `prove` compares them with the whole.
 from torchrecycle.bypass.bypass import Bypass
 from torchrecycle.bypass.example import BatchRule, device_of, example_inputs, run_or_explain
 from torchrecycle.bypass.inputs import Inputs, parameter_names
-from torchrecycle.bypass.interceptor import Interceptor, evaluating
+from torchrecycle.bypass.interceptor import Interceptor, compare_autocast, evaluating
 from torchrecycle.bypass.plan import Plan, make_plan
 from torchrecycle.bypass.probes import Probes, take_rows
 from torchrecycle.bypass.proof import (
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Probes",
     "Sequences",
+    "compare_autocast",
     "device_of",
     "evaluating",
     "example_inputs",

@@ -25,7 +25,7 @@ from torchrecycle.absent import Absent, AbsentRead
 from torchrecycle.errors import AutocastError, BatchError, CutError
 from torchrecycle.trace import clear_slot, containers_of, is_compiled, is_sharded, set_slot, slot_of, written
 
-__all__ = ["Interceptor", "Run", "Step", "Stopped", "evaluating", "frozen_call"]
+__all__ = ["Interceptor", "Run", "Step", "Stopped", "compare_autocast", "evaluating", "frozen_call"]
 
 Action = Literal["skip", "run", "keep"]
 Mode = Literal["full", "prefix", "bypass", "glue"]
@@ -234,12 +234,21 @@ class Run:
     def _compare_autocast(self) -> None:
         kept = pytree.tree_leaves(self.kept.get(self.steps[-1].number))
         device = next((leaf.device.type for leaf in kept if isinstance(leaf, torch.Tensor)), "cpu")
-        ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if ambient != self.autocast:
-            raise AutocastError(
-                f"the forward runs under autocast {_words(ambient)}, but the rows were made under "
-                f"{_words(self.autocast)}. Declare it: recycle(..., autocast={ambient})."
-            )
+        compare_autocast(self.autocast, device)
+
+
+def compare_autocast(declared: torch.dtype | None, device: str) -> None:
+    """Is autocast around the forward what the rows were made under?
+
+    Raises:
+        AutocastError: it is not.
+    """
+    ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if ambient != declared:
+        raise AutocastError(
+            f"the forward runs under autocast {_words(ambient)}, but the rows were made under {_words(declared)}. "
+            f"Declare it: recycle(..., autocast={ambient})."
+        )
 
 
 def _own_containers(tree: Any) -> Any:

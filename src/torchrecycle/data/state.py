@@ -9,6 +9,8 @@ It follows attributes, slots, containers, functions with what they close over an
 classes of the user's own modules. Libraries' own code is taken as fixed while the process runs. What cannot be looked
 into (a database, an object written in C) counts by identity.
 
+A class that knows better says with ``__recycle_state__(self)`` what its state consists of.
+
 `generators_of` walks the same way in search of private random generators.
 """
 
@@ -258,6 +260,10 @@ class _Walk:
         kind = type(value)
         if kind.__module__.split(".")[0] in _OPAQUE:
             self.say("id", id(value))
+            return
+        own = getattr(kind, "__recycle_state__", None)
+        if own is not None:
+            self.visit(own(value))
             return
         if kind.__module__ == "datasets.arrow_dataset" and kind.__name__ == "Dataset":
             self._hugging_face(value)

@@ -1,0 +1,208 @@
+"""Batches of a data set of samples for a similarity model: rows where an encoder is recycled, objects elsewhere.
+
+`SampleBatches` stands for the data set in a `DataLoader`. Asked for the samples ``[7, 3, 5]``, it gives the batch at
+once: ``({"data": {"image": KeptRows, "text": {"input_ids": ...}}, "meta": {}}, {"groups": tensor([4, 4, 2])})``. If all
+encoders are recycled and all rows are there, the data set is not read, and the targets come from the manifest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from torchrecycle.similarity.loaders import (
+    GroupBatches,
+    SimilarityDataLoader,
+    group_targets,
+    pair_targets,
+)
+from torchrecycle.similarity.samples import SimilarityGroupSample
+from torchrecycle.similarity.stages import StageRows
+
+__all__ = ["BatchLoader", "ModelInputs", "SampleBatches", "loader_over"]
+
+Collate = Callable[[list[Any]], Any]
+
+
+class ModelInputs:
+    """From objects to what a similarity model takes. Pickles to workers if the collate functions do.
+
+    Args:
+        collates: per encoder, its collate function.
+        metas: per encoder that has one of its own, its meta extractor.
+    """
+
+    def __init__(self, collates: Mapping[str, Collate], metas: Mapping[str, Collate]) -> None:
+        self.collates, self.metas = dict(collates), dict(metas)
+
+    def __call__(self, objects: list[Any], ready: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """A batch for ``SimilarityModel.forward``, of which some encoders' part is there."""
+        data = {name: ready[name] if name in ready else collate(objects) for name, collate in self.collates.items()}
+        return {"data": data, "meta": {name: meta(objects) for name, meta in self.metas.items()}}
+
+
+class SampleBatches(Dataset[Any]):
+    """See the module.
+
+    Args:
+        samples: a data set of samples.
+        kind: the class of the samples.
+        pre_collate: from samples to (objects, targets).
+        inputs: from objects to what the model takes.
+        rows: per recycled encoder, its rows.
+    """
+
+    def __init__(
+        self,
+        samples: Any,
+        kind: type,
+        pre_collate: Callable[[Sequence[Any]], tuple[list[Any], dict[str, Tensor]]],
+        inputs: ModelInputs,
+        rows: Mapping[str, StageRows],
+    ) -> None:
+        self.samples, self.kind, self.pre_collate = samples, kind, pre_collate
+        self.inputs, self.rows = inputs, dict(rows)
+
+    @property
+    def reads(self) -> bool:
+        """Whether batches need the objects even if all rows are there."""
+        return bool(self.inputs.metas) or self.rows.keys() != self.inputs.collates.keys()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """The batch of some samples."""
+        chosen = torch.tensor(indices)
+        positions = self._positions(chosen)
+        ready = {}
+        for name, rows in self.rows.items():
+            found = rows.fetch(positions)
+            if found is not None:
+                ready[name] = found
+        if len(ready) == len(self.inputs.collates) and not self.inputs.metas:
+            return self.inputs([], ready), self._targets(chosen)
+        objects, targets = self.pre_collate([self.samples[index] for index in indices])
+        return self.inputs(objects, ready), targets
+
+    def many(self, batches: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """Several batches. Where their rows are whole outputs, the store is asked once for all of them."""
+        whole = all(rows.whole and rows.waiting is None for rows in self.rows.values())
+        if self.reads or not whole or len(batches) < 2:
+            yield from map(self.__getitems__, batches)
+            return
+        chosen = [torch.tensor(batch) for batch in batches]
+        positions = [self._positions(one) for one in chosen]
+        together = torch.cat(positions)
+        found = {name: rows.fetch(together) for name, rows in self.rows.items()}
+        if any(one is None for one in found.values()):
+            yield from map(self.__getitems__, batches)
+            return
+        sizes = [len(one) for one in positions]
+        parts = {name: kept.split(sizes) for name, kept in found.items()}
+        targets = self._many_targets(chosen)
+        for number, one in enumerate(targets):
+            yield {"data": {name: parts[name][number] for name in self.inputs.collates}, "meta": {}}, one
+
+    def _positions(self, chosen: Tensor) -> Tensor:
+        """The objects of some samples: of pairs, all left ones and then all right ones."""
+        return chosen if self.kind is SimilarityGroupSample else torch.cat([chosen, chosen + len(self.samples)])
+
+    def _many_targets(self, chosen: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        if self.kind is not SimilarityGroupSample:
+            return [self._targets(one) for one in chosen]
+        groups = self._targets(torch.cat(list(chosen)))["groups"].split([len(one) for one in chosen])
+        return [{"groups": one} for one in groups]
+
+    def _targets(self, chosen: Tensor) -> dict[str, Tensor]:
+        rows = next(iter(self.rows.values()))
+        if self.kind is SimilarityGroupSample:
+            return group_targets(rows.column(" group", chosen))
+        return pair_targets(rows.column(" score", chosen), rows.column(" subgroup", chosen))
+
+    def groups(self) -> list[int] | None:
+        """The group of each sample, if it is known without reading them."""
+        rows = next(iter(self.rows.values()), None)
+        if rows is None or self.kind is not SimilarityGroupSample or not rows.ready():
+            return None
+        return rows.column(" group", torch.arange(len(self.samples))).tolist()
+
+
+AT_ONCE = 512
+"""Samples whose rows are gathered at once, at most, if batches are smaller."""
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class BatchLoader(DataLoader[Any]):
+    """A `DataLoader` over `SampleBatches` that lets rows be renewed at each iteration."""
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore
+        dataset = self.dataset
+        assert isinstance(dataset, SampleBatches)
+        for rows in dataset.rows.values():
+            rows.renew()
+        now = [rows.recycled.generation for rows in dataset.rows.values()]
+        workers = self._iterator
+        if workers is not None and self.__dict__.get("_started_with") != now:  # they hold the rows of then
+            workers._shutdown_workers()  # pyright: ignore
+            self._iterator = None
+        self.__dict__["_started_with"] = now
+        if self.num_workers or dataset.reads:
+            return super().__iter__()
+        return self._of_rows(dataset)
+
+    def _of_rows(self, dataset: SampleBatches) -> Iterator[Any]:
+        """The same batches as `DataLoader` gives without workers, with fewer questions to the store."""
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # which it draws for its workers
+        drawn = iter(self.batch_sampler)  # pyright: ignore[reportArgumentType]
+        # Not one further than asked for: a sampler that is asked for more than its length draws from its generator.
+        left = len(self.batch_sampler)  # pyright: ignore[reportArgumentType]
+        size = getattr(self.batch_sampler, "batch_size", None) or AT_ONCE
+        while batches := list(itertools.islice(drawn, max(1, min(left, AT_ONCE // size)))):
+            left -= len(batches)
+            for batch in dataset.many(batches):
+                yield pin_memory(batch) if self.pin_memory else batch
+
+
+def loader_over(batches: SampleBatches, loader: SimilarityDataLoader) -> BatchLoader:
+    """A loader that draws the same samples as the user's, in the same order for the same seed.
+
+    Args:
+        batches: of the loader's data set.
+        loader: the user's. It is left as it is.
+    """
+    workers = loader.num_workers if batches.reads else 0  # rows are read faster than a process hands them over
+    arguments: dict[str, Any] = {
+        "num_workers": workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout if workers else 0,
+        "worker_init_fn": loader.worker_init_fn,
+        "generator": loader.generator,
+    }
+    if workers:
+        arguments |= {
+            "multiprocessing_context": loader.multiprocessing_context,
+            "prefetch_factor": loader.prefetch_factor,
+            "persistent_workers": loader.persistent_workers,
+        }
+    sampler = loader.batch_sampler
+    if isinstance(sampler, GroupBatches):
+        groups = batches.groups()
+        sampler = sampler if groups is None else sampler.know(groups)
+    if type(sampler) is BatchSampler:
+        arguments |= {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
+    else:
+        arguments["batch_sampler"] = sampler
+    return BatchLoader(batches, collate_fn=_as_it_is, **arguments)
