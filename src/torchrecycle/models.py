@@ -25,7 +25,7 @@ from torch import nn
 
 from torchrecycle.errors import RecycleError
 
-__all__ = ["Loaded", "ModelError", "load_model", "published_weights"]
+__all__ = ["Loaded", "ModelError", "load_model", "published_weights", "quiet_libraries"]
 
 RANDOM = "random, since none were given; for cuts they do not matter"
 
@@ -91,7 +91,7 @@ def load_model(
         raise ModelError("give either a file of weights or --pretrained, not both")
     published = pretrained and library in ("timm", "torchvision")
     weights = f"published by {library}" if published else RANDOM
-    with _quiet():
+    with quiet_libraries():
         if library == "timm" and rest:
             model, example = _from_timm(rest, size, batch, published)
         elif library == "torchvision" and rest:
@@ -110,7 +110,7 @@ def load_model(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Without the warnings that libraries give while they are imported and a model is made."""
     noisy = logging.getLogger("torch.utils._pytree")  # torch about torchao, which transformers imports
     before = noisy.level

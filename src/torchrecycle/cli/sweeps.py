@@ -13,7 +13,6 @@ import math
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 import typer
 
 from torchrecycle.cli.errors import Debug, OptionError, one_line_errors
+from torchrecycle.cli.words import check_device, left_out_line, say_random, telling
 from torchrecycle.errors import RecycleError
 from torchrecycle.files.marker import MARKER, MARKER_TEXT, is_marked
 
@@ -137,13 +137,6 @@ Tokens = Annotated[int | None, typer.Option(min=2, help="Tokens of a text, at mo
 Table = Annotated[Path, typer.Argument(help="A table: CSV, TSV, JSONL, JSON or Parquet.")]
 
 
-def _telling(path: Path) -> str:
-    """The name of a file or folder; that of the folder around it where the name could be anybody's."""
-    path = path.resolve()
-    stem = path.name.partition(".")[0] if path.is_file() else path.name
-    return path.parent.name or stem if stem in ("images", "data", "train", "model", "") else stem
-
-
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What all three commands are asked for."""
@@ -170,8 +163,8 @@ class _Asked:
         """Where the results go."""
         if self.out is not None:
             return self.out
-        model = _telling(Path(self.model)) if Path(self.model).is_dir() else self.model.rpartition("/")[2]
-        return Path(f"sweep-{_telling(self.data)}-{model}")
+        model = telling(Path(self.model)) if Path(self.model).is_dir() else self.model.rpartition("/")[2]
+        return Path(f"sweep-{telling(self.data)}-{model}")
 
     @property
     def rows(self) -> Path:
@@ -429,7 +422,7 @@ def _run(asked: _Asked, make: Callable[[Settings], tuple[Task, Trunk]], debug: b
             with redirect_stdout(sys.stderr):
                 _save(task, trunk, plan, result, asked.save)
         if task.random_weights and asked.as_json:  # else the table has said it
-            _say_random(task)
+            say_random(published=task.kind == "images")
 
 
 def _made(make: Callable[[Settings], tuple[Task, Trunk]], settings: Settings) -> tuple[Task, Trunk]:
@@ -470,7 +463,7 @@ def _refuse_early(asked: _Asked) -> None:
 
     _check_numbers(asked.settings)
     parse_levels(asked.levels.split(","))
-    _check_device(asked.settings["device"])
+    check_device(asked.settings["device"])
     if not asked.model.strip():
         raise OptionError("--model is empty: give timm/NAME, torchvision/NAME, or a folder with a transformers model")
     _refuse_one_for_two({"the data": asked.data, **asked.folders})
@@ -520,23 +513,6 @@ def _checked_rate(option: str, value: str | float) -> float:
     if not (math.isfinite(rate) and rate > 0):
         raise OptionError(f"{option} {value} is no learning rate: give more than 0, such as 3e-4 or full=1e-4,50=3e-4")
     return rate
-
-
-def _check_device(name: str | None) -> None:
-    """Use it once, since PyTorch knows many names and says nothing of what is there."""
-    if name is None:
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError(f"--device {name} is no device: give cpu, or cuda for a graphics card") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
-        raise OptionError(f"--device {name} cannot be used here ({why}): leave it out, or give cpu") from error
 
 
 def _refuse_one_for_two(places: dict[str, Path]) -> None:
@@ -598,32 +574,11 @@ def _introduce(task: Task, plan: SweepPlan, folder: Path) -> None:
     typer.echo(f"data: {task.data}", err=True)
     typer.echo(f"  {', '.join(splits)}", err=True)
     for line in task.left_out:
-        typer.echo(f"  {_left_out(line)}", err=True)
+        typer.echo(f"  {left_out_line(line)}", err=True)
     typer.echo(f"model: {task.model}, weights {task.weights}", err=True)
     if task.random_weights:
-        _say_random(task)
+        say_random(published=task.kind == "images")
     typer.echo(f"results: {folder}; what the frozen layers give is kept in {plan.store}", err=True)
-
-
-def _left_out(line: str) -> str:
-    """
-    >>> _left_out("cannot decode 1 of 48 pictures: a.png (it is empty): left out")
-    'left out: cannot decode 1 of 48 pictures: a.png (it is empty)'
-    """
-    if "nothing left out" in line:
-        return line
-    return f"left out: {line.removesuffix(': left out')}"
-
-
-def _say_random(task: Task) -> None:
-    published = ", or --pretrained for the published ones" if task.kind == "images" else ""
-    typer.secho(
-        "THE WEIGHTS ARE RANDOM, since none were given: what comes out says nothing about a pretrained model. Give "
-        f"--checkpoint FILE{published}.",
-        err=True,
-        bold=True,
-        fg="red",
-    )
 
 
 def _begin(folder: Path) -> None:

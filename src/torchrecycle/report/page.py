@@ -7,14 +7,11 @@ by CSS alone. It is put in its place whole, by a rename, so that a reader never 
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-from torchrecycle.report.colours import theme_css
+from torchrecycle.report.document import document, put_whole
 from torchrecycle.report.found import found_section
 from torchrecycle.report.levels import columns_explained, levels_table
 from torchrecycle.report.markup import Download, data_table, data_uri, downloads, sentence, slot, text
@@ -25,8 +22,6 @@ from torchrecycle.report.words import duration
 from torchrecycle.sweep.results import SweepResult
 
 __all__ = ["write_page"]
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_page(results: Sequence[SweepResult], folder: Path, *, title: str) -> Path:
@@ -54,21 +49,10 @@ def write_page(results: Sequence[SweepResult], folder: Path, *, title: str) -> P
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for part in parts:
         for path, content in part.files.items():
-            _put(folder / path, content)
+            put_whole(folder / path, content)
     page = folder / "index.html"
-    _put(page, _page(parts, title).encode("utf-8"))
+    put_whole(page, _page(parts, title).encode("utf-8"))
     return page
-
-
-def _put(path: Path, content: bytes) -> None:
-    """All of it or nothing, also if this is stopped or the disk is full."""
-    begun = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        begun.write_bytes(content)
-        os.replace(begun, path)
-    except BaseException:
-        begun.unlink(missing_ok=True)
-        raise
 
 
 # -- one task ----------------------------------------------------------------------------------------------------------
@@ -138,30 +122,8 @@ def _figure(plot: Plot, ident: str, files: dict[str, bytes]) -> str:
 
 
 def _page(parts: Sequence[_Part], title: str) -> str:
-    css = resources.files("torchrecycle.report").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{text(title)}</title><style>\n{theme_css()}{css}</style></head>\n<body>"
-        '<a class="skip" href="#main">Skip to the answer</a>\n'
-        f'<header class="top"><h1>{slot(title)}</h1>{_THEMES}</header>\n'
-        f'<main id="main" tabindex="-1">{_answers(parts)}{_contents(parts)}\n'
-        + "\n".join(part.html for part in parts)
-        + f"\n</main>\n<footer>{_footer(parts)}</footer></body></html>\n"
-    )
-
-
-_THEMES = (
-    '<fieldset class="themes"><legend>Colours</legend>'
-    + "".join(
-        f'<label><input type="radio" name="theme" id="theme-{name}"{" checked" if name == "system" else ""}>'
-        f"<span>{name}</span></label>"
-        for name in ("system", "light", "dark")
-    )
-    + "</fieldset>"
-)
+    main = f"{_answers(parts)}{_contents(parts)}\n" + "\n".join(part.html for part in parts)
+    return document(title, main, _footer(parts))
 
 
 def _answers(parts: Sequence[_Part]) -> str:
