@@ -274,6 +274,62 @@ def test_an_encoder_that_moves_in_the_middle_of_a_training_is_computed_anew():
     assert distance(trained[1], trained[0]) < 1e-3
 
 
+def _edited(what):
+    """A callback that changes something after the first epoch."""
+
+    class Edit(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                what(pl_module)
+
+    return Edit()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_edited_between_two_epochs_is_seen_in_the_next(workers):
+    def objects(model, dataset):
+        dataset.values.mul_(-0.5)
+
+    def groups(model, dataset):
+        dataset.groups.copy_(dataset.groups.flip(0) // 2)
+
+    def preprocessing(model, dataset):
+        model.model.encoders["default"].scale = 3.0
+
+    def half(model, dataset):
+        dataset.values, dataset.groups = dataset.values[:24], dataset.groups[:24]
+
+    for edit in (objects, groups, preprocessing, half):
+        trained = []
+        for cache in (None, CacheConfig()):
+            model, dataset = a_model(cache=cache), Samples()
+            loader = group_loader(dataset, num_workers=workers, shuffle=False)
+            fit(model, trainer(3, callbacks=[_edited(lambda m, d=dataset, e=edit: e(m, d))]), loader)
+            trained.append(learned(model))
+        assert distance(trained[1], trained[0]) < 1e-3, edit.__name__
+
+
+def test_one_encoder_under_two_names_is_refused_or_right(tmp_path):
+    def twice():
+        encoder = Vectors()
+        return {"one": encoder, "two": encoder}
+
+    plain = a_model(encoders=twice)
+    fit(plain, trainer(2), group_loader())
+    kept = a_model(encoders=twice, cache=CacheConfig(save_dir=tmp_path))
+    fit(kept, trainer(2), group_loader())
+    assert distance(learned(kept), learned(plain)) < 1e-3
+
+
+def test_a_copy_of_the_model_runs_its_encoders_on_objects(tmp_path):
+    copies = []
+    model = a_model(cache=CacheConfig(save_dir=tmp_path))
+    fit(model, trainer(1, callbacks=[_edited(lambda m: copies.append(copy.deepcopy(m.model)))]), group_loader())
+    objects = list(Samples().values)
+    assert copies[0]._stages == {}
+    assert torch.equal(copies[0].encode(objects, to_numpy=False), model.model.encode(objects, to_numpy=False))
+
+
 def test_after_fit_everything_is_as_before(tmp_path):
     model = a_model(cache=CacheConfig(save_dir=tmp_path))
     encoder = model.model.encoders["default"]

@@ -785,7 +785,7 @@ class Recycling:
 
         return inputs.map(value)
 
-    # -- rows for whoever runs the suffix by himself ---------------------------------------------------------------------
+    # -- rows for whoever runs the suffix by himself -------------------------------------------------------------------
 
     @property
     def keeps_one_tensor(self) -> bool:

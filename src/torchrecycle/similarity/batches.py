@@ -166,10 +166,11 @@ class BatchLoader(DataLoader[Any]):
     def _of_rows(self, dataset: SampleBatches) -> Iterator[Any]:
         """The same batches as `DataLoader` gives without workers, with fewer questions to the store."""
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # which it draws for its workers
-        drawn = iter(self.batch_sampler)  # pyright: ignore[reportArgumentType]
+        sampler: Any = self.batch_sampler
+        drawn = iter(sampler)
         # Not one further than asked for: a sampler that is asked for more than its length draws from its generator.
-        left = len(self.batch_sampler)  # pyright: ignore[reportArgumentType]
-        size = getattr(self.batch_sampler, "batch_size", None) or AT_ONCE
+        left = len(sampler)
+        size = getattr(sampler, "batch_size", None) or AT_ONCE
         while batches := list(itertools.islice(drawn, max(1, min(left, AT_ONCE // size)))):
             left -= len(batches)
             for batch in dataset.many(batches):

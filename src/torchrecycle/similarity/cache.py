@@ -59,6 +59,8 @@ class CacheConfig:
     """Processes that read the data set then; the loader's own number if None."""
     save_dir: str | os.PathLike[str] | None = None
     """The folder of the store."""
+    precision: str | None = None
+    """``"bfloat16"`` or ``"float16"`` keeps half the bytes; the encoder's own dtype if None."""
     name: str | None = None
     """Stands for the data sets with their preprocessing: as long as it stays, the next run does not read them at all.
     Change it when they change. Each data set is told from the others by its length and loader besides."""

@@ -126,7 +126,8 @@ def _recycled(
     """Loaders that read rows, for as long as the context lasts."""
     model = trainable.model
     config = trainable.cache_config
-    kinds = {name: _kind_of(encoder, name, config) for name, encoder in model.encoders.items()}
+    encoders: dict[str, Any] = dict(model.encoders.items())
+    kinds = {name: _kind_of(encoder, name, config) for name, encoder in encoders.items()}
     wanted = {name: kind for name, kind in kinds.items() if kind is not None}
     stages: dict[str, EncoderStage] = {}
     try:
@@ -135,7 +136,8 @@ def _recycled(
             for role, loader in loaders.items():
                 _refuse_own_collate(loader, role)
             for name, kind in wanted.items():
-                stages[name] = _attach(trainable, name, kind, loaders["train"], _autocast_of(trainer))
+                same = next((one for one in stages.values() if one.encoder is encoders[name]), None)
+                stages[name] = same or _attach(trainable, name, kind, loaders["train"], _autocast_of(trainer))
         model._stages.update(stages)
         yield {role: _loader(trainable, role, loader, stages, wanted) for role, loader in loaders.items()}
     finally:
@@ -189,6 +191,7 @@ def _attach(
         store=_store_of(trainable, config),
         extractor=None if config is None else config.extractor_of(name),
         autocast=autocast,
+        precision=None if config is None else config.precision,
         **within,
     )
 
@@ -229,7 +232,8 @@ def _loader(
     inputs = ModelInputs(
         {name: encoder.get_collate_fn() for name, encoder in encoders.items()}, model.meta_extractors()
     )
-    return loader_over(SampleBatches(loader.dataset, kind, loader.collate_fn, inputs, rows), loader)
+    pre_collate: Any = loader.collate_fn
+    return loader_over(SampleBatches(loader.dataset, kind, pre_collate, inputs, rows), loader)
 
 
 def _name_of(config: CacheConfig, role: str, encoder: str, extracted: bool) -> str | None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchrecycle.similarity.cache import CacheConfig, CacheError, CacheType
 from torchrecycle.similarity.encoders import Encoder, RecycledEncoder
 from torchrecycle.similarity.heads import EncoderHead
-from torchrecycle.similarity.losses import PairwiseLoss, SimilarityLoss
+from torchrecycle.similarity.losses import GroupLoss, SimilarityLoss
 from torchrecycle.similarity.metrics import NothingToAskError
 from torchrecycle.similarity.model import DEFAULT_ENCODER_KEY, SimilarityModel
 from torchrecycle.similarity.teaching import NothingToLearnError, teaches
@@ -186,7 +186,7 @@ class TrainableModel(pl.LightningModule):
         config, buffer = self._xbm_config, self._xbm_buffer
         if config is None or buffer is None:
             return loss
-        if isinstance(self._loss, PairwiseLoss):
+        if not isinstance(self._loss, GroupLoss):
             raise NothingToLearnError("a cross-batch memory holds objects with their groups, and pairs have none")
         groups = targets["groups"]
         if self.global_step >= config.start_iteration and len(buffer):
@@ -197,7 +197,7 @@ class TrainableModel(pl.LightningModule):
     def _log_training(self, loss: Tensor, objects: int) -> None:
         """The mean at the end of an epoch; within it only where somebody looks, since each look costs 0.1 ms."""
         self._train_loss.append(loss.detach())
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if trainer.progress_bar_callback is not None or (
             trainer.loggers and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
         ):
