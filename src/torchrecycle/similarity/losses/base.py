@@ -177,6 +177,8 @@ class GroupLoss(SimilarityLoss):
             )
         self._check_embeddings(embeddings)
         groups = self._checked_groups(embeddings, groups)
+        if len(embeddings) == 0:
+            return no_loss(embeddings)
         call = super().__call__
         return self._in_full_precision(embeddings, lambda full: call(full, groups, *args, **kwargs))
 
@@ -189,7 +191,7 @@ class GroupLoss(SimilarityLoss):
                 f"{type(self).__name__} takes {what} as one whole number for each of the {len(embeddings)} "
                 f"embeddings, [{len(embeddings)}]: {_said(groups)} came"
             )
-        return groups.to(torch.int64)
+        return groups.to(embeddings.device, torch.int64)
 
     @property
     def supports_xbm(self) -> bool:
@@ -207,7 +209,7 @@ class GroupLoss(SimilarityLoss):
             memory_groups: ``[kept]``
 
         Returns:
-            a scalar; 0 if the memory is empty.
+            a scalar; 0 if the batch or the memory is empty.
 
         Raises:
             XbmError: the loss has no such form.
@@ -226,7 +228,7 @@ class GroupLoss(SimilarityLoss):
                 f"embeddings of {embeddings.shape[1]} numbers came, and a memory of embeddings of "
                 f"{memory_embeddings.shape[1]}"
             )
-        if len(kept) == 0:
+        if len(kept) == 0 or len(groups) == 0:
             return no_loss(embeddings)
         memory, kept = memory_embeddings.detach(), kept.to(groups.device)
         return self._in_full_precision(embeddings, lambda full: self._xbm_loss(full, groups, memory.to(full), kept))
@@ -319,6 +321,8 @@ class PairwiseLoss(SimilarityLoss):
             )
         self._check_embeddings(embeddings)
         self._check_pairs(embeddings, pairs, labels, subgroups)
+        if len(pairs) == 0:
+            return no_loss(embeddings)
         call = super().__call__
         return self._in_full_precision(embeddings, lambda full: call(full, pairs, labels, subgroups, **kwargs))
 
@@ -329,7 +333,7 @@ class PairwiseLoss(SimilarityLoss):
         if not isinstance(pairs, Tensor) or pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
             raise LossError(f"{name} takes pairs as rows of the embeddings, [pairs, 2]: {_said(pairs)} came")
         lowest, highest = _range(pairs)
-        if lowest < 0 or highest >= objects:
+        if len(pairs) and not 0 <= lowest <= highest < objects:
             raise LossError(f"{name}: the pairs name rows {lowest} to {highest}, and there are {objects} embeddings")
         for given, count, what in ((labels, len(pairs), "labels"), (subgroups, objects, "subgroups")):
             if not isinstance(given, Tensor) or given.shape != (count,):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchrecycle.similarity.distances import Distance
-from torchrecycle.similarity.losses.base import LossError, PairwiseLoss, no_loss
+from torchrecycle.similarity.losses.base import LossError, PairwiseLoss
 
 __all__ = ["ContrastiveLoss"]
 
@@ -47,8 +47,6 @@ class ContrastiveLoss(PairwiseLoss):
         return {**super().get_config_dict(), "margin": self.margin, "size_average": self.size_average}
 
     def forward(self, embeddings: Tensor, pairs: Tensor, labels: Tensor, subgroups: Tensor) -> Tensor:
-        if len(pairs) == 0:
-            return no_loss(embeddings)
         labels = _scores(labels).to(embeddings.dtype)
         others = subgroups[:, None] != subgroups
         left, right = pairs.unbind(1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecycle.similarity.distances import Distance, unit
-from torchrecycle.similarity.losses.base import LossError, PairwiseLoss, no_loss
+from torchrecycle.similarity.losses.base import LossError, PairwiseLoss
 
 __all__ = ["MultipleNegativesRanking", "MultipleNegativesRankingLoss", "ranking_loss"]
 
@@ -65,8 +65,6 @@ class MultipleNegativesRankingLoss(PairwiseLoss):
                 f"MultipleNegativesRankingLoss learns from pairs that belong together, of score 1, and one of score "
                 f"{float(labels[labels != 1][0])} came: leave such pairs out, or take ContrastiveLoss"
             )
-        if len(pairs) == 0:
-            return no_loss(embeddings)
         left, right = embeddings[pairs[:, 0]], embeddings[pairs[:, 1]]
         similarities = self.distance_metric.similarity_matrix(left, right)
         return ranking_loss(self.scale * similarities, symmetric=self.symmetric)

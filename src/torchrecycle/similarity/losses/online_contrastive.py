@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchrecycle.similarity.distances import Distance
-from torchrecycle.similarity.losses.base import GroupLoss, no_loss, one_of
+from torchrecycle.similarity.losses.base import GroupLoss, one_of
 from torchrecycle.similarity.losses.mining import hardest, masks
 
 __all__ = ["OnlineContrastiveLoss"]
@@ -52,8 +52,6 @@ class OnlineContrastiveLoss(GroupLoss):
         return self._loss(embeddings, groups, memory, memory_groups)
 
     def _loss(self, embeddings: Tensor, groups: Tensor, others: Tensor | None, other_groups: Tensor | None) -> Tensor:
-        if len(embeddings) == 0:
-            return no_loss(embeddings)
         distances = self.distance_metric.distance_matrix(embeddings, others)
         positive, negative = masks(groups, other_groups)
         if self.mining == "all":

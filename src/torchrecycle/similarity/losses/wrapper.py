@@ -19,20 +19,26 @@ from torchrecycle.similarity.losses.base import GroupLoss, LossError, PairwiseLo
 
 __all__ = ["PytorchMetricLearningPairWrapper", "PytorchMetricLearningWrapper"]
 
-_TWO_VIEWS = {"SelfSupervisedLoss", "VICRegLoss"}
-"""Losses that compare two views of an object, and know no groups."""
+_TWO_VIEWS = ("SelfSupervisedLoss", "VICRegLoss")
+"""Losses that compare two views of each object, and know no groups."""
+
+_ALONE = ("ManifoldLoss",)
+"""Losses that look at the embeddings alone, and refuse groups."""
+
+
+def _is_one_of(loss: Any, names: tuple[str, ...]) -> bool:
+    return any(kind.__name__ in names for kind in type(loss).__mro__)
 
 
 def _check(loss: Any, miner: Any) -> None:
     require_library("a loss of pytorch-metric-learning")
-    from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory, MultipleLosses
+    from pytorch_metric_learning.losses import BaseMetricLossFunction, MultipleLosses
+    from pytorch_metric_learning.losses.base_loss_wrapper import BaseLossWrapper
     from pytorch_metric_learning.miners import BaseMiner
 
-    name = type(loss).__name__
-    if not isinstance(loss, (BaseMetricLossFunction, CrossBatchMemory, MultipleLosses)) or name in _TWO_VIEWS:
+    if not isinstance(loss, (BaseMetricLossFunction, BaseLossWrapper, MultipleLosses)):
         raise LossError(
-            f"the loss must be one of pytorch-metric-learning that compares objects of groups, such as "
-            f"TripletMarginLoss(): {name} came"
+            f"the loss must be one of pytorch-metric-learning, such as TripletMarginLoss(): {type(loss).__name__} came"
         )
     if miner is not None and not isinstance(miner, BaseMiner):
         raise LossError(
@@ -60,12 +66,17 @@ class PytorchMetricLearningWrapper(GroupLoss):
         miner: one of ``pytorch_metric_learning.miners``; all pairs or triplets of the batch without one.
 
     Raises:
-        LossError: they are not of that library, or compare two views of an object; or the library is not installed.
+        LossError: they are not of that library, or compare two views of an object; or it is not installed.
     """
 
     def __init__(self, loss: Any, miner: Any = None) -> None:
         super().__init__()
         _check(loss, miner)
+        if _is_one_of(loss, _TWO_VIEWS):
+            raise LossError(
+                f"{type(loss).__name__} compares two views of each object: give it pairs, through "
+                "PytorchMetricLearningPairWrapper"
+            )
         self.loss = loss
         self.miner = miner
         self.learns_groups = any(True for _ in loss.parameters())
@@ -75,6 +86,8 @@ class PytorchMetricLearningWrapper(GroupLoss):
         return _described(self.loss, self.miner)
 
     def forward(self, embeddings: Tensor, groups: Tensor) -> Tensor:
+        if _is_one_of(self.loss, _ALONE):
+            return _scalar(self.loss(embeddings), self.loss)
         mined = None if self.miner is None else self.miner(embeddings, groups)
         return _scalar(self.loss(embeddings, groups, mined), self.loss)
 
@@ -82,7 +95,7 @@ class PytorchMetricLearningWrapper(GroupLoss):
     def supports_xbm(self) -> bool:
         from pytorch_metric_learning.losses import CrossBatchMemory
 
-        return any(kind.__name__ in CrossBatchMemory.supported_losses() for kind in type(self.loss).__mro__)
+        return _is_one_of(self.loss, tuple(CrossBatchMemory.supported_losses()))
 
     def _xbm_loss(self, embeddings: Tensor, groups: Tensor, memory: Tensor, memory_groups: Tensor) -> Tensor:
         mined = None if self.miner is None else self.miner(embeddings, groups, memory, memory_groups)
@@ -98,7 +111,7 @@ def _described(loss: nn.Module, miner: nn.Module | None) -> dict[str, Any]:
 
 
 class PytorchMetricLearningPairWrapper(PairwiseLoss):
-    """A loss of pytorch-metric-learning as a loss on pairs.
+    """A loss of pytorch-metric-learning as a loss on pairs. The two of a pair are the views of one that compares views.
 
     Args:
         loss: an object of a class of ``pytorch_metric_learning.losses``.
@@ -116,6 +129,8 @@ class PytorchMetricLearningPairWrapper(PairwiseLoss):
         _check(loss, miner)
         self.negatives = one_of(negatives, ("batch", "given"), "negatives")
         self.compares_all_pairs = negatives == "batch"
+        if _is_one_of(loss, _TWO_VIEWS) and (negatives == "given" or miner is not None):
+            raise LossError(f"{type(loss).__name__} compares the two of a pair: it takes no miner, and no negatives")
         if negatives == "given" and miner is not None:
             raise LossError(
                 f"{type(miner).__name__} chooses among groups, and with negatives='given' it is said pair by pair what "
@@ -132,6 +147,9 @@ class PytorchMetricLearningPairWrapper(PairwiseLoss):
         if self.negatives == "given":
             return self._compare(embeddings, _given(pairs, labels, subgroups))
         groups = _twos(pairs, labels, len(embeddings))
+        if _is_one_of(self.loss, _TWO_VIEWS):
+            left, right = pairs.unbind(1)
+            return _scalar(self.loss(embeddings[left], ref_emb=embeddings[right]), self.loss)
         mined = None if self.miner is None else self.miner(embeddings, groups)
         return _scalar(self.loss(embeddings, groups, mined), self.loss)
 
