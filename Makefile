@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench bench-machinery bench-sweeps zoo clean
+.PHONY: help demo test test-slow check format bench bench-machinery bench-similarity bench-sweeps zoo clean
 
 help:
 	@echo "make demo    compare the levels of recycling on images and texts (ARGS=--quick: in 90 seconds)"
@@ -19,6 +19,7 @@ help:
 	@echo "make check   format, lint, types and tests"
 	@echo "make bench   measure against the same suffix trained from RAM tensors, by hand"
 	@echo "make bench-machinery   microseconds that a recycled step adds, and where they go"
+	@echo "make bench-similarity   training through Lightning's trainer, and evaluating 20,000 objects"
 	@echo "make bench-sweeps ARGS='--cars DIR --faq FILE'   two sweeps on real data (an hour on two cores)"
 	@echo "make zoo     cut some 750 models of five libraries and judge each (hours; ARGS=--sample: in three minutes)"
 	@echo "make clean   remove the virtual environment and what the demo keeps"
@@ -61,6 +62,10 @@ bench: $(VENV)/.installed-demo
 
 bench-machinery: $(VENV)/.installed-demo
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/machinery.py $(ARGS)
+
+bench-similarity: $(VENV)/.installed-test
+	@$(BIN)/python benchmarks/similarity.py $(ARGS)
+	@$(BIN)/python benchmarks/evaluation.py
 
 bench-sweeps: $(VENV)/.installed-demo
 	@$(BIN)/python benchmarks/sweeps.py $(ARGS)

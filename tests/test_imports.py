@@ -81,3 +81,31 @@ def test_importing_torchrecycle_loads_no_heavy_package_but_torch_and_numpy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_similarity_loads_its_packages_when_they_are_asked_for():
+    heavy = "pytorch_lightning pytorch_metric_learning torchmetrics qdrant_client transformers timm PIL pyarrow"
+    code = (
+        "import sys, torchrecycle.similarity, torchrecycle.sweep\n"
+        "from torchrecycle.similarity import SimilarityModel, RecycledEncoder, TripletLoss, SkipConnectionHead\n"
+        f"print([name for name in {heavy.split()!r} if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_name_of_similarity_is_there():
+    import torchrecycle.similarity as room
+
+    for name in room.__all__:
+        assert getattr(room, name) is not None, name
+    assert set(room.__all__) <= set(dir(room))
+
+
+def test_a_missing_package_names_the_extra(tmp_path):
+    code = (
+        "import sys; sys.modules['pytorch_lightning'] = None\n"
+        "try:\n    from torchrecycle.similarity import fit\nexcept ModuleNotFoundError as error:\n    print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == 'fit needs pytorch_lightning: pip install "torchrecycle[similarity]"'

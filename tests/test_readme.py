@@ -41,6 +41,32 @@ def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_similarity_example_of_the_readme_runs(tmp_path, monkeypatch):
+    import pytorch_lightning as pl
+    import torchvision
+
+    from torchrecycle.similarity import SimilarityGroupSample, SimilarityModel
+
+    monkeypatch.chdir(tmp_path)
+    found = re.search(r"## Similarity learning\n\n```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    assert found
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18()
+    resnet.fc = nn.Identity()
+    photos = [SimilarityGroupSample(torch.randn(3, 32, 32), number % 4) for number in range(16)]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
+    names = {"torch": torch, "resnet": resnet, "photos": photos, "trainer": trainer}
+    before = {name: value.clone() for name, value in resnet.state_dict().items()}
+    exec(found[1], names)
+    after = resnet.state_dict()
+    assert {name.partition(".")[0] for name in after if not torch.equal(after[name], before[name])} == {"layer4"}
+    objects = [photo.obj for photo in photos]
+    loaded = SimilarityModel.load("cars/").encode(objects)
+    assert loaded.shape == (16, 512)
+    assert (loaded == names["cars"].model.encode(objects)).all()
+
+
 def test_the_readme_shows_the_two_commands_and_the_licences():
     text = README.read_text(encoding="utf-8")
     assert "make demo" in text
