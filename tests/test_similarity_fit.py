@@ -42,6 +42,7 @@ from torchrecycle.similarity import (
     TrainableModel,
     TripletLoss,
     XbmConfig,
+    XbmError,
     fit,
 )
 from torchrecycle.similarity.batches import ModelInputs, SampleBatches
@@ -838,6 +839,13 @@ def test_pairs_without_negatives_teach_nothing_which_is_said():
 
     with pytest.raises(NothingToLearnError, match="no batch of the epoch had a negative for ContrastiveLoss"):
         fit(a_model(encoders=Texts, loss=ContrastiveLoss), trainer(1), pair_loader(Alike()))
+
+
+def test_a_memory_for_a_loss_that_cannot_use_it_is_refused():
+    with pytest.raises(XbmError, match="takes pairs"):
+        a_model(encoders=Texts, loss=MultipleNegativesRankingLoss, xbm=XbmConfig())
+    with pytest.raises(XbmError, match="ArcFaceLoss cannot be used with"):
+        a_model(loss=lambda: ArcFaceLoss(embedding_size=8, num_groups=40), xbm=XbmConfig())
 
 
 def test_a_plain_loader_is_refused():

@@ -46,14 +46,18 @@ if TYPE_CHECKING:
         CosineSoftmax,
         FastAPLoss,
         GroupLoss,
+        LossError,
+        LossTargetsError,
         MultipleNegativesRanking,
         MultipleNegativesRankingLoss,
         OnlineContrastiveLoss,
         PairwiseLoss,
+        PytorchMetricLearningPairWrapper,
         PytorchMetricLearningWrapper,
         SimilarityLoss,
         SoftmaxLoss,
         TripletLoss,
+        XbmError,
     )
     from torchrecycle.similarity.metrics import PairScores, pair_ranks, pair_scores, r_precision, r_precision_of_each
     from torchrecycle.similarity.model import DEFAULT_ENCODER_KEY, SimilarityModel
@@ -67,7 +71,7 @@ if TYPE_CHECKING:
     from torchrecycle.similarity.samples import SimilarityGroupSample, SimilarityPairSample
     from torchrecycle.similarity.search import SearchIndex, index
     from torchrecycle.similarity.trainable import TrainableModel, TrainStage
-    from torchrecycle.similarity.xbm import XbmBuffer, XbmConfig
+    from torchrecycle.similarity.xbm import XbmBuffer, XbmConfig, XbmDevice
 
 _ROOMS = {
     "cache": "CacheConfig CacheError CacheType",
@@ -79,16 +83,17 @@ _ROOMS = {
     "SoftmaxEmbeddingsHead StackedProjectionHead SwitchHead WideningHead",
     "loaders": "GroupBatches GroupSimilarityDataLoader PairSimilarityDataLoader PairsSimilarityDataLoader "
     "SimilarityDataLoader SimilarityGroupDataset",
-    "losses": "ArcFaceLoss CenterLoss CircleLoss ContrastiveLoss CosFaceLoss CosineSoftmax FastAPLoss GroupLoss "
+    "losses": "ArcFaceLoss CenterLoss CircleLoss ContrastiveLoss CosFaceLoss CosineSoftmax FastAPLoss GroupLoss LossError "
+    "LossTargetsError "
     "MultipleNegativesRanking MultipleNegativesRankingLoss OnlineContrastiveLoss PairwiseLoss "
-    "PytorchMetricLearningWrapper SimilarityLoss SoftmaxLoss TripletLoss",
+    "PytorchMetricLearningPairWrapper PytorchMetricLearningWrapper SimilarityLoss SoftmaxLoss TripletLoss XbmError",
     "metrics": "PairScores pair_ranks pair_scores r_precision r_precision_of_each",
     "model": "DEFAULT_ENCODER_KEY SimilarityModel",
     "retrieval": "RetrievalMAP RetrievalPrecision RetrievalRecall RetrievalReciprocalRank RetrievalRPrecision",
     "samples": "SimilarityGroupSample SimilarityPairSample",
     "search": "SearchIndex index",
     "trainable": "TrainStage TrainableModel",
-    "xbm": "XbmBuffer XbmConfig",
+    "xbm": "XbmBuffer XbmConfig XbmDevice",
 }
 """Where each name is. A room that needs a package of the extra `similarity` is loaded when it is asked for."""
 

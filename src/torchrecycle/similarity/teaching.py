@@ -44,7 +44,7 @@ class NothingToLearnError(RecycleError, ValueError):
 
 def teaches(loss: Any, targets: Mapping[str, Tensor]) -> bool:
     """Whether a batch holds what a loss compares."""
-    if next(loss.parameters(), None) is not None:  # each object is compared with a vector for each group
+    if getattr(loss, "learns_groups", False):  # each object is compared with a vector for each group
         return True
     if getattr(loss, "compares_all_pairs", False):
         return len(targets["pairs"]) > 1

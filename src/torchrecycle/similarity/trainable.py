@@ -29,7 +29,7 @@ from torch import Tensor
 from torchrecycle.similarity.cache import CacheConfig, CacheError, CacheType
 from torchrecycle.similarity.encoders import Encoder, RecycledEncoder
 from torchrecycle.similarity.heads import EncoderHead
-from torchrecycle.similarity.losses import GroupLoss, SimilarityLoss
+from torchrecycle.similarity.losses import GroupLoss, SimilarityLoss, XbmError
 from torchrecycle.similarity.metrics import NothingToAskError
 from torchrecycle.similarity.model import DEFAULT_ENCODER_KEY, SimilarityModel
 from torchrecycle.similarity.teaching import NothingToLearnError, teaches
@@ -73,6 +73,8 @@ class TrainableModel(pl.LightningModule):
         self.attached_metrics: list[Any] = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
         self._metrics_of = {stage: [copy.deepcopy(one) for one in self.attached_metrics] for stage in TrainStage}
         xbm = self.configure_xbm()
+        if xbm is not None:
+            _refuse_memory(self._loss)
         self._xbm_config = xbm
         self._xbm_buffer = None if xbm is None else XbmBuffer(xbm, self._model.head.output_size)
         self._train_loss: list[Tensor] = []
@@ -186,8 +188,7 @@ class TrainableModel(pl.LightningModule):
         config, buffer = self._xbm_config, self._xbm_buffer
         if config is None or buffer is None:
             return loss
-        if not isinstance(self._loss, GroupLoss):
-            raise NothingToLearnError("a cross-batch memory holds objects with their groups, and pairs have none")
+        assert isinstance(self._loss, GroupLoss)
         groups = targets["groups"]
         if self.global_step >= config.start_iteration and len(buffer):
             loss = loss + config.weight * self._loss.xbm_loss(embeddings, groups, *buffer.get())
@@ -271,6 +272,19 @@ def _refuse_impossible_caches(encoders: Encoder | dict[str, Encoder], config: Ca
                 f"a cache is configured, and every encoder is trained ({sorted(named)}), so that there is nothing to "
                 "keep. Let `trainable` of an encoder be False, or wrap it: RecycledEncoder(model, cut='layer2')."
             )
+
+
+def _refuse_memory(loss: SimilarityLoss) -> None:
+    if not isinstance(loss, GroupLoss):
+        raise XbmError(
+            f"a cross-batch memory holds objects with their groups, and {type(loss).__name__} takes pairs: leave out "
+            "configure_xbm(), or take a loss over groups, such as TripletLoss"
+        )
+    if not loss.supports_xbm:
+        raise XbmError(
+            f"{type(loss).__name__} cannot be used with a cross-batch memory: leave out configure_xbm(), or take "
+            "TripletLoss, OnlineContrastiveLoss or CircleLoss"
+        )
 
 
 def _is_recycled(encoder: Any) -> bool:
