@@ -1,8 +1,9 @@
 """The command ``torchrecycle``: reads arguments, calls a room, prints.
 
 ``torchrecycle demo --quick`` compares four levels of recycling in a minute and a half; ``torchrecycle sweep images
-photos/`` does so on the user's own pictures; ``torchrecycle cuts --model timm/resnet18`` shows where a model can be
-cut; ``torchrecycle store verify activations/`` looks for damaged rows.
+photos/`` does so on the user's own pictures; ``torchrecycle search photos/ --model timm/resnet18 --query red.jpg``
+finds the pictures most like one; ``torchrecycle cuts --model timm/resnet18`` shows where a model can be cut;
+``torchrecycle store verify activations/`` looks for damaged rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Annotated, Any
 
 import typer
 
+from torchrecycle.cli.embed import embed
 from torchrecycle.cli.errors import Debug, OneLineGroup, one_line_errors
+from torchrecycle.cli.search import search
 from torchrecycle.cli.sweeps import sweep_app
 from torchrecycle.errors import StoreError
 
@@ -34,6 +37,8 @@ app = typer.Typer(
 store_app = typer.Typer(help="What a store holds, and whether it is sound.", no_args_is_help=True)
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(store_app, name="store")
+app.command("embed")(embed)
+app.command("search")(search)
 
 
 class TaskName(str, Enum):

@@ -10,7 +10,7 @@ import typer
 
 from torchrecycle.cli.errors import OptionError
 
-__all__ = ["check_device", "left_out_line", "say_random", "telling"]
+__all__ = ["as_utf8", "check_device", "left_out_line", "say_random", "telling"]
 
 
 def telling(path: Path) -> str:
@@ -65,3 +65,12 @@ def say_random(*, published: bool) -> None:
         bold=True,
         fg="red",
     )
+
+
+def as_utf8(value: object) -> str:
+    """As text that any file can hold: the name of a file need not be UTF-8.
+
+    >>> as_utf8("caf\\udce9.jpg"), as_utf8(13)
+    ('caf?.jpg', '13')
+    """
+    return str(value).encode("utf-8", "replace").decode("utf-8")

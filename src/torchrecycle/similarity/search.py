@@ -49,7 +49,9 @@ __all__ = [
     "Found",
     "IndexFolderError",
     "IndexReport",
+    "MissingIndexError",
     "OtherModelError",
+    "OtherObjectsError",
     "SearchError",
     "SearchIndex",
     "SearchPackageError",
@@ -68,6 +70,19 @@ VERIFIED = 3
 """So many objects that are there already are encoded again."""
 
 Others = Literal["refuse", "keep", "remove"]
+
+
+class MissingIndexError(SearchError):
+    """There is no index of that name."""
+
+
+class OtherObjectsError(SearchError):
+    """The index holds objects that are not among those that were given."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+        """How many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +159,7 @@ def index(
 
     Raises:
         OtherModelError: the index was made by another model or preprocessing.
+        OtherObjectsError: it holds objects that are not among these, and ``others`` is ``refuse``.
         SearchError: there are no objects, an embedding holds NaN or no direction, a payload is no JSON.
         KeyTypeError: an object has no key by content; give ``key``.
         IndexFolderError: the folder is something else, in use, or cannot be written.
@@ -260,7 +276,7 @@ class SearchIndex:
 
         Raises:
             OtherModelError: another model made it.
-            SearchError: there is no such index.
+            MissingIndexError: there is no index of that name.
             IndexFolderError: the folder is something else, or in use.
             SearchServerError: the server cannot be reached.
         """
@@ -274,7 +290,7 @@ class SearchIndex:
         try:
             if not made._collection.exists:
                 there = ", ".join(map(repr, made._collection.others())) or "none"
-                raise SearchError(f"{place} holds no index named {name!r}; what is there: {there}")
+                raise MissingIndexError(f"{place} holds no index named {name!r}; what is there: {there}")
             made._check_model()
             made._verify_probe()
         except BaseException:
@@ -426,10 +442,11 @@ class SearchIndex:
         if not extra or others == "keep":
             return 0
         if others == "refuse":
-            raise SearchError(
+            raise OtherObjectsError(
                 f"the index {self._collection.place} holds {extra:,} object{'s' * (extra != 1)} that "
                 f"{'are' if extra != 1 else 'is'} not among these {len(first):,}. To have these only, say "
-                "others='remove'; to have all, others='keep', or SearchIndex.load(...).add(objects)"
+                "others='remove'; to have all, others='keep', or SearchIndex.load(...).add(objects)",
+                extra,
             )
         gone = [each for each in self._collection.ids() if each not in first]
         self._collection.remove(gone)
