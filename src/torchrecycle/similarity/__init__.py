@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchrecycle.similarity.cache import CacheConfig, CacheError, CacheType
     from torchrecycle.similarity.distances import Distance
-    from torchrecycle.similarity.encoders import Encoder, RecycledEncoder, SwitchEncoder, TextInputs
+    from torchrecycle.similarity.encoders import Encoder, EncoderError, RecycledEncoder, SwitchEncoder, TextInputs
     from torchrecycle.similarity.evaluation import AttachedMetric, Evaluator, GroupSampler, PairSampler
     from torchrecycle.similarity.fitting import Quaterion, evaluate, fit
     from torchrecycle.similarity.heads import (
         EmptyHead,
         EncoderHead,
         GatedHead,
+        HeadError,
         ResidualHead,
         ResidualMlpHead,
         SequentialHead,
@@ -70,28 +71,30 @@ if TYPE_CHECKING:
     )
     from torchrecycle.similarity.samples import SimilarityGroupSample, SimilarityPairSample
     from torchrecycle.similarity.search import SearchIndex, index
+    from torchrecycle.similarity.teaching import NothingToLearnError
     from torchrecycle.similarity.trainable import TrainableModel, TrainStage
     from torchrecycle.similarity.xbm import XbmBuffer, XbmConfig, XbmDevice
 
 _ROOMS = {
     "cache": "CacheConfig CacheError CacheType",
     "distances": "Distance",
-    "encoders": "Encoder RecycledEncoder SwitchEncoder TextInputs",
+    "encoders": "Encoder EncoderError RecycledEncoder SwitchEncoder TextInputs",
     "evaluation": "AttachedMetric Evaluator GroupSampler PairSampler",
     "fitting": "Quaterion evaluate fit",
-    "heads": "EmptyHead EncoderHead GatedHead ResidualHead ResidualMlpHead SequentialHead SkipConnectionHead "
+    "heads": "EmptyHead EncoderHead GatedHead HeadError ResidualHead ResidualMlpHead SequentialHead SkipConnectionHead "
     "SoftmaxEmbeddingsHead StackedProjectionHead SwitchHead WideningHead",
     "loaders": "GroupBatches GroupSimilarityDataLoader PairSimilarityDataLoader PairsSimilarityDataLoader "
     "SimilarityDataLoader SimilarityGroupDataset",
-    "losses": "ArcFaceLoss CenterLoss CircleLoss ContrastiveLoss CosFaceLoss CosineSoftmax FastAPLoss GroupLoss LossError "
-    "LossTargetsError "
-    "MultipleNegativesRanking MultipleNegativesRankingLoss OnlineContrastiveLoss PairwiseLoss "
+    "losses": "ArcFaceLoss CenterLoss CircleLoss ContrastiveLoss CosFaceLoss CosineSoftmax FastAPLoss GroupLoss "
+    "LossError LossTargetsError MultipleNegativesRanking MultipleNegativesRankingLoss OnlineContrastiveLoss "
+    "PairwiseLoss "
     "PytorchMetricLearningPairWrapper PytorchMetricLearningWrapper SimilarityLoss SoftmaxLoss TripletLoss XbmError",
     "metrics": "PairScores pair_ranks pair_scores r_precision r_precision_of_each",
     "model": "DEFAULT_ENCODER_KEY SimilarityModel",
     "retrieval": "RetrievalMAP RetrievalPrecision RetrievalRecall RetrievalReciprocalRank RetrievalRPrecision",
     "samples": "SimilarityGroupSample SimilarityPairSample",
     "search": "SearchIndex index",
+    "teaching": "NothingToLearnError",
     "trainable": "TrainStage TrainableModel",
     "xbm": "XbmBuffer XbmConfig XbmDevice",
 }
