@@ -487,6 +487,45 @@ def test_pairs_of_texts_train_on_rows_as_on_texts(tmp_path):
     assert trained[2][2] < trained[1][2] - 40, "the second time no text runs but those that it is tried on"
 
 
+class Tokenising(Texts):
+    """The same, given texts, which it tokenises itself."""
+
+    def forward(self, batch):
+        assert all(isinstance(text, str) for text in batch)
+        return super().forward(self.inputs(batch))
+
+    def get_collate_fn(self):
+        return list
+
+
+def test_an_encoder_that_tokenises_by_itself_is_kept_by_its_texts(tmp_path):
+    class Foreign(Questions):
+        def __init__(self):
+            super().__init__()
+            self.texts = [text + " größer 好 \U0001f600"[: number % 12] for number, text in enumerate(self.texts)]
+
+    trained = []
+    for cache in (None, CacheConfig(save_dir=tmp_path), CacheConfig(save_dir=tmp_path)):
+        RAN.clear()
+        model = a_model(encoders=Tokenising, loss=MultipleNegativesRankingLoss, cache=cache, rate=0.02)
+        fit(model, trainer(2), pair_loader(Foreign()))
+        trained.append((learned(model), RAN["texts"]))
+    assert distance(trained[1][0], trained[0][0]) < 1e-3
+    assert distance(trained[2][0], trained[0][0]) < 1e-3
+    assert trained[2][1] <= trained[1][1] - 48
+    with pytest.raises(CacheError, match="let it tokenise"):
+        fit(
+            a_model(
+                encoders=lambda: RecycledEncoder(
+                    Pooled(), cut="bert.encoder.layer.1", embedding_size=32, collate_fn=list
+                ),
+                loss=MultipleNegativesRankingLoss,
+            ),
+            trainer(1),
+            pair_loader(),
+        )
+
+
 class Tokens(Texts):
     """A frozen BERT whose tokens go to the head."""
 
@@ -887,7 +926,7 @@ def test_a_collate_function_without_tensors_is_refused_in_a_cache():
         def forward(self, batch):
             return super().forward(torch.tensor(batch))
 
-    with pytest.raises(CacheError, match="gives no tensor"):
+    with pytest.raises(CacheError, match="neither tensors nor a list of texts"):
         fit(a_model(encoders=Lists, cache=CacheConfig()), trainer(1), group_loader())
 
 

@@ -56,8 +56,10 @@ class InputForm:
     template: Template
     names: tuple[str, ...]
     """Per leaf of the nest."""
+    texts: frozenset[str]
+    """Leaves that are lists of strings, one for each object: an encoder that tokenises by itself."""
     constants: Mapping[str, Any]
-    """Leaves that are no tensors: the same for all objects."""
+    """Leaves that are neither: the same for all objects."""
 
     @classmethod
     def of(cls, encoder: str, collated: Any) -> InputForm:
@@ -69,20 +71,23 @@ class InputForm:
         template = Template.of(collated)
         names = tuple(".".join(map(str, path)) or "input" for path in template.paths())
         leaves = dict(zip(names, template.split(collated), strict=True))
-        constants = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+        texts = frozenset(name for name, leaf in leaves.items() if _is_texts(leaf))
+        constants = {n: leaf for n, leaf in leaves.items() if not isinstance(leaf, Tensor) and n not in texts}
         if len(constants) == len(leaves) or len(leaves) < len(template.paths()):
             found = ", ".join(f"{name}: {type(leaf).__name__}" for name, leaf in leaves.items())
             raise CacheError(
-                f"the collate function of the encoder '{encoder}' gives no tensor ({found}), so that nothing tells by "
-                "content which row belongs to an object. Let get_collate_fn() do what turns objects into tensors "
-                "(tokenise), or leave the encoder out of the cache: CacheConfig(mapping={...: CacheType.NONE})."
+                f"the collate function of the encoder '{encoder}' gives neither tensors nor a list of texts ({found}), "
+                "so that nothing tells by content which row belongs to an object. Let get_collate_fn() do what turns "
+                "objects into tensors, or leave the encoder out of the cache: CacheConfig(mapping={...: "
+                "CacheType.NONE})."
             )
-        return cls(encoder, template, names, constants)
+        return cls(encoder, template, names, texts, constants)
 
     @property
     def tensors(self) -> list[str]:
-        """The names of the leaves that are tensors."""
-        return [name for name in self.names if name not in self.constants]
+        """The names of the tensors that a batch consists of."""
+        names = [name for name in self.names if name not in self.constants]
+        return [part for name in names for part in (_parts_of(name) if name in self.texts else (name,))]
 
     def flat(self, collated: Any) -> FlatInputs:
         """The tensors of a batch by name.
@@ -91,6 +96,13 @@ class InputForm:
             BatchError: the nest is another than the first, or has other constants.
         """
         leaves = dict(zip(self.names, self.template.split(collated), strict=True))
+        for name in self.texts:
+            if not _is_texts(leaves[name]):
+                raise BatchError(
+                    f"the collate function of the encoder '{self.encoder}' gives {leaves[name]!r:.80} as '{name}' "
+                    "where the first batch has a list of texts"
+                )
+            leaves |= dict(zip(_parts_of(name), _as_bytes(leaves.pop(name)), strict=True))
         for name, leaf in leaves.items():
             if (name in self.constants) is isinstance(leaf, Tensor) or (
                 name in self.constants and repr(leaf) != repr(self.constants[name])
@@ -104,7 +116,12 @@ class InputForm:
 
     def nest(self, flat: Mapping[str, Any]) -> Any:
         """The inverse of `flat`."""
-        return self.template.join([self.constants[n] if n in self.constants else flat[n] for n in self.names])
+        return self.template.join([self._leaf(name, flat) for name in self.names])
+
+    def _leaf(self, name: str, flat: Mapping[str, Any]) -> Any:
+        if name in self.texts:
+            return _as_texts(*(flat[part] for part in _parts_of(name)))
+        return self.constants[name] if name in self.constants else flat[name]
 
     def single(self, collated: Any) -> FlatInputs:
         """The tensors of a batch of one object, without the dimension that counts objects."""
@@ -120,6 +137,34 @@ class InputForm:
     def masks(self) -> list[str]:
         """The tensors that tell padding, by their usual names."""
         return [name for name in self.tensors if name.rpartition(".")[2] in USUAL_MASKS]
+
+
+def _is_texts(leaf: Any) -> bool:
+    return isinstance(leaf, list) and bool(leaf) and all(isinstance(one, str) for one in leaf)
+
+
+def _parts_of(name: str) -> tuple[str, str]:
+    return f"{name}.bytes", f"{name}.attention_mask"
+
+
+def _as_bytes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Texts as their bytes ``[texts, longest]``, and which of them are no padding. `_as_texts` is the inverse."""
+    encoded = [torch.tensor(list(text.encode("utf-8", "surrogatepass")), dtype=torch.int64) for text in texts]
+    masks = [torch.ones(len(one), dtype=torch.int64) for one in encoded]
+    whole, mask = (torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (encoded, masks))
+    return whole, mask
+
+
+def _as_texts(whole: Tensor, mask: Tensor) -> list[str]:
+    rows = zip(whole.cpu(), mask.cpu().bool(), strict=True)
+    return [_as_text(bytes((row[kept] % 256).tolist())) for row, kept in rows]
+
+
+def _as_text(encoded: bytes) -> str:
+    try:
+        return encoded.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:  # what depends on an object alone is found out with any other bytes in its place
+        return encoded.decode("utf-8", "replace")
 
 
 # -- single objects as items -------------------------------------------------------------------------------------------
@@ -245,7 +290,7 @@ class PadInputs:
         Raises:
             CacheError: it gives something else for an object alone than among others.
         """
-        padding = {}
+        padding: dict[str, tuple[bool, float]] = {part: (False, 0) for name in form.texts for part in _parts_of(name)}
         for name, whole in together.items():
             for row, single in zip(whole, alone, strict=True):
                 part = single[name]
@@ -388,10 +433,22 @@ class _Rooted(nn.Module):
 
     def __init__(self, encoder: nn.Module, form: InputForm) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder = _OfTexts(encoder, form) if form.texts else encoder
         self._form = form
 
     def forward(self, **inputs: Any) -> Any:
+        return self.encoder(inputs if self._form.texts else self._form.nest(inputs))
+
+
+class _OfTexts(nn.Module):
+    """An encoder that takes texts: these are read within it, where nothing is absent."""
+
+    def __init__(self, encoder: nn.Module, form: InputForm) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._form = form
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
         return self.encoder(self._form.nest(inputs))
 
 
@@ -450,6 +507,11 @@ class EncoderStage:
         form, pad, example = _example_of(name, collate, samples, kind)
         device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
         inside = cut is not None or level is not None
+        if inside and form.texts:
+            raise CacheError(
+                f"the collate function of the encoder '{name}' gives texts, which its first layers tokenise: to cut a "
+                "model within, let it tokenise. See TextInputs."
+            )
         recycling = recycle(
             _Rooted(encoder, form).train(encoder.training),
             {tensor: value.to(device) for tensor, value in example.items()},
