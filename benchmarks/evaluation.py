@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import resource
@@ -138,8 +139,9 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure_here(options.case)))
         return
+    threads = os.environ.get("OMP_NUM_THREADS")
     about = {
-        "command": "python benchmarks/evaluation.py",
+        "command": (f"OMP_NUM_THREADS={threads} " if threads else "") + "python benchmarks/evaluation.py",
         "machine": machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
