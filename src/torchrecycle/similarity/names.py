@@ -101,6 +101,11 @@ def find(name: str) -> Any:
     place, _, words = name.partition(":")
     if not place or not words:
         raise NameRefusedError(f"{name!r} is no name of a class or function, which is like 'torch.nn:Linear'")
+    if "<locals>" in words:
+        raise NameRefusedError(
+            f"{words} of {place} was defined in a function, where no name leads to: define it at the top of a module, "
+            "and save again"
+        )
     try:
         found: Any = importlib.import_module(place)
     except Exception as error:  # a package may raise anything while it is imported
@@ -111,7 +116,11 @@ def find(name: str) -> Any:
         try:
             found = getattr(found, word)
         except Exception as error:
-            raise NameRefusedError(f"{place} has no {words!r}") from error
+            hint = (
+                ": it was defined in the script or notebook that saved it. Move it to the top of a module that can be "
+                "imported, and save again"
+            )
+            raise NameRefusedError(f"{place} has no {words!r}{hint if place == '__main__' else ''}") from error
     return found
 
 

@@ -109,14 +109,7 @@ def load_part(folder: Path, name: str, expected: type[_Part]) -> _Part:
     try:
         kind = names.find(name)
     except names.NameRefusedError as error:
-        only_here = "<locals>" in name or name.startswith("__main__:")
-        hint = (
-            "It was defined in a script, a notebook or a function: move it to the top of a module that can be "
-            "imported, and save again where it is known"
-            if only_here
-            else "Install or import what it is part of"
-        )
-        raise ModelFolderError(f"{folder} was saved by the class {name}, which is not here: {error}. {hint}") from error
+        raise ModelFolderError(f"{folder} is to be loaded by the class {name}, which is not here: {error}") from error
     if not isinstance(kind, type) or not issubclass(kind, expected):
         raise ModelFolderError(f"{folder} is to be loaded by {name}, which is no {expected.__name__}")
     part: Any = kind.load(str(folder))  # pyright: ignore[reportAttributeAccessIssue]

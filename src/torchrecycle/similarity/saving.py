@@ -1,6 +1,6 @@
 """A module <-> a folder: `save_module` and `load_module`, without pickle.
 
-A head of three blocks of a ResNet-34 and a `SkipConnectionHead`, 14 million parameters, becomes 53 MB in two files::
+A head of three blocks of a ResNet-34 and a `SkipConnectionHead`, 13.4 million parameters, becomes 54 MB in two files::
 
     module.json            format, versions, and what `describe` says: classes, attributes, names of tensors
     weights.safetensors    the tensors
@@ -52,33 +52,25 @@ class ModelFolderError(RecycleError, OSError):
     """A folder is no saved model, or of another format, or damaged, or cannot be written."""
 
 
-def save_module(
-    module: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    leave_out: Collection[str] = (),
-    beside: Collection[str] = (),
-) -> None:
+def save_module(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a module into a folder, so that `load_module` makes it again.
 
     Args:
         module: Any module: of torchvision, timm or transformers, of one's own. It stays as it is.
         folder: New or empty, or one that was written here before, which is replaced when the new one is whole.
-        leave_out: Attributes of the module that are not written, since the caller keeps them in another way.
-        beside: Names of what the caller puts beside it into the folder: they are replaced with it.
 
     Raises:
         DescriptionError: the module holds something that cannot be written without pickle; the message names it.
         ModelFolderError: the folder holds something else, or cannot be written.
     """
-    description, tensors, pretrained = describe(module, leave_out)
-    with new_folder(folder, about=ABOUT, kind=KIND, known=(ABOUT, WEIGHTS, PRETRAINED, *beside)) as staging:
+    description, tensors, pretrained = describe(module)
+    with new_folder(folder, about=ABOUT, kind=KIND, known=(ABOUT, WEIGHTS, PRETRAINED)) as staging:
         _write_weights(staging / WEIGHTS, description, tensors)
         for number, each in enumerate(pretrained):
             each.save_pretrained(staging / PRETRAINED / str(number))
         classes = [entry["class"] for entry in description.modules.values()]
         said = {"versions": _versions(_packages(classes)), "weights": _digest(staging / WEIGHTS)}
-        body = {name: getattr(description, name) for name in ("modules", "tensors", "shared", "pretrained")}
+        body = {name: getattr(description, name) for name in _SECTIONS}
         write_json(staging / ABOUT, KIND, FORMAT, {**said, **body})
 
 
@@ -108,8 +100,8 @@ def load_module(
     folder = Path(folder)
     about = read_json(folder, ABOUT, KIND, FORMAT)
     try:
-        description = Description(about["modules"], about["tensors"], about["shared"], about["pretrained"])
-        tensors = _read_weights(folder / WEIGHTS, description, about["weights"])
+        description = Description(*(_section(folder, about, name) for name in _SECTIONS))
+        tensors = _read_weights(folder / WEIGHTS, description, str(about["weights"]))
         module = rebuild(description, tensors, lambda number, kind: _read_pretrained(folder, number, kind))
     except ModelFolderError:
         raise
@@ -127,6 +119,16 @@ def load_module(
         )
     _warn_of_versions(folder, about)
     return module.to(device)
+
+
+_SECTIONS = {"modules": dict, "tensors": dict, "shared": list, "pretrained": list}
+
+
+def _section(folder: Path, about: Mapping[str, Any], name: str) -> Any:
+    found = about.get(name)
+    if not isinstance(found, _SECTIONS[name]):
+        raise ModelFolderError(f"{folder / ABOUT} does not say what its {name} are: it is damaged. Save again")
+    return found
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -149,6 +151,7 @@ _KNOWN_DTYPES = frozenset(
 
 
 def _write_weights(file: Path, description: Description, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     stored: dict[str, Tensor] = {}
@@ -164,7 +167,11 @@ def _write_weights(file: Path, description: Description, tensors: Mapping[str, T
             value = value.clone()
         memory.add(start)
         stored[name] = value
-    save_file(stored, file)
+    try:
+        save_file(stored, file)
+    except SafetensorError as error:  # a full disk is one of these
+        size = sum(value.nbytes for value in stored.values())
+        raise OSError(f"{error}, in writing {size / 1e6:,.0f} MB") from error
 
 
 def _read_weights(file: Path, description: Description, digest: str) -> dict[str, Tensor]:
@@ -306,10 +313,11 @@ def _must_be_free(path: Path, about: str, kind: str, known: Collection[str]) -> 
         raise ModelFolderError(f"{path} is a file, and a model is saved as a folder: give another name")
     held = sorted(each.name for each in path.iterdir())
     others = [name for name in held if name not in known]
-    if held and (others or _kind(path / about) != kind):
-        beside = " beside a saved model" if about in held else f", and no saved {kind}"
+    if held and _kind(path / about) != kind:
+        raise ModelFolderError(f"{path} holds {_some(held)}, and no saved {kind}: give a new or empty folder")
+    if others:
         raise ModelFolderError(
-            f"{path} holds {_some(others or held)}{beside}, which saving would delete: give a new or empty folder"
+            f"{path} holds {_some(others)} beside a saved {kind}, which saving would delete: give a new or empty folder"
         )
 
 

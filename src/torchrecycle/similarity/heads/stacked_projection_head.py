@@ -37,6 +37,7 @@ class StackedProjectionHead(EncoderHead):
             raise HeadError(
                 f"output_sizes is {list(output_sizes)}: give one width or more, each from 1, as [1024, 128]"
             )
+        _must_be_function(activation_fn)
         self._output_sizes = list(output_sizes)
         self._activation_fn = activation_fn
         modules: list[nn.Module] = []
@@ -69,11 +70,7 @@ class Activation(nn.Module):
 
     def __init__(self, activation_fn: str) -> None:
         super().__init__()
-        if activation_fn.startswith("_") or not callable(getattr(F, activation_fn, None)):
-            raise HeadError(
-                f"activation_fn is {activation_fn!r}, and torch.nn.functional has no function of that name: give one "
-                "that it has, as 'relu', 'gelu', 'silu' or 'tanh'"
-            )
+        _must_be_function(activation_fn)
         self._activation_fn = activation_fn
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -81,3 +78,11 @@ class Activation(nn.Module):
 
     def extra_repr(self) -> str:
         return self._activation_fn
+
+
+def _must_be_function(name: str) -> None:
+    if name.startswith("_") or not callable(getattr(F, name, None)):
+        raise HeadError(
+            f"activation_fn is {name!r}, and torch.nn.functional has no function of that name: give one that it has, "
+            "as 'relu', 'gelu', 'silu' or 'tanh'"
+        )
