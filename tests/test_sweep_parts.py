@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 import small
 from torchrecycle.similarity import pair_ranks, r_precision_of_each
+from torchrecycle.similarity.heads import ResidualHead, class_head, embedding_head
 from torchrecycle.similarity.losses import LossError
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.datasets import (
@@ -42,10 +43,7 @@ from torchrecycle.sweep.encoders import (
     ImageEncoder,
     MeanPool,
     PooledOutput,
-    ResidualHead,
     TextEncoder,
-    class_head,
-    embedding_head,
 )
 from torchrecycle.sweep.estimates import difference, estimate
 from torchrecycle.sweep.journal import Journal, JournalError, trial_from_json

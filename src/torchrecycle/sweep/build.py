@@ -22,8 +22,9 @@ from torchrecycle.files import Pairs, Pictures, Texts
 from torchrecycle.files.errors import LeftOut, count_of, shown
 from torchrecycle.files.labels import keep_classes
 from torchrecycle.keys import key
+from torchrecycle.similarity.heads import HeadKind
 from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, TextObjects, thumbnail, tokenised
-from torchrecycle.sweep.encoders import HeadKind, ImageEncoder, TextEncoder
+from torchrecycle.sweep.encoders import ImageEncoder, TextEncoder
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Sample

@@ -2,9 +2,7 @@
 
 An untrained encoder with a `ResidualHead` gives exactly the pretrained embedding: of EfficientNet-Lite0 the 1,280
 pooled features, normalised. So "untrained" in a table is what a user has for nothing, and whatever training adds is
-added to that. The head is ``x + linear(x)`` with a linear layer of zeros, and weight decay pulls it back to the
-pretrained embedding, where it would pull a linear layer that starts as the identity towards giving nothing. A
-classifier's head is a linear layer of zeros, so that all classes are as likely at the start.
+added to that.
 
 Pooling over tokens is a module of its own, so that an encoder can be cut right after it: 384 numbers kept for a text
 in place of 384 for each of its tokens.
@@ -12,76 +10,18 @@ in place of 384 for each of its tokens.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
     "FirstToken",
-    "HeadKind",
     "ImageEncoder",
     "MeanPool",
     "PooledOutput",
-    "ResidualHead",
-    "ResidualMlpHead",
     "TextEncoder",
-    "class_head",
-    "embedding_head",
 ]
-
-
-class ResidualHead(nn.Module):
-    """``x + linear(x)``, the identity until it is trained.
-
-    Args:
-        dim: Width of the embedding.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.linear = _zeros(nn.Linear(dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(x)
-
-
-class ResidualMlpHead(nn.Module):
-    """``x + mlp(x)``, the identity until it is trained.
-
-    Args:
-        dim: Width of the embedding, and of the layer inside.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.layers = _mlp(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
-
-
-def _zeros(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _mlp(dim: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), _zeros(nn.Linear(dim, out)))
-
-
-HeadKind = Literal["linear", "mlp"]
-
-
-def embedding_head(kind: HeadKind, dim: int) -> nn.Module:
-    """From features to an embedding as wide: the identity at first, plus one layer or two."""
-    return ResidualMlpHead(dim) if kind == "mlp" else ResidualHead(dim)
-
-
-def class_head(kind: HeadKind, dim: int, classes: int) -> nn.Module:
-    """From features to class scores, by one layer or two; all scores are nought at first."""
-    return _mlp(dim, classes) if kind == "mlp" else _zeros(nn.Linear(dim, classes))
 
 
 class MeanPool(nn.Module):

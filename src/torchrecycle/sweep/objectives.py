@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecycle.similarity import CosineSoftmax, MultipleNegativesRanking, pair_ranks, r_precision_of_each
+from torchrecycle.similarity.heads import HeadKind, class_head, embedding_head
 from torchrecycle.similarity.losses import LossError, learns_classes, loss_by_name
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.datasets import ClassBatches, PairBatches, two_by_two
-from torchrecycle.sweep.encoders import HeadKind, class_head, embedding_head
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Found
 from torchrecycle.sweep.task import Evaluation, Feed, Objective, Split

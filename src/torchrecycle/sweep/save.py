@@ -19,7 +19,6 @@ import copy
 import errno
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -33,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from torchrecycle.errors import RecycleError
-from torchrecycle.sweep.encoders import FirstToken, MeanPool, PooledOutput, ResidualHead, ResidualMlpHead
+from torchrecycle.similarity.heads import ResidualHead, ResidualMlpHead
+from torchrecycle.similarity.saving import force_to_disk
+from torchrecycle.sweep.encoders import FirstToken, MeanPool, PooledOutput
 from torchrecycle.sweep.environment import now, versions
 from torchrecycle.sweep.objectives import Classify
 from torchrecycle.sweep.task import Task
@@ -335,18 +336,13 @@ def _publish(staging: Path, folder: Path) -> None:
     """Move the files to where they belong. The config goes first and comes last: whoever loads amid is told so."""
     for path in staging.rglob("*"):
         if path.is_file():
-            _force_to_disk(path)
+            force_to_disk(path)
     (folder / CONFIG).unlink(missing_ok=True)
     if (folder / TRUNK).exists():
         shutil.rmtree(folder / TRUNK)
     for name in (MODEL, TRUNK, ABOUT, SCRIPT, CONFIG):
         if (staging / name).exists():
             (staging / name).replace(folder / name)
-
-
-def _force_to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrecycle.sweep.encoders import ResidualHead
+from torchrecycle.similarity.heads import ResidualHead
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Found, Kind, Sample
 
