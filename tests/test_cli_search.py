@@ -154,7 +154,7 @@ def test_what_is_found_is_what_cosines_of_the_pretrained_model_say(emoji, lite0,
     from torchvision import transforms
 
     pictures = sorted(emoji.rglob("*.png"))
-    squeezed = transforms.Compose(
+    squeezed: Any = transforms.Compose(
         [
             transforms.Resize([128, 128], interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.ToTensor(),
@@ -388,8 +388,8 @@ def test_rows_are_written_in_groups_so_that_memory_does_not_grow_with_the_data(f
     works("embed", faq, *options, "--out", tmp_path / "whole.parquet")
     whole = parquet.read_table(tmp_path / "whole.parquet")
     assert grouped["number"].to_pylist() == whole["number"].to_pylist()
-    both = (np.array(table["embedding"].to_pylist()) for table in (grouped, whole))
-    np.testing.assert_allclose(*both, atol=1e-5)
+    first, second = (np.array(table["embedding"].to_pylist()) for table in (grouped, whole))
+    np.testing.assert_allclose(first, second, atol=1e-5)
 
 
 def test_texts_that_are_too_long_to_be_read_are_counted(faq, tmp_path):

@@ -30,6 +30,7 @@ from torchrecycle.similarity.search import (
     IndexFolderError,
     IndexReport,
     OtherModelError,
+    OtherObjectsError,
     SearchError,
     SearchIndex,
     SearchServerError,
@@ -286,6 +287,21 @@ def test_a_key_of_the_users_own_says_what_an_object_is():
         assert made.search(rows[4], k=1)[0].number == 4
 
 
+def test_an_open_index_is_brought_up_to_a_list_as_a_new_one_would_be(folder):
+    model, objects = Embeds(), vectors(12)
+    with index(model, objects[:8], folder) as made:
+        with pytest.raises(OtherObjectsError, match="holds 2 objects that are not among these 10"):
+            made.update(objects[2:])
+        assert made.update(objects[2:], [{"n": n} for n in range(10)], others="remove") == IndexReport(4, 6, 2, 0, 3)
+        assert made.search(objects[5], k=1) == [Found(3, ONE, {"n": 3})]
+        assert len(made) == 10
+        with pytest.raises(SearchError, match="there are no objects"):
+            made.update([], others="remove")
+        changed_weight(model)
+        with pytest.raises(OtherModelError):
+            made.update(objects[2:])
+
+
 # -- adding and removing -----------------------------------------------------------------------------------------------
 
 
@@ -401,6 +417,27 @@ def test_a_closed_index_says_so(folder):
     made.close()
     with pytest.raises(SearchError, match="the index is closed"):
         made.search(vectors(1)[0])
+
+
+def test_a_model_that_was_saved_and_loaded_is_the_same_to_an_index(folder, tmp_path):
+    import timm
+
+    from torchrecycle.similarity import RecycledEncoder, SimilarityModel, SkipConnectionHead
+
+    inner: Any = timm.create_model("test_resnet", num_classes=0)
+    encoder = RecycledEncoder(inner, "layer2", embedding_size=inner.num_features)
+    model = SimilarityModel(encoder, SkipConnectionHead(inner.num_features))
+    images = list(torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    with index(model, images, folder) as made:
+        expected = [one.number for one in made.search(images[2], k=6)]
+    model.save(tmp_path / "model")
+    with SearchIndex.load(SimilarityModel.load(tmp_path / "model"), folder) as made:
+        assert [one.number for one in made.search(images[2], k=6)] == expected
+    torch.manual_seed(1)
+    other = SimilarityModel(encoder, SkipConnectionHead(inner.num_features))
+    nn.init.normal_(next(other.head.parameters()))
+    with pytest.raises(OtherModelError, match="other weights"):
+        SearchIndex.load(other, folder)
 
 
 # -- never another model -----------------------------------------------------------------------------------------------

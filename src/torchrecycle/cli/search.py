@@ -179,22 +179,20 @@ class _Index:
         except OtherModelError as error:
             raise self._of_another_model(embedder) from error
 
-    def make(self, embedder: Embedder, objects: Objects) -> SearchIndex:
-        """Make it, or bring it up to the data.
+    def fill(self, there: SearchIndex | None, embedder: Embedder, objects: Objects) -> SearchIndex:
+        """Bring the index up to the data, or make one.
 
         Raises:
-            OptionError: it holds objects that are not in the data.
+            OptionError: it holds objects that are not in the data, or is of another model.
         """
         from torchrecycle.similarity.search import OtherModelError, OtherObjectsError, index
 
+        payloads, others = _payloads(objects), "remove" if self.prune else "refuse"
         try:
-            return index(
-                embedder,
-                objects.items,
-                payloads=_payloads(objects),
-                others="remove" if self.prune else "refuse",
-                **self._options(embedder),
-            )
+            if there is None:
+                return index(embedder, objects.items, payloads=payloads, others=others, **self._options(embedder))
+            there.update(objects.items, payloads, others=others)
+            return there
         except OtherModelError as error:
             raise self._of_another_model(embedder) from error
         except OtherObjectsError as error:
@@ -269,25 +267,25 @@ def _queries(said: Sequence[str], data: Path) -> list[Any]:
 def _searched(
     place: _Index, embedder: Embedder, objects: Objects, queries: Sequence[Any], k: int, skip_bad: bool
 ) -> tuple[Objects, list[list[Found]], IndexReport]:
-    objects = _whole(place, embedder, objects, skip_bad)
-    with place.make(embedder, objects) as found:
-        assert found.report is not None
-        return objects, found.search_all(queries, k, exact=True), found.report
+    there = place.load(embedder)
+    try:
+        objects = _whole(there, objects, skip_bad)
+        there = place.fill(there, embedder, objects)
+        assert there.report is not None
+        return objects, there.search_all(queries, k, exact=True), there.report
+    finally:
+        if there is not None:
+            there.close()
 
 
-def _whole(place: _Index, embedder: Embedder, objects: Objects, skip_bad: bool) -> Objects:
-    """Without pictures that cannot be decoded; those that the index knows were decoded before."""
+def _whole(there: SearchIndex | None, objects: Objects, skip_bad: bool) -> Objects:
+    """Without pictures that cannot be decoded; those that the index holds were decoded before."""
     from torchrecycle.files.objects import whole_pictures
 
-    known = place.load(embedder)
-    if known is None:
-        there = [False] * len(objects)
-    else:
-        with known:
-            there = known.holds(objects.items)
     if objects.kind == "texts":
         return objects
-    whole = whole_pictures(objects, [n for n, is_there in enumerate(there) if not is_there], skip_bad=skip_bad)
+    held = there.holds(objects.items) if there is not None else [False] * len(objects)
+    whole = whole_pictures(objects, [n for n, is_there in enumerate(held) if not is_there], skip_bad=skip_bad)
     for line in whole.left_out[len(objects.left_out) :]:
         typer.echo(f"  {left_out_line(line)}", err=True)
     return whole

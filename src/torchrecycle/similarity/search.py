@@ -167,15 +167,12 @@ def index(
         SearchPackageError: qdrant-client is not installed.
     """
     known = KnownModel(model, batch_size, identity)
-    items = objects if hasattr(objects, "__len__") and hasattr(objects, "__getitem__") else list(objects)
+    items = _listed(objects)
     if not len(items):
         raise SearchError("there are no objects to index: give one or more")
+    _check_options(others, verify)
     beside = _checked_payloads(payloads, len(items))
     place = Place(None if path is None else Path(path), url, api_key)
-    if others not in ("refuse", "keep", "remove"):
-        raise SearchError(f"others={others!r}: expected 'refuse', 'keep' or 'remove'")
-    if verify < 0:
-        raise SearchError(f"verify={verify}: expected how many objects to encode again, 0 or more")
     made = SearchIndex(known, Collection(place, name), key or _itself)
     try:
         made._check_model()
@@ -188,6 +185,22 @@ def index(
 
 def _itself(obj: Any) -> Any:
     return obj
+
+
+def _listed(objects: Any) -> Any:
+    """Something with a length that is read by number."""
+    return objects if hasattr(objects, "__len__") and hasattr(objects, "__getitem__") else list(objects)
+
+
+def _check_options(others: Others, verify: int) -> None:
+    """
+    Raises:
+        SearchError: one of them cannot be.
+    """
+    if others not in ("refuse", "keep", "remove"):
+        raise SearchError(f"others={others!r}: expected 'refuse', 'keep' or 'remove'")
+    if verify < 0:
+        raise SearchError(f"verify={verify}: expected how many objects to encode again, 0 or more")
 
 
 def _checked_payloads(payloads: Sequence[Mapping[str, Any]] | None, count: int) -> Sequence[Mapping[str, Any]]:
@@ -232,7 +245,7 @@ class SearchIndex:
     May be used by one thread at a time. The model may go on to be trained; then this index refuses to search with it.
 
     Attributes:
-        report: what the last call to `index` or `add` did; None after `load`.
+        report: what the last call to `index`, `update` or `add` did; None after `load`.
         name: of the collection.
         client: Qdrant's own client, for whatever else is to be asked of it.
     """
@@ -356,6 +369,30 @@ class SearchIndex:
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
+    def update(
+        self,
+        objects: Sequence[Any],
+        payloads: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        others: Others = "refuse",
+        verify: int = VERIFIED,
+    ) -> IndexReport:
+        """What `index` does, with an index that is open: make it hold these objects, under their numbers in the list.
+
+        Raises:
+            OtherModelError: the model has changed, or its preprocessing has.
+            OtherObjectsError: it holds objects that are not among these, and ``others`` is ``refuse``.
+            SearchError: see `index`.
+        """
+        _check_options(others, verify)
+        self._opened()
+        self._model.must_be_the_same()
+        items = _listed(objects)
+        if not len(items):
+            raise SearchError("there are no objects to index: give one or more")
+        self.report = self._hold(items, _checked_payloads(payloads, len(items)), others, verify)
+        return self.report
+
     def add(self, objects: Sequence[Any], payloads: Sequence[Mapping[str, Any]] | None = None) -> IndexReport:
         """Put more objects in; those that are there already stay as they are, number and payload included.
 
@@ -367,7 +404,7 @@ class SearchIndex:
         """
         collection = self._opened()
         self._model.must_be_the_same()
-        items = objects if hasattr(objects, "__len__") and hasattr(objects, "__getitem__") else list(objects)
+        items = _listed(objects)
         beside = _checked_payloads(payloads, len(items))
         first = self._ids(items)
         there = collection.payloads(list(first)) if collection.exists else {}
