@@ -746,6 +746,31 @@ def test_losses_and_metrics_are_those_of_the_whole_epoch():
     assert runner.callback_metrics.keys() >= {"train_loss", "validation_loss", "train_rp"}
 
 
+def test_a_metric_of_each_step_is_that_of_its_batch_and_the_epochs_stays_whole():
+    logged = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            logged.append(float(trainer.callback_metrics["train_rp_step"]))
+
+    def see(self, embeddings, targets, **kwargs):
+        if kwargs["stage"] == "train":
+            seen.append((embeddings.detach().clone(), targets["groups"].clone()))
+
+    seen = []
+    metric = AttachedMetric("rp", RetrievalRPrecision(), on_step=True, on_epoch=True)
+    model = a_model(cache=CacheConfig(), metrics=[metric], process_results=see)
+    runner = trainer(1, callbacks=[Look()])
+    fit(model, runner, group_loader())
+    figures = []
+    for embeddings, groups in [*seen, tuple(map(torch.cat, zip(*seen, strict=True)))]:
+        one = RetrievalRPrecision()
+        one.update(embeddings, groups=groups)
+        figures.append(float(one.compute()))
+    assert logged == pytest.approx(figures[:-1])
+    assert float(runner.callback_metrics["train_rp"]) == pytest.approx(figures[-1])
+
+
 def test_a_cross_batch_memory_changes_what_is_learned():
     trained = []
     for xbm in (None, XbmConfig(buffer_size=32, start_iteration=0)):

@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader
 import small
 from torchrecycle.similarity import pair_ranks, r_precision_of_each
 from torchrecycle.similarity.heads import ResidualHead, class_head, embedding_head
+from torchrecycle.similarity.loaders import GroupBatches
 from torchrecycle.similarity.losses import LossError
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.datasets import (
-    ClassBatches,
     PadTexts,
     PairBatches,
     PairTexts,
@@ -890,7 +890,7 @@ def test_heads_of_one_layer_or_two_begin_as_no_head(kind: Any):
 
 def test_batches_by_class_hold_several_objects_of_each_and_every_object_comes():
     labels = [i // 6 for i in range(60)] + [10]
-    batches = ClassBatches(labels, batch_size=16, generator=torch.Generator().manual_seed(0))
+    batches = GroupBatches(labels, batch_size=16, generator=torch.Generator().manual_seed(0))
     seen = set()
     for _ in range(30):
         drawn = list(batches)

@@ -60,10 +60,21 @@ if TYPE_CHECKING:
         TripletLoss,
         XbmError,
     )
-    from torchrecycle.similarity.metrics import PairScores, pair_ranks, pair_scores, r_precision, r_precision_of_each
+    from torchrecycle.similarity.metrics import (
+        Groups,
+        NothingToAskError,
+        Pairs,
+        PairScores,
+        measure,
+        pair_ranks,
+        pair_scores,
+        r_precision,
+        r_precision_of_each,
+    )
     from torchrecycle.similarity.model import DEFAULT_ENCODER_KEY, SimilarityModel
     from torchrecycle.similarity.retrieval import (
         RetrievalMAP,
+        RetrievalMetric,
         RetrievalPrecision,
         RetrievalRecall,
         RetrievalReciprocalRank,
@@ -89,9 +100,9 @@ _ROOMS = {
     "LossError LossTargetsError MultipleNegativesRanking MultipleNegativesRankingLoss OnlineContrastiveLoss "
     "PairwiseLoss "
     "PytorchMetricLearningPairWrapper PytorchMetricLearningWrapper SimilarityLoss SoftmaxLoss TripletLoss XbmError",
-    "metrics": "PairScores pair_ranks pair_scores r_precision r_precision_of_each",
+    "metrics": "Groups NothingToAskError PairScores Pairs measure pair_ranks pair_scores r_precision r_precision_of_each",
     "model": "DEFAULT_ENCODER_KEY SimilarityModel",
-    "retrieval": "RetrievalMAP RetrievalPrecision RetrievalRecall RetrievalReciprocalRank RetrievalRPrecision",
+    "retrieval": "RetrievalMAP RetrievalMetric RetrievalPrecision RetrievalRecall RetrievalReciprocalRank RetrievalRPrecision",
     "samples": "SimilarityGroupSample SimilarityPairSample",
     "search": "SearchIndex index",
     "teaching": "NothingToLearnError",

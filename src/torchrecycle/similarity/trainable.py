@@ -16,8 +16,8 @@ Training itself is Lightning's: `torchrecycle.similarity.fit` puts kept rows in 
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -30,7 +30,6 @@ from torchrecycle.similarity.cache import CacheConfig, CacheError, CacheType
 from torchrecycle.similarity.encoders import Encoder, RecycledEncoder
 from torchrecycle.similarity.heads import EncoderHead
 from torchrecycle.similarity.losses import GroupLoss, SimilarityLoss, XbmError
-from torchrecycle.similarity.metrics import NothingToAskError
 from torchrecycle.similarity.model import DEFAULT_ENCODER_KEY, SimilarityModel
 from torchrecycle.similarity.teaching import NothingToLearnError, teaches
 from torchrecycle.similarity.xbm import XbmBuffer, XbmConfig
@@ -75,6 +74,10 @@ class TrainableModel(pl.LightningModule):
         xbm = self.configure_xbm()
         if xbm is not None:
             _refuse_memory(self._loss)
+        measured = (one.metric for metrics in self._metrics_of.values() for one in metrics)
+        self._measured = torch.nn.ModuleList(
+            one for one in measured if isinstance(one, torch.nn.Module)
+        )  # they move along
         self._xbm_config = xbm
         self._xbm_buffer = None if xbm is None else XbmBuffer(xbm, self._model.head.output_size)
         self._train_loss: list[Tensor] = []
@@ -207,13 +210,14 @@ class TrainableModel(pl.LightningModule):
     def _measure(self, metric: Any, embeddings: Tensor, targets: dict[str, Any], stage: TrainStage) -> None:
         if not metric.is_for(stage):
             return
-        metric.update(embeddings, **targets)
-        if metric.on_step and stage is TrainStage.TRAIN:
-            now = copy.deepcopy(metric.metric)
-            now.reset()
-            now.update(embeddings, **targets)
-            with contextlib.suppress(NothingToAskError):  # a batch of strangers
-                self.log(f"{stage}_{metric.name}_step", now.compute(), **self._options_of(metric))
+        if not (metric.on_step and stage is TrainStage.TRAIN):
+            metric.update(embeddings, **targets)
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a batch of strangers asks nothing: its figure is NaN
+            figure = metric(embeddings, **targets)
+        if bool(torch.as_tensor(figure).isfinite().all()):
+            self.log(f"{stage}_{metric.name}_step", figure, **self._options_of(metric))
 
     def _options_of(self, metric: Any) -> dict[str, Any]:
         options = metric.log_options

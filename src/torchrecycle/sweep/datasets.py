@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 __all__ = [
-    "ClassBatches",
     "PadTexts",
     "PairBatches",
     "PairTexts",
@@ -190,43 +189,6 @@ class PadTexts:
             return torch.stack(tensors)
         fill = self.padding if name == "input_ids" else 0
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
-
-
-class ClassBatches(Sampler[list[int]]):
-    """Batches in which each class has several objects: what losses that compare objects with each other live on.
-
-    A class with fewer objects gives some of them again. As many batches as plain ones would be; of a class that is
-    large, an epoch sees some.
-
-    Args:
-        labels: The class of each object.
-        batch_size: Objects in a step, at most: so many whole classes as fit, two at least.
-        each: Objects of a class in a batch.
-        generator: Draws classes and objects, anew for each iteration; the global one if none is given.
-    """
-
-    def __init__(
-        self, labels: Sequence[int], *, batch_size: int, each: int = 4, generator: torch.Generator | None = None
-    ) -> None:
-        self.members: dict[int, list[int]] = {}
-        for index, label in enumerate(labels):
-            self.members.setdefault(label, []).append(index)
-        self.classes = min(len(self.members), max(2, batch_size // each))
-        self.each, self.generator = each, generator
-        self.batches = max(1, round(len(labels) / (self.classes * each)))
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        members = list(self.members.values())
-        for _ in range(self.batches):
-            chosen = torch.randperm(len(members), generator=self.generator)[: self.classes]
-            yield [index for label in chosen.tolist() for index in self._some_of(members[label])]
-
-    def _some_of(self, members: Sequence[int]) -> list[int]:
-        order = torch.randperm(len(members), generator=self.generator).tolist()
-        return [members[order[n % len(order)]] for n in range(self.each)]
 
 
 class PairBatches(Sampler[list[int]]):

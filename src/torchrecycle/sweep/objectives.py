@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from torchrecycle.similarity import CosineSoftmax, MultipleNegativesRanking, pair_ranks, r_precision_of_each
 from torchrecycle.similarity.heads import HeadKind, class_head, embedding_head
+from torchrecycle.similarity.loaders import GroupBatches
 from torchrecycle.similarity.losses import LossError, learns_classes, loss_by_name
 from torchrecycle.similarity.metrics import NotFiniteError
-from torchrecycle.sweep.datasets import ClassBatches, PairBatches, two_by_two
+from torchrecycle.sweep.datasets import PairBatches, two_by_two
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Found
 from torchrecycle.sweep.task import Evaluation, Feed, Objective, Split
@@ -163,7 +164,7 @@ class Similar(Objective):
 
     def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
         if self.compares:
-            batches = ClassBatches(split.labels, batch_size=recipe.batch_size, generator=generator)
+            batches = GroupBatches(split.labels, batch_size=recipe.batch_size, generator=generator)
             return {"batch_sampler": batches}
         return super().loader_arguments(split, recipe, generator)
 
