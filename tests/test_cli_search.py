@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 
 import small  # noqa: F401  (one thread)
 from qdrant_server import qdrant_server
+from test_cli_sweep import small_disk  # noqa: F401  (a fixture)
 from torchrecycle.cli import app
 from torchrecycle.demo.emoji import PREPROCESSING, draw, toned_classes
 from torchrecycle.demo.faq import load_pairs
@@ -732,6 +733,31 @@ def test_an_index_that_is_open_elsewhere_is_named(emoji, tmp_path):
     options = ("--query", first_of(emoji), "--out", tmp_path / "page.html", "--index", tmp_path / "index")
     assert "is open in another process" in last_line("search", emoji, *SMALLEST, *options)
     client.close()
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do_and_with_room_it_goes_on(
+    faq,
+    tmp_path,
+    small_disk: Callable[[str], Path],  # noqa: F811
+):
+    place = small_disk("400k") / "index"
+    options = ("--text", "question", "--model", MINILM, "--tokens", 16, "--query", "a", "--out", tmp_path / "page.html")
+    line = last_line("search", _repeated(faq, tmp_path), *options, "--index", place)
+    assert f"the index {place} cannot be read or written: database or disk is full. Make room. Kept: what was" in line
+    small_disk("20m")
+    result = works("search", tmp_path / "many.jsonl", *options, "--index", place)
+    kept = re.search(r"(\d+) texts there already", result.stderr)
+    assert kept is not None
+    assert int(kept[1]) > 0
+
+
+def _repeated(faq: Path, folder: Path) -> Path:
+    """Four times as many texts, each another."""
+    rows = [json.loads(line) for line in faq.read_text().splitlines()]
+    more = [{"question": f"{row['question']} {n}"} for n in range(4) for row in rows]
+    path = folder / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in more))
+    return path
 
 
 def test_a_page_of_somebody_else_is_not_written_over(emoji, tmp_path):
