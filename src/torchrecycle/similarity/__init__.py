@@ -81,7 +81,16 @@ if TYPE_CHECKING:
         RetrievalRPrecision,
     )
     from torchrecycle.similarity.samples import SimilarityGroupSample, SimilarityPairSample
-    from torchrecycle.similarity.search import SearchIndex, index
+    from torchrecycle.similarity.search import (
+        Found,
+        IndexReport,
+        MissingIndexError,
+        OtherModelError,
+        OtherObjectsError,
+        SearchError,
+        SearchIndex,
+        index,
+    )
     from torchrecycle.similarity.teaching import NothingToLearnError
     from torchrecycle.similarity.trainable import TrainableModel, TrainStage
     from torchrecycle.similarity.xbm import XbmBuffer, XbmConfig, XbmDevice
@@ -100,11 +109,13 @@ _ROOMS = {
     "LossError LossTargetsError MultipleNegativesRanking MultipleNegativesRankingLoss OnlineContrastiveLoss "
     "PairwiseLoss "
     "PytorchMetricLearningPairWrapper PytorchMetricLearningWrapper SimilarityLoss SoftmaxLoss TripletLoss XbmError",
-    "metrics": "Groups NothingToAskError PairScores Pairs measure pair_ranks pair_scores r_precision r_precision_of_each",
+    "metrics": "Groups NothingToAskError PairScores Pairs measure pair_ranks pair_scores r_precision "
+    "r_precision_of_each",
     "model": "DEFAULT_ENCODER_KEY SimilarityModel",
-    "retrieval": "RetrievalMAP RetrievalMetric RetrievalPrecision RetrievalRecall RetrievalReciprocalRank RetrievalRPrecision",
+    "retrieval": "RetrievalMAP RetrievalMetric RetrievalPrecision RetrievalRecall RetrievalReciprocalRank "
+    "RetrievalRPrecision",
     "samples": "SimilarityGroupSample SimilarityPairSample",
-    "search": "SearchIndex index",
+    "search": "Found IndexReport MissingIndexError OtherModelError OtherObjectsError SearchError SearchIndex index",
     "teaching": "NothingToLearnError",
     "trainable": "TrainStage TrainableModel",
     "xbm": "XbmBuffer XbmConfig XbmDevice",
