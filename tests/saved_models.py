@@ -125,11 +125,11 @@ class Everything(nn.Module):
         return self.make(x.shape[-1])(self.kind()(self.norm(self.kept_out(x))))
 
 
-class WithConfig(nn.Module):
+class WithConfig(EncoderHead):
     """Holds a function that nothing can write, and says how to make it again."""
 
     def __init__(self, dim: int, power: float = 2.0) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.layer = nn.Linear(dim, dim)
         self.power = power
         self.act = lambda x: x.abs() ** power
@@ -137,8 +137,12 @@ class WithConfig(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         return {"dim": self.layer.in_features, "power": self.power}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.layer(x))
+    @property
+    def output_size(self) -> int:
+        return self.layer.out_features
+
+    def transform(self, input_vectors: Tensor) -> Tensor:
+        return self.act(self.layer(input_vectors))
 
 
 class ForgetfulConfig(WithConfig):
@@ -149,8 +153,23 @@ class ForgetfulConfig(WithConfig):
         self.act = F.relu
         self.scale = scale
 
+    def transform(self, input_vectors: Tensor) -> Tensor:
+        return super().transform(input_vectors) * self.scale
+
+
+class ConfigOfAnother(nn.Module):
+    """Has a method of that name for another library, whose constructor is not for us to call."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        Path(path).write_text("called")
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {"path": "called.txt"}
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
+        return self.layer(x)
 
 
 class Recurrent(nn.Module):

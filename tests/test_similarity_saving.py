@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import json
 import math
 import os
@@ -318,6 +320,10 @@ def test_views_of_one_memory_are_written_once_or_in_part(tmp_path):
 # -- what cannot be saved is said --------------------------------------------------------------------------------------
 
 
+def local(x: Any, *rest: Any) -> Any:
+    return x
+
+
 class Holds(nn.Module):
     """Holds one thing."""
 
@@ -327,10 +333,6 @@ class Holds(nn.Module):
         self.inner.things = {"a": [1, thing]}
 
 
-def local(x):
-    return x
-
-
 @pytest.mark.parametrize(
     ("thing", "words"),
     [
@@ -338,7 +340,8 @@ def local(x):
         (iter([]), "a list_iterator, without pickle"),
         (threading.Lock(), "a _thread.lock, without pickle"),
         (os.system, r"the function posix.system: it comes from posix"),
-        (torch.load, r"the function torch.serialization.load: it comes from torch"),
+        (torch.load, r"the function torch.serialization.load: of torch only functions of tensors are named by a file"),
+        (nn.Linear(1, 1).register_forward_hook(local), r"a torch\.utils\.hooks\.RemovableHandle: it takes a hook off"),
         (subprocess.Popen, r"the class subprocess.Popen: it is no class of modules"),
         (torch.Generator(), r"a torch\.?.*Generator, without pickle"),
         ("text".upper, "the function None.str.upper"),
@@ -346,7 +349,8 @@ def local(x):
 )
 def test_what_cannot_be_written_is_named_with_its_place_and_the_way_out(thing, words, tmp_path):
     with pytest.raises(
-        DescriptionError, match=rf"cannot save inner\.things\['a'\]\[1\], {words}.*get_config_dict.*save\(path\)"
+        DescriptionError,
+        match=rf"cannot save inner\.things\['a'\]\[1\] of a Module, {words}.*get_config_dict.*save\(path\)",
     ):
         save_module(Holds(thing), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -483,6 +487,10 @@ MARK = "touched"
         {"$partial": [{"$function": "torch.hub:load"}, ["somebody/theirs"], {"trust_repo": True}]},
         {"$partial": [{"$class": "sentence_transformers:SentenceTransformer"}, ["x"], {"trust_remote_code": True}]},
         {"$partial": [{"$method": ["", "load_state_dict"]}, [], {}]},
+        {"$partial": [{"$function": "torch.utils.checkpoint:checkpoint"}, [{"$function": SPY}], {}]},
+        {"$partial": [{"$function": "torch.nn.functional:relu"}, [{"$module": ""}], {}]},
+        {"$partial": [{"$function": "builtins:max"}, [["x"]], {"key": {"$class": "saved_models:ConfigOfAnother"}}]},
+        {"$partial": [{"$class": "timm.layers.mlp:Mlp"}, [{"$class": "saved_models:ConfigOfAnother"}], {}]},
         {"$class": "subprocess:Popen"},
         {"$object": ["subprocess:Popen", {"args": "x"}]},
         {"$object": ["tempfile:TemporaryDirectory", {"name": "/"}]},
@@ -532,7 +540,22 @@ def test_hooks_internals_and_constructors_cannot_be_given_by_a_file(tmp_path):
     def constructed(about: dict[str, Any]) -> None:
         about["modules"][""] |= {"config": {"in_features": 2, "out_features": 2}, "training": {"": True}}
 
-    refused(tmp_path / "third", constructed, "has no get_config_dict, and only with one is a class constructed")
+    refused(tmp_path / "third", constructed, "is no class whose constructor a file may call")
+
+
+def test_a_constructor_is_called_only_of_classes_that_derive_from_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = saved_models.ConfigOfAnother("made.txt")
+    save_module(model, tmp_path / "model")
+    assert "config" not in about_of(tmp_path / "model")["modules"][""]
+    x = torch.randn(2, 8)
+    assert torch.equal(load_module(tmp_path / "model")(x), model(x))
+
+    def constructed(about: dict[str, Any]) -> None:
+        about["modules"][""] |= {"config": {"path": "called.txt"}, "training": {"": True}}
+
+    refused(tmp_path / "model", constructed, "is no class whose constructor a file may call")
+    assert not (tmp_path / "called.txt").exists()
 
 
 def test_a_deep_description_and_one_that_is_no_description_are_errors_in_words(tmp_path):
@@ -685,6 +708,13 @@ def test_a_module_of_another_class_than_expected_is_refused(saved):
     assert isinstance(load_module(folder), SequentialHead)
 
 
+@pytest.mark.parametrize("room", ["names", "description", "model", "heads.encoder_head"])
+def test_the_examples_of_the_rooms_run(room):
+    done = doctest.testmod(importlib.import_module(f"torchrecycle.similarity.{room}"))
+    assert done.attempted
+    assert not done.failed
+
+
 def test_errors_are_builtins_too():
     assert issubclass(ModelFolderError, OSError)
     assert issubclass(DescriptionError, TypeError)
@@ -713,6 +743,15 @@ def test_an_empty_folder_and_a_saved_model_are_replaced_and_nothing_else_is(save
     with pytest.raises(ModelFolderError, match="is a file"):
         save_module(nn.ReLU(), tmp_path / "file")
     assert siblings(folder) == ["empty", "file", "photos"]
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "", tmp_path, tmp_path.parent):
+        with pytest.raises(ModelFolderError, match=r"is or holds the current folder.*give one inside of it"):
+            save_module(nn.ReLU(), folder)
+    save_module(nn.ReLU(), "model")
+    assert isinstance(load_module("model"), nn.ReLU)
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):

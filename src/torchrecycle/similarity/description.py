@@ -5,9 +5,9 @@ description holds class, attributes and children, and the names of its tensors, 
 is a module of the same classes that gives the same outputs to the bit. No pickle, and no constructor is called: what
 it was given (a function, an open file, a path that was valid there) is not known any more when a module is saved.
 
-So a module comes back as it does from `copy.deepcopy`: an empty object of its class, whose attributes are set. A class
-that has a ``get_config_dict`` is made by its constructor instead, if that gives the same module: then its inside may
-change in a later version, and what is saved stays readable.
+So a module comes back as it does from `copy.deepcopy`: an empty object of its class, whose attributes are set. A head,
+or an encoder that has a ``get_config_dict``, is made by its constructor instead, if that gives the same module: then
+its inside may change in a later version, and what is saved stays readable.
 
 Values are written as they are if JSON knows them (None, bool, int, finite float, str, list, dict with plain keys), and
 as ``{"$tuple": [...]}``, ``{"$dtype": "float32"}``, ``{"$module": "layers.0"}`` if not. What is held in several places,
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.torch_version import TorchVersion
+from torch.utils.hooks import RemovableHandle
 
 from torchrecycle.errors import RecycleError, RecycleWarning
 from torchrecycle.similarity import names
@@ -205,7 +206,7 @@ class _Writer:
 
     def _by_config(self, path: str, module: nn.Module) -> dict[str, Any] | None:
         """The entry of a module that its constructor makes again, children included; None if it does not."""
-        if not callable(getattr(type(module), "get_config_dict", None)):
+        if not names.is_constructed(type(module)):
             return None
         inside = dict(module.named_modules(remove_duplicate=False))
         if any(self.paths[id(each)] != join(path, name) for name, each in inside.items()):
@@ -320,6 +321,9 @@ class _Writer:
 
     def _object(self, value: Any, where: str) -> Any:
         kind = type(value)
+        if isinstance(value, RemovableHandle):
+            why = "it takes a hook off, and hooks are not saved: call its remove() (transformers' "
+            raise self._refused(value, where, f"{why}gradient_checkpointing_disable() does)")
         if names.is_pretrained(kind):
             self.pretrained.append(value)
             return self._remember(value, {"$pretrained": len(self.pretrained) - 1})
@@ -329,20 +333,13 @@ class _Writer:
             state = {name: self.value(each, f"{where}.{name}") for name, each in _attributes(value)}
             node["$object"] = [name, state]
             return node
-        if names.comes_from_dict(kind, self.packages):
-            given = value.to_dict()
-            again: Any = kind.from_dict(given)  # pyright: ignore[reportAttributeAccessIssue]
-            if type(again) is kind and again.to_dict() == given:
-                node = self._remember(value, {})
-                node["$from_dict"] = [self._named(kind, where), self.value(given, f"{where}.to_dict()")]
-                return node
-            raise self._refused(value, where, "from_dict(to_dict()) does not give it again")
         raise self._refused(value, where)
 
     def _partial(self, value: functools.partial[Any], where: str) -> Any:
         func = value.func
         name = _safe_name(func)
-        if name is None or not names.may_be_partial(name, func):
+        safe = name is not None and names.may_be_partial(name, func)
+        if not safe or not names.may_be_argument([list(value.args), value.keywords]):
             why = "only layers of torch, torchvision and timm and functions of tensors may be given arguments by a file"
             raise self._refused(value, where, why)
         inner = [self.value(list(value.args), f"{where}.args"), self.value(dict(value.keywords), f"{where}.keywords")]
@@ -356,7 +353,12 @@ class _Writer:
     def _function(self, value: Any, where: str) -> str:
         name = self._named(value, where)
         if not names.may_name_function(name, value, self.packages):
-            why = f"it comes from {names.package_of(value) or 'outside'}, and so does none of the model's own modules"
+            package = names.package_of(value) or "outside"
+            why = (
+                f"of {package} only functions of tensors are named by a file"
+                if package in names.LARGE
+                else f"it comes from {package}, and so does none of the model's own modules"
+            )
             raise self._refused(value, where, why)
         return name
 
@@ -397,9 +399,9 @@ class _Writer:
     def _refused(self, value: Any, where: str, why: str = "") -> DescriptionError:
         title = _title(value)
         return DescriptionError(
-            f"cannot save {where}, {title}{f': {why}' if why else ', without pickle'}. Give {self._owner} a "
-            "get_config_dict() that returns the arguments of its constructor, or methods save(path) and load(path) to "
-            "the encoder or head that it is part of"
+            f"cannot save {where} of a {self._owner}, {title}{f': {why}' if why else ', without pickle'}. Give the "
+            "encoder or head that it is part of a get_config_dict() that returns the arguments of its constructor, or "
+            "a save(path) and load(path) of its own"
         )
 
     # -- tensors

@@ -7,8 +7,10 @@ comes from somewhere, so what it names is imported and then looked at, and never
 - a function must do nothing but arithmetic (those of `torch.nn.functional`, of ``timm.layers``, of `math`), or be
   defined in a package that one of the model's own modules comes from;
 - what is called with arguments that the file gives, a `functools.partial`, must be of the first kind, or a layer of
-  torch, torchvision or timm: ``partial(torch.hub.load, "somebody/theirs")`` as an activation would run their code at
-  the first forward.
+  torch, torchvision or timm, and so must its arguments: ``partial(torch.hub.load, "somebody/theirs")`` as an activation
+  would run their code at the first forward;
+- a constructor is called only of a class that derives from one of torchrecycle's and has a ``get_config_dict``: there
+  are libraries whose modules have a method of that name, and load what their constructor is told.
 
 Importing runs the top level of a module that is installed here. It is the one thing that a file can cause to run.
 """
@@ -32,7 +34,22 @@ from torch import nn
 
 from torchrecycle.errors import RecycleError
 
-__all__ = ["NameRefusedError", "find", "name_of", "package_of", "why_only_here"]
+__all__ = [
+    "LARGE",
+    "NameRefusedError",
+    "find",
+    "is_constructed",
+    "is_layer",
+    "is_plain",
+    "is_pretrained",
+    "may_be_argument",
+    "may_be_partial",
+    "may_name_class",
+    "may_name_function",
+    "name_of",
+    "package_of",
+    "why_only_here",
+]
 
 
 class NameRefusedError(RecycleError, ValueError):
@@ -158,9 +175,15 @@ _ARITHMETIC = {
     },
     "torch.utils.checkpoint": {"checkpoint"},
 }
-_ARITHMETIC_ROOMS = ("timm.layers", "torchvision.ops", "transformers.activations", "transformers.pytorch_utils")
+_ARITHMETIC_ROOMS = (
+    "timm.layers",
+    "timm.data.auto_augment",
+    "torchvision.ops",
+    "transformers.activations",
+    "transformers.pytorch_utils",
+)
 _LAYER_ROOMS = ("torch.nn", "torchvision.ops", "torchvision.models", "timm.layers", "timm.models")
-_LARGE = frozenset({"builtins", "torch", "torchvision", "timm", "transformers"})
+LARGE = frozenset({"builtins", "torch", "torchvision", "timm", "transformers"})
 """Packages of which only the functions above may be named: others of theirs load and download."""
 _PLAIN_ROOMS = (
     "torchvision.transforms",
@@ -192,9 +215,7 @@ def may_name_function(name: str, thing: Any, packages: Set[str]) -> bool:
         return True
     place = name.partition(":")[0]
     # Only where it is defined: else a module that imports `os.system` would lend its name to it.
-    return (
-        isinstance(thing, types.FunctionType) and thing.__module__ == place and package_of(thing) in packages - _LARGE
-    )
+    return isinstance(thing, types.FunctionType) and thing.__module__ == place and package_of(thing) in packages - LARGE
 
 
 def may_be_partial(name: str, thing: Any) -> bool:
@@ -202,12 +223,38 @@ def may_be_partial(name: str, thing: Any) -> bool:
     return is_arithmetic(name, thing) or (is_layer(thing) and _is_within(thing.__module__, _LAYER_ROOMS))
 
 
+def may_be_argument(value: Any) -> bool:
+    """Whether it may be an argument in a partial: what is called in there is as harmless as what calls it."""
+    if isinstance(value, functools.partial):
+        return may_be_argument([value.func, *value.args, *value.keywords.values()])
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(may_be_argument, value))
+    if isinstance(value, dict):
+        return all(map(may_be_argument, [*value, *value.values()]))
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        try:
+            return may_be_partial(name_of(value), value)
+        except NameRefusedError:
+            return False
+    return not callable(value)
+
+
+def is_constructed(thing: type) -> bool:
+    """Whether a module of a class is made by its constructor, with what its ``get_config_dict`` has said."""
+    ours = any(package_of(base) == "torchrecycle" for base in thing.__mro__)
+    return ours and is_layer(thing) and callable(getattr(thing, "get_config_dict", None))
+
+
 def is_arithmetic(name: str, thing: Any) -> bool:
     """Whether it is a function of numbers and tensors, which reads and writes nothing."""
     place, _, word = name.partition(":")
     if place in _ARITHMETIC:
         return word in _ARITHMETIC[place]
-    if not isinstance(thing, (types.FunctionType, types.BuiltinFunctionType)) or word.startswith("_"):
+    if not isinstance(thing, (types.FunctionType, types.BuiltinFunctionType)):
+        return False
+    if _is_within(place, _ARITHMETIC_ROOMS):
+        return thing.__module__ == place
+    if word.startswith("_"):
         return False
     if place == "torch":
         # from_file opens a file, and makes one where there is none
@@ -216,9 +263,9 @@ def is_arithmetic(name: str, thing: Any) -> bool:
     if place in ("torch.nn.functional", "torch.nn.init"):
         own = (place, "torch._jit_internal") if isinstance(thing, types.FunctionType) else ("torch", "torch._C._nn")
         return thing.__module__ in own
-    if place in ("torch.special", "torch.fft", "torch.linalg", "math"):
-        return isinstance(thing, types.BuiltinFunctionType)
-    return thing.__module__ == place and _is_within(place, _ARITHMETIC_ROOMS)
+    return place in ("torch.special", "torch.fft", "torch.linalg", "math") and isinstance(
+        thing, types.BuiltinFunctionType
+    )
 
 
 def is_plain(thing: type, packages: Set[str]) -> bool:
@@ -226,11 +273,11 @@ def is_plain(thing: type, packages: Set[str]) -> bool:
     is defined with the model and says nothing to pickle."""
     if thing in (argparse.Namespace, types.SimpleNamespace) or _is_within(thing.__module__, _PLAIN_ROOMS):
         return True
-    if issubclass(thing, (nn.Module, torch.Tensor)) or package_of(thing) not in packages | _LARGE | {"torchrecycle"}:
+    if issubclass(thing, (nn.Module, torch.Tensor)) or package_of(thing) not in packages | LARGE | {"torchrecycle"}:
         return False
     if dataclasses.is_dataclass(thing) or _is_transformers(thing, "PreTrainedConfig", "GenerationConfig"):
         return True
-    return package_of(thing) in packages - _LARGE and not any(_is_special(base) for base in thing.__mro__)
+    return package_of(thing) in packages - LARGE and not any(_is_special(base) for base in thing.__mro__)
 
 
 def _is_special(kind: type) -> bool:
@@ -244,13 +291,6 @@ def is_pretrained(thing: type) -> bool:
     processors of images and sounds."""
     names = ("PreTrainedTokenizerBase", "ImageProcessingMixin", "FeatureExtractionMixin", "ProcessorMixin")
     return _is_transformers(thing, *names)
-
-
-def comes_from_dict(thing: type, packages: Set[str]) -> bool:
-    """Whether objects of a class are written and read by ``to_dict`` and ``from_dict``, in one of the model's own
-    packages."""
-    both = callable(getattr(thing, "to_dict", None)) and callable(getattr(thing, "from_dict", None))
-    return both and package_of(thing) in packages - _LARGE
 
 
 @functools.lru_cache(maxsize=512)

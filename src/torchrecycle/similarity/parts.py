@@ -3,6 +3,9 @@
 A `SimilarityModel` of a picture and a text encoder is ``encoders/picture/``, ``encoders/text/``, ``head/`` and a
 ``model.json`` that says of which class each is. So a class that keeps files of its own, a vocabulary or the folder of a
 transformer, is asked to write and to read them; what has no such methods is written by `save_module`.
+
+Which class that is, ``model.json`` says; it must be one of encoders or heads. What such a method does with its files is
+its own affair: one that unpickles them trusts whoever wrote them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Whoever wrote the description may be a stranger, so nothing in it is called. Classes and functions are found by name and
 must be of the kinds that `torchrecycle.similarity.names` lets pass; a module is an empty object of its class whose
 attributes are set. Code of the classes themselves runs where pickle would run it too: ``__setstate__``, and the
-constructor of a class that has a ``get_config_dict``.
+constructor of a class that derives from torchrecycle's and has a ``get_config_dict``.
 """
 
 from __future__ import annotations
@@ -87,8 +87,11 @@ class _Reader:
     def _construct(self, path: str, entry: Mapping[str, Any]) -> None:
         """Let a constructor make a module, and give it the tensors."""
         kind = self.classes[path]
-        if not callable(getattr(kind, "get_config_dict", None)):
-            raise NameRefusedError(f"{entry['class']} has no get_config_dict, and only with one is a class constructed")
+        if not names.is_constructed(kind):
+            raise NameRefusedError(
+                f"{entry['class']} is no class whose constructor a file may call: those derive from torchrecycle's "
+                "Encoder or EncoderHead, and have a get_config_dict"
+            )
         with torch.random.fork_rng(devices=[]):
             module = kind(**{name: self.value(value) for name, value in entry["config"].items()})
         self.modules |= {join(path, name): each for name, each in module.named_modules()}
@@ -208,7 +211,10 @@ class _Reader:
         func = names.find(name)
         if not names.may_be_partial(name, func):
             raise NameRefusedError(f"{name} is no layer or function that a saved model may give arguments")
-        return functools.partial(func, *self.value(inner[1]), **self.value(inner[2]))
+        args, keywords = self.value(inner[1]), self.value(inner[2])
+        if not names.may_be_argument([args, keywords]):
+            raise NameRefusedError(f"{name} is given what a file may not give to a layer or function")
+        return functools.partial(func, *args, **keywords)
 
     def _method(self, path: str, name: str) -> types.MethodType:
         found = None if name.startswith("__") else getattr(self.modules[path], name, None)
@@ -240,12 +246,6 @@ class _Reader:
             else:
                 vars(out)[name] = self.value(value)
         return out
-
-    def _from_dict(self, inner: Any) -> Any:
-        kind: Any = names.find(inner[0])
-        if not isinstance(kind, type) or not names.comes_from_dict(kind, self.packages):
-            raise NameRefusedError(f"{inner[0]} is no class of the model's own packages with to_dict and from_dict")
-        return kind.from_dict(self.value(inner[1]))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _pretrained_of(self, index: int) -> Any:
         if index not in self._pretrained:
@@ -290,7 +290,6 @@ _READ: dict[str, Callable[[_Reader, Any, int | None], Any]] = {
     "$path": lambda reader, inner, number: Path(inner),
     "$namedtuple": lambda reader, inner, number: reader._namedtuple(inner),
     "$object": lambda reader, inner, number: reader._object(inner, number),
-    "$from_dict": lambda reader, inner, number: reader._from_dict(inner),
     "$pretrained": lambda reader, inner, number: reader._pretrained_of(inner),
 }
 

@@ -12,7 +12,8 @@ weights of another training would fit, and give other embeddings without a word.
 
 A folder appears under its name when it is whole. One that holds a saved module is replaced, another one is refused;
 between two renames there is none under that name, and should the process end right there, the message of `load_module`
-says where both are. Only one process may save into a folder at once.
+says where the one from before is. A save that is killed leaves a folder ``.NAME.saving-...`` beside it, which may be
+deleted. Only one process may save into a folder at once.
 """
 
 from __future__ import annotations
@@ -289,6 +290,10 @@ def new_folder(folder: str | os.PathLike[str], *, about: str, kind: str, known: 
         ModelFolderError: there is something else, or it cannot be written.
     """
     path = Path(os.path.realpath(folder))
+    if Path.cwd().is_relative_to(path):
+        raise ModelFolderError(
+            f"{path} is or holds the current folder, which is not to be replaced: give one inside of it"
+        )
     _must_be_free(path, about, kind, known)
     staging = path.with_name(f".{path.name}.saving-{secrets.token_hex(4)}")
     try:
@@ -301,7 +306,8 @@ def new_folder(folder: str | os.PathLike[str], *, about: str, kind: str, known: 
     except OSError as error:
         if isinstance(error, RecycleError):
             raise
-        raise ModelFolderError(f"cannot save in {folder}: {error.strerror or error}") from error
+        inside = ". Give a folder inside of it" if path.is_dir() else ""  # a mounted one cannot be renamed
+        raise ModelFolderError(f"cannot save in {folder}: {error.strerror or error}{inside}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # is gone if all went well
 
