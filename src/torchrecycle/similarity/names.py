@@ -125,7 +125,7 @@ def find(name: str) -> Any:
         )
     try:
         found: Any = importlib.import_module(place)
-    except Exception as error:  # a package may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a module may raise anything while it is imported, and a script ends
         raise NameRefusedError(f"{place} cannot be imported ({type(error).__name__}: {error})") from error
     for word in words.split("."):
         if isinstance(found, types.ModuleType) and found.__name__ != place:
