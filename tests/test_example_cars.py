@@ -78,10 +78,10 @@ def test_the_example_trains_evaluates_and_saves_a_model_that_loads(run, example,
     objects = [transform(picture.image()) for picture in found[:2]]
     loaded = SimilarityModel.load("servable")
     assert loaded.encode(objects).shape == (2, 512)
-    learned, begun = (dict(each.named_parameters()) for each in (loaded.encoders["default"].model, trunk.module))
+    learned = dict(loaded.encoders["default"].get_submodule("model").named_parameters())
     torch.manual_seed(0)
-    again = dict(example.load_trunk("torchvision/resnet18", "images", size=48).module.named_parameters())
-    moved = {name.partition(".")[0] for name, value in learned.items() if not torch.equal(value, again[name])}
+    begun = dict(example.load_trunk("torchvision/resnet18", "images", size=48).module.named_parameters())
+    moved = {name.partition(".")[0] for name, value in learned.items() if not torch.equal(value, begun[name])}
     assert moved == {"layer4"}
     assert learned.keys() == begun.keys()
 
