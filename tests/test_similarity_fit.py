@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -220,6 +222,17 @@ def test_without_a_folder_rows_last_as_long_as_the_model():
     RAN.clear()
     fit(model, trainer(1), group_loader())
     assert RAN["vectors"] <= once - 40
+
+
+def test_rows_in_memory_end_with_the_model_and_stay_out_of_its_copies():
+    model = a_model(cache=CacheConfig())
+    fit(model, trainer(1), group_loader())
+    assert copy.deepcopy(model).rows_in_memory is None
+    store = weakref.ref(model.rows_in_memory)
+    assert len(store().fingerprints()) == 1
+    del model
+    gc.collect()
+    assert store() is None
 
 
 def test_data_that_grew_are_computed_where_they_are_new(tmp_path):

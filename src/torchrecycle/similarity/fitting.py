@@ -28,6 +28,7 @@ from torchrecycle.similarity.loaders import (
 from torchrecycle.similarity.losses import GroupLoss, PairwiseLoss
 from torchrecycle.similarity.stages import EncoderStage, StageRows
 from torchrecycle.similarity.trainable import TrainableModel, TrainStage
+from torchrecycle.store import open_store
 
 __all__ = ["EpochEnd", "Quaterion", "evaluate", "fit"]
 
@@ -199,7 +200,9 @@ def _attach(
 def _store_of(trainable: TrainableModel, config: CacheConfig | None) -> Any:
     if config is not None and config.save_dir is not None:
         return config.save_dir
-    return trainable.__dict__.setdefault("_memory", f"memory://similarity-{secrets.token_hex(8)}")
+    if trainable.rows_in_memory is None:
+        trainable.__dict__["rows_in_memory"] = open_store("memory://")  # ends with the model, as a named one would not
+    return trainable.rows_in_memory
 
 
 def _loader(

@@ -80,6 +80,8 @@ class TrainableModel(pl.LightningModule):
         )  # they move along
         self._xbm_config = xbm
         self._xbm_buffer = None if xbm is None else XbmBuffer(xbm, self._model.head.output_size)
+        self.rows_in_memory: Any = None
+        """The store of rows that are kept nowhere else; made by `fit`."""
         self._train_loss: list[Tensor] = []
         self._taught = False
 
@@ -90,6 +92,9 @@ class TrainableModel(pl.LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rows_in_memory": None}  # a copy fills anew
 
     # -- what a user says ----------------------------------------------------------------------------------------------
 
