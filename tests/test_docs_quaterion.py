@@ -159,7 +159,7 @@ def test_the_articles_class_is_trained_on_rows_of_each_photo(ran):
 def test_a_metric_is_logged_under_the_name_that_the_page_says(ran):
     assert ran.names["faq"].model.head.output_size == 32
     logged = set(ran.names["trainer"].callback_metrics)
-    assert logged >= {"validation_RetrievalPrecision", "train_RetrievalReciprocalRank", "train_loss", "validation_loss"}
+    assert logged >= {"RetrievalPrecision_validation", "RetrievalReciprocalRank_train", "train_loss", "validation_loss"}
 
 
 def test_the_second_training_under_a_name_computes_no_row(ran):
@@ -290,15 +290,18 @@ def test_frozen_encoders_stay_in_eval_mode():
     assert trainable(Trained).train().model.encoders["default"].training
 
 
-def test_overriding_extract_meta_alone_has_no_effect():
+def test_overriding_extract_meta_is_enough():
     class Old(Vectors):
         @classmethod
         def extract_meta(cls, batch):
-            raise AssertionError("this is not asked")
+            return [{"length": len(obj)} for obj in batch]
 
-    assert SimilarityModel(Old(), EmptyHead(8)).get_collate_fn()([torch.zeros(16)])["meta"] == {}
+    batch = SimilarityModel(Old(), EmptyHead(8)).get_collate_fn()([torch.zeros(16)])
+    assert batch["meta"] == {"default": [{"length": 16}]}
+    assert SimilarityModel(Vectors(), EmptyHead(8)).get_collate_fn()([torch.zeros(16)])["meta"] == {}
 
 
+@pytest.mark.filterwarnings("ignore:ArcFaceLoss has parameters of its own")
 @pytest.mark.parametrize("learns", [False, True])
 def test_what_a_loss_learns_is_trained_where_the_optimiser_has_it(learns):
     model = trainable(loss=lambda: ArcFaceLoss(8, 8), learns=learns)

@@ -190,8 +190,8 @@ def test_the_articles_class_trains_evaluates_saves_and_loads(pictures, weights, 
     runner = trainer(2)
     Quaterion.fit(model, runner, train, test)
 
-    assert runner.callback_metrics.keys() >= {"train_loss", "validation_loss", "train_rrp", "validation_rrp"}
-    assert 0 < float(runner.callback_metrics["validation_rrp"]) <= 1
+    assert runner.callback_metrics.keys() >= {"train_loss", "validation_loss", "rrp_train", "rrp_validation"}
+    assert 0 < float(runner.callback_metrics["rrp_validation"]) <= 1
     for name, value in model.model.encoders["default"].state_dict().items():
         assert torch.equal(value, frozen[name]), f"'{name}' of the frozen encoder has moved"
     assert not all(torch.equal(value, block[name]) for name, value in model.finetuned_block.state_dict().items())

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import small
-from torchrecycle.errors import BatchError, CutError, RecycleError
+from torchrecycle.errors import BatchError, CutError, RecycleError, RecycleWarning
 from torchrecycle.similarity import (
     ArcFaceLoss,
     AttachedMetric,
@@ -492,7 +492,7 @@ def test_pairs_of_texts_train_on_rows_as_on_texts(tmp_path):
         )
         runner = trainer(3)
         fit(model, runner, pair_loader(), pair_loader(shuffle=False))
-        trained.append((learned(model), float(runner.callback_metrics["validation_rr"]), RAN["texts"]))
+        trained.append((learned(model), float(runner.callback_metrics["rr_validation"]), RAN["texts"]))
     assert distance(trained[1][0], trained[0][0]) < 1e-3
     assert distance(trained[2][0], trained[0][0]) < 1e-3
     assert trained[1][1] == pytest.approx(trained[0][1], abs=1e-6)
@@ -755,8 +755,8 @@ def test_losses_and_metrics_are_those_of_the_whole_epoch():
     whole = RetrievalRPrecision()
     embeddings = model.model.encode(list(Samples(30).values), to_numpy=False)
     whole.update(embeddings, groups=Samples(30).groups)
-    assert float(runner.callback_metrics["validation_rp"]) == pytest.approx(float(whole.compute()), abs=1e-6)
-    assert runner.callback_metrics.keys() >= {"train_loss", "validation_loss", "train_rp"}
+    assert float(runner.callback_metrics["rp_validation"]) == pytest.approx(float(whole.compute()), abs=1e-6)
+    assert runner.callback_metrics.keys() >= {"train_loss", "validation_loss", "rp_train"}
 
 
 def test_a_metric_of_each_step_is_that_of_its_batch_and_the_epochs_stays_whole():
@@ -764,7 +764,7 @@ def test_a_metric_of_each_step_is_that_of_its_batch_and_the_epochs_stays_whole()
 
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            logged.append(float(trainer.callback_metrics["train_rp_step"]))
+            logged.append(float(trainer.callback_metrics["rp_train_step"]))
 
     def see(self, embeddings, targets, **kwargs):
         if kwargs["stage"] == "train":
@@ -781,7 +781,7 @@ def test_a_metric_of_each_step_is_that_of_its_batch_and_the_epochs_stays_whole()
         one.update(embeddings, groups=groups)
         figures.append(float(one.compute()))
     assert logged == pytest.approx(figures[:-1])
-    assert float(runner.callback_metrics["train_rp"]) == pytest.approx(figures[-1])
+    assert float(runner.callback_metrics["rp_train"]) == pytest.approx(figures[-1])
 
 
 def test_a_cross_batch_memory_changes_what_is_learned():
@@ -864,6 +864,11 @@ def test_a_trained_encoder_in_the_cache_is_refused():
         a_model(encoders=lambda: Vectors(trainable=True), cache=CacheConfig())
 
 
+def test_a_cache_that_keeps_nothing_is_refused():
+    with pytest.raises(CacheError, match="keeps nothing"):
+        CacheConfig(cache_type=None)
+
+
 def test_a_cache_of_an_unknown_encoder_is_refused():
     with pytest.raises(CacheError, match="'pictures', and the encoders are"):
         a_model(cache=CacheConfig(mapping={"pictures": CacheType.CPU}))
@@ -904,7 +909,13 @@ def test_groups_of_a_single_member_teach_nothing_which_is_said():
     with pytest.raises(NothingToLearnError, match="single member"):
         fit(a_model(cache=CacheConfig()), trainer(2), group_loader(Samples(40, groups=40)))
     arcface = a_model(loss=lambda: ArcFaceLoss(embedding_size=8, num_groups=40))
+    with pytest.warns(RecycleWarning, match=r"Add self.loss.parameters\(\)"):
+        fit(arcface, trainer(1), group_loader(Samples(40, groups=40)))
+    parameters = [*arcface.model.parameters(), *arcface.loss.parameters()]
+    type(arcface).configure_optimizers = lambda self: torch.optim.SGD(parameters, 1.0)
+    before = copy.deepcopy(arcface.loss.state_dict())
     fit(arcface, trainer(1), group_loader(Samples(40, groups=40)))
+    assert any(not torch.equal(before[name], value) for name, value in arcface.loss.state_dict().items())
 
 
 def test_pairs_without_negatives_teach_nothing_which_is_said():

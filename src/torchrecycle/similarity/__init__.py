@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchrecycle.similarity.cache import CacheConfig, CacheError, CacheType
     from torchrecycle.similarity.distances import Distance
-    from torchrecycle.similarity.encoders import Encoder, EncoderError, RecycledEncoder, SwitchEncoder, TextInputs
-    from torchrecycle.similarity.evaluation import AttachedMetric, Evaluator, GroupSampler, PairSampler
+    from torchrecycle.similarity.encoders import (
+        CollateFnType,
+        Encoder,
+        EncoderError,
+        MetaExtractorFnType,
+        RecycledEncoder,
+        SwitchEncoder,
+        TensorInterchange,
+        TextInputs,
+    )
+    from torchrecycle.similarity.evaluation import AttachedMetric, BaseSampler, Evaluator, GroupSampler, PairSampler
     from torchrecycle.similarity.fitting import Quaterion, evaluate, fit
     from torchrecycle.similarity.heads import (
         EmptyHead,
@@ -71,7 +80,7 @@ if TYPE_CHECKING:
         r_precision,
         r_precision_of_each,
     )
-    from torchrecycle.similarity.model import DEFAULT_ENCODER_KEY, SimilarityModel
+    from torchrecycle.similarity.model import DEFAULT_ENCODER_KEY, MetricModel, SimilarityModel
     from torchrecycle.similarity.retrieval import (
         RetrievalMAP,
         RetrievalMetric,
@@ -80,7 +89,7 @@ if TYPE_CHECKING:
         RetrievalReciprocalRank,
         RetrievalRPrecision,
     )
-    from torchrecycle.similarity.samples import SimilarityGroupSample, SimilarityPairSample
+    from torchrecycle.similarity.samples import SimilarityGroupSample, SimilarityPairSample, SimilaritySample
     from torchrecycle.similarity.search import (
         Found,
         IndexReport,
@@ -98,8 +107,9 @@ if TYPE_CHECKING:
 _ROOMS = {
     "cache": "CacheConfig CacheError CacheType",
     "distances": "Distance",
-    "encoders": "Encoder EncoderError RecycledEncoder SwitchEncoder TextInputs",
-    "evaluation": "AttachedMetric Evaluator GroupSampler PairSampler",
+    "encoders": "CollateFnType Encoder EncoderError MetaExtractorFnType RecycledEncoder SwitchEncoder "
+    "TensorInterchange TextInputs",
+    "evaluation": "AttachedMetric BaseSampler Evaluator GroupSampler PairSampler",
     "fitting": "Quaterion evaluate fit",
     "heads": "EmptyHead EncoderHead GatedHead HeadError ResidualHead ResidualMlpHead SequentialHead SkipConnectionHead "
     "SoftmaxEmbeddingsHead StackedProjectionHead SwitchHead WideningHead",
@@ -111,10 +121,10 @@ _ROOMS = {
     "PytorchMetricLearningPairWrapper PytorchMetricLearningWrapper SimilarityLoss SoftmaxLoss TripletLoss XbmError",
     "metrics": "Groups NothingToAskError PairScores Pairs measure pair_ranks pair_scores r_precision "
     "r_precision_of_each",
-    "model": "DEFAULT_ENCODER_KEY SimilarityModel",
+    "model": "DEFAULT_ENCODER_KEY MetricModel SimilarityModel",
     "retrieval": "RetrievalMAP RetrievalMetric RetrievalPrecision RetrievalRecall RetrievalReciprocalRank "
     "RetrievalRPrecision",
-    "samples": "SimilarityGroupSample SimilarityPairSample",
+    "samples": "SimilarityGroupSample SimilarityPairSample SimilaritySample",
     "search": "Found IndexReport MissingIndexError OtherModelError OtherObjectsError SearchError SearchIndex index",
     "teaching": "NothingToLearnError",
     "trainable": "TrainStage TrainableModel",

@@ -70,6 +70,11 @@ class CacheConfig:
             if kind is not None and kind not in list(CacheType):
                 where = f" of '{name}'" if name else ""
                 raise CacheError(f"cache type{where} is {kind!r}: give one of {', '.join(map(str, CacheType))}")
+        if self.cache_type is None and not self.mapping:
+            raise CacheError(
+                "this cache keeps nothing: give cache_type=CacheType.AUTO for all frozen encoders, or a mapping of "
+                "some. For no cache let configure_caches() return None."
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise CacheError(f"batch_size={self.batch_size} of a cache is no number of objects")
 

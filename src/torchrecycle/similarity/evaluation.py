@@ -44,7 +44,7 @@ _STAGES = ("train", "validation", "test")
 
 
 class AttachedMetric:
-    """A metric that a `TrainableModel` computes while it is trained, and how it is logged: ``train_NAME``.
+    """A metric that a `TrainableModel` computes while it is trained, and how it is logged: ``NAME_train``.
 
     Whatever it does not have itself, it takes from the metric: ``attached.compute()``, ``attached.k``.
 

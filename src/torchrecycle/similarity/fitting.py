@@ -16,7 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from torchrecycle.errors import BatchError
+from torchrecycle.errors import BatchError, RecycleWarning
 from torchrecycle.similarity.batches import ModelInputs, SampleBatches, loader_over
 from torchrecycle.similarity.cache import CacheConfig, CacheError, CacheType
 from torchrecycle.similarity.encoders import Encoder, RecycledEncoder
@@ -35,6 +35,18 @@ __all__ = ["EpochEnd", "Quaterion", "evaluate", "fit"]
 
 class EpochEnd(pl.Callback):
     """Logs what is known of an epoch at its end, and refuses a first epoch from which nothing could be learned."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        learned = {id(parameter) for parameter in pl_module.loss.parameters() if parameter.requires_grad}
+        moved = {id(p) for one in trainer.optimizers for group in one.param_groups for p in group["params"]}
+        if learned and not learned & moved:
+            warnings.warn(
+                f"{type(pl_module.loss).__name__} has parameters of its own (a vector for each group), and the "
+                "optimiser has none of them, so that they stay as they were drawn. Add self.loss.parameters() in "
+                "configure_optimizers().",
+                RecycleWarning,
+                stacklevel=2,
+            )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         pl_module.log_epoch(TrainStage.TRAIN)

@@ -2,7 +2,7 @@
 
 ``GroupSimilarityDataLoader(samples, batch_size=32)`` gives ``(objects, {"groups": int64 [32]})``, and with
 ``objects_per_group=4`` batches of eight whole groups, which losses that compare the objects of a batch live on: with 98
-groups at random, a batch of 32 has five objects that are alone in it. ``PairSimilarityDataLoader`` gives the left
+groups at random, 23 objects of a batch of 32 are alone in it. ``PairSimilarityDataLoader`` gives the left
 objects of a batch and then the right ones, for one forward over both:
 ``(2 * 32 objects, {"pairs": [32, 2], "labels": [32], "subgroups": [64]})``.
 

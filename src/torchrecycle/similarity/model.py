@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Self
 
-__all__ = ["DEFAULT_ENCODER_KEY", "SimilarityModel", "merge_meta"]
+__all__ = ["DEFAULT_ENCODER_KEY", "MetricModel", "SimilarityModel", "merge_meta"]
 
 DEFAULT_ENCODER_KEY = "default"
 """The name of an encoder that comes alone."""
@@ -91,8 +91,8 @@ class SimilarityModel(nn.Module):
     def get_collate_fn(self) -> Callable[[list[Any]], dict[str, dict[str, Any]]]:
         """From a list of objects to ``{"data": {encoder: inputs}, "meta": {encoder: [dict, ...]}}``.
 
-        Pickles to workers if the encoders' collate functions do. Only encoders with a `get_meta_extractor` of their
-        own are in "meta".
+        Pickles to workers if the encoders' collate functions do. Only encoders that say something of their
+        objects are in "meta".
         """
         collates = {name: encoder.get_collate_fn() for name, encoder in self._named_encoders().items()}
         return ModelCollate(collates, self.meta_extractors())
@@ -102,7 +102,7 @@ class SimilarityModel(nn.Module):
         return {
             name: encoder.get_meta_extractor()
             for name, encoder in self._named_encoders().items()
-            if type(encoder).get_meta_extractor is not Encoder.get_meta_extractor
+            if encoder.says_meta()
         }
 
     # -- from inputs to embeddings
@@ -268,6 +268,10 @@ class SimilarityModel(nn.Module):
 
 
 # -- making ------------------------------------------------------------------------------------------------------------
+
+
+MetricModel = SimilarityModel
+"""The name that older versions of Quaterion have for it."""
 
 
 def _by_name(encoders: Encoder | Mapping[str, Encoder] | nn.ModuleDict) -> dict[str, Encoder]:

@@ -38,7 +38,7 @@ __all__ = ["TrainStage", "TrainableModel"]
 
 
 class TrainStage(str, Enum):
-    """What a batch is for. Logged names begin with it: ``train_loss``, ``validation_loss``."""
+    """What a batch is for. Losses are logged as ``train_loss`` and ``validation_loss``, metrics as ``NAME_validation``."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -57,7 +57,7 @@ class TrainableModel(pl.LightningModule):
 
     Raises:
         CacheError: a cache is configured that cannot work.
-        HeadSizeError: the head does not take what the encoders give.
+        HeadError: the head does not take what the encoders give.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -222,7 +222,7 @@ class TrainableModel(pl.LightningModule):
             warnings.simplefilter("ignore")  # a batch of strangers asks nothing: its figure is NaN
             figure = metric(embeddings, **targets)
         if bool(torch.as_tensor(figure).isfinite().all()):
-            self.log(f"{stage}_{metric.name}_step", figure, **self._options_of(metric))
+            self.log(f"{metric.name}_{stage}_step", figure, **self._options_of(metric))
 
     def _options_of(self, metric: Any) -> dict[str, Any]:
         options = metric.log_options
@@ -235,7 +235,7 @@ class TrainableModel(pl.LightningModule):
             self._train_loss.clear()
         for metric in self._metrics_of[stage]:
             if metric.is_for(stage) and metric.on_epoch and metric.update_count and not self.trainer.sanity_checking:
-                self.log(f"{stage}_{metric.name}", metric.compute(), **self._options_of(metric))
+                self.log(f"{metric.name}_{stage}", metric.compute(), **self._options_of(metric))
             metric.reset()
 
     def refuse_empty_epoch(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -22,7 +22,12 @@ from torchrecycle.similarity.saving import load_module, save_module
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Encoder", "EncoderError", "must_be_names", "no_meta"]
+__all__ = ["CollateFnType", "Encoder", "EncoderError", "MetaExtractorFnType", "TensorInterchange", "must_be_names"]
+
+TensorInterchange = Any
+"""What a collate function gives: a tensor, or a nest with tensors in it."""
+CollateFnType = Callable[[list[Any]], TensorInterchange]
+MetaExtractorFnType = Callable[[list[Any]], list[dict[str, Any]]]
 
 
 class EncoderError(RecycleError, ValueError):
@@ -49,16 +54,26 @@ class Encoder(nn.Module, ABC):
         The first dimension of each tensor counts the objects.
         """
 
-    def get_collate_fn(self) -> Callable[[list[Any]], Any]:
+    def get_collate_fn(self) -> CollateFnType:
         """From a list of objects to what `forward` takes: `default_collate`, unless there is another.
 
         It is run in workers, so it should pickle: a function of a module, or a method if the encoder is not large.
         """
         return default_collate
 
-    def get_meta_extractor(self) -> Callable[[list[Any]], list[dict[str, Any]]]:
-        """From a list of objects to a dict for each, which the head is given: empty ones, unless there are others."""
-        return no_meta
+    @classmethod
+    def extract_meta(cls, batch: list[Any]) -> list[dict[str, Any]]:
+        """A dict for each object of a list: empty ones, unless a class says more."""
+        return [{} for _ in batch]
+
+    def get_meta_extractor(self) -> MetaExtractorFnType:
+        """From a list of objects to a dict for each, which the head is given: `extract_meta` unless overridden."""
+        return self.extract_meta
+
+    def says_meta(self) -> bool:
+        """Whether a class says something of its objects."""
+        own = type(self).get_meta_extractor is not Encoder.get_meta_extractor
+        return own or getattr(self.extract_meta, "__func__", None) is not Encoder.extract_meta.__func__
 
     def disable_gradients_if_required(self) -> None:
         """Freeze the parameters of an encoder that is not trained. `SimilarityModel` calls it."""
@@ -80,11 +95,6 @@ class Encoder(nn.Module, ABC):
     def load(cls, input_path: str | os.PathLike[str]) -> Self:
         """Read what `save` has written."""
         return load_module(input_path, expected=cls)
-
-
-def no_meta(objects: Sequence[Any]) -> list[dict[str, Any]]:
-    """An empty dict for each object."""
-    return [{} for _ in objects]
 
 
 _Value = TypeVar("_Value")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchrecycle.similarity.encoders.base import Encoder, EncoderError, must_be_names, no_meta
+from torchrecycle.similarity.encoders.base import Encoder, EncoderError, must_be_names
 from torchrecycle.similarity.parts import has_own, load_part, read_parts, save_part, saved_parts
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _collate(
 def _extract(
     select: Callable[[Any], str], extractors: Mapping[str, Callable[[list[Any]], Any]], records: list[Any]
 ) -> list[dict[str, Any]]:
-    meta = no_meta(records)
+    meta: list[dict[str, Any]] = [{} for _ in records]
     for name, where in _selected(select, records, extractors).items():
         for i, own in zip(where, extractors[name]([records[i] for i in where]), strict=True):
             meta[i] = {**own, "encoder": name}
