@@ -248,7 +248,7 @@ class KnownGroupsLoss(GroupLoss):
     """A group loss that learns something for each of the groups, which are numbered from 0.
 
     What it has learned is of no use after the training; but it must be trained: pass ``loss.parameters()`` to the
-    optimiser, as a `TrainableModel` does.
+    optimiser in `configure_optimizers`; `fit` warns where they are not.
 
     Args:
         embedding_size: numbers of an embedding.
