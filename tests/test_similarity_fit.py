@@ -201,7 +201,7 @@ def test_the_frozen_encoder_runs_once_for_each_object_and_the_data_set_is_read_n
     RAN.clear()
     READS[0] = 0
     fit(a_model(cache=cache), trainer(50), group_loader())
-    assert RAN["vectors"] == ran
+    assert RAN["vectors"] <= ran + 45 * 2, "two objects in each further epoch, to see whether they come out the same"
     assert READS[0] <= read
 
 
@@ -212,7 +212,7 @@ def test_validation_objects_are_kept_too(tmp_path):
     for _ in range(2):
         RAN.clear()
         fit(a_model(cache=cache), trainer(4), group_loader(), group_loader(other, shuffle=False))
-    assert RAN["vectors"] <= 80
+    assert RAN["vectors"] <= 120 < 4 * 64
 
 
 def test_without_a_folder_rows_last_as_long_as_the_model():
@@ -690,7 +690,7 @@ class Named(Dataset):
 
 class OfDict(Vectors):
     def collate(self, objects):
-        return super().collate([obj["x"] for obj in objects])
+        return torch.stack([obj["x"] for obj in objects])  # by itself: its class counts what it runs, which is a change
 
 
 def _name_of(obj):
@@ -707,7 +707,7 @@ def test_key_extractors_find_objects_by_what_they_say(tmp_path):
     RAN.clear()
     READS[0] = 0
     fit(a_model(encoders=OfDict, cache=cache), trainer(8), group_loader(Named()))
-    assert RAN["vectors"] <= 80
+    assert RAN["vectors"] <= 120 < 8 * 40
     assert READS[0] < 40, "under its name the data set is not read again, but for a few items"
 
 

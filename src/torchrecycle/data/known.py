@@ -85,7 +85,8 @@ class KnownManifests:
         base = dataset.base
         known = self._find(dataset)
         if known is None or known.state != state_of(base) or (made and not self._still_fits(known.manifest, dataset)):
-            known = self._read(dataset)
+            # Under a name of the user's there is what the data set was before it changed.
+            known = None if known is not None and dataset.name is not None else self._read(dataset)
             if known is None:
                 fill()
                 known = self._found(dataset)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from torchrecycle.similarity.loaders import (
@@ -161,20 +161,28 @@ class BatchLoader(DataLoader[Any]):
         self.__dict__["_started_with"] = now
         if self.num_workers or dataset.reads:
             return super().__iter__()
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # which `DataLoader` draws for its workers
         return self._of_rows(dataset)
 
     def _of_rows(self, dataset: SampleBatches) -> Iterator[Any]:
         """The same batches as `DataLoader` gives without workers, with fewer questions to the store."""
-        torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # which it draws for its workers
         sampler: Any = self.batch_sampler
-        drawn = iter(sampler)
-        # Not one further than asked for: a sampler that is asked for more than its length draws from its generator.
-        left = len(sampler)
-        size = getattr(sampler, "batch_size", None) or AT_ONCE
-        while batches := list(itertools.islice(drawn, max(1, min(left, AT_ONCE // size)))):
+        drawn, left = iter(sampler), len(sampler)
+        ahead = max(1, AT_ONCE // sampler.batch_size) if _draws_at_once(sampler) else 1
+        # The last batch is drawn when it is asked for: a sampler that comes to its end draws from its generator again.
+        while batches := list(itertools.islice(drawn, max(1, min(left - 1, ahead)))):
             left -= len(batches)
             for batch in dataset.many(batches):
                 yield pin_memory(batch) if self.pin_memory else batch
+
+
+def _draws_at_once(batch_sampler: Any) -> bool:
+    """Whether all random numbers of an epoch are drawn with its first batch, so that some may be drawn ahead."""
+    if type(batch_sampler) is not BatchSampler:
+        return False
+    sampler = batch_sampler.sampler
+    kinds = (SequentialSampler, DistributedSampler)
+    return type(sampler) in kinds or (type(sampler) is RandomSampler and not sampler.replacement)
 
 
 def loader_over(batches: SampleBatches, loader: SimilarityDataLoader) -> BatchLoader:

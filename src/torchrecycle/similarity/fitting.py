@@ -19,8 +19,9 @@ import torch
 from torchrecycle.errors import BatchError, RecycleWarning
 from torchrecycle.similarity.batches import ModelInputs, SampleBatches, loader_over
 from torchrecycle.similarity.cache import CacheConfig, CacheError, CacheType
-from torchrecycle.similarity.encoders import Encoder, RecycledEncoder
+from torchrecycle.similarity.encoders import Encoder, RecycledEncoder, SwitchEncoder
 from torchrecycle.similarity.loaders import (
+    GroupBatches,
     GroupSimilarityDataLoader,
     PairSimilarityDataLoader,
     SimilarityDataLoader,
@@ -35,6 +36,9 @@ __all__ = ["EpochEnd", "Quaterion", "evaluate", "fit"]
 
 class EpochEnd(pl.Callback):
     """Logs what is known of an epoch at its end, and refuses a first epoch from which nothing could be learned."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.forget_epochs()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         learned = {id(parameter) for parameter in pl_module.loss.parameters() if parameter.requires_grad}
@@ -55,6 +59,7 @@ class EpochEnd(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         pl_module.log_epoch(TrainStage.VALIDATION)
+        pl_module.warn_of_empty_validation()
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         pl_module.log_epoch(TrainStage.TEST)
@@ -87,6 +92,16 @@ def fit(
         _refuse_loader(trainable_model, loader, role)
     if trainer is None:
         trainer = pl.Trainer(**Quaterion.trainer_defaults(trainable_model, train_dataloader))
+    for role, loader in given.items():
+        if trainer.world_size > 1 and isinstance(loader.batch_sampler, GroupBatches):
+            raise BatchError(
+                f"the {role} loader gives batches of whole groups, which cannot be divided among {trainer.world_size} "
+                "processes yet: leave out objects_per_group=, or train in one process (devices=1)"
+            )
+    callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    own = type(trainable_model).configure_callbacks is not TrainableModel.configure_callbacks
+    if own and not any(isinstance(callback, EpochEnd) for callback in callbacks):
+        callbacks.append(EpochEnd())  # of a list that does not extend that of `super`
     with _recycled(trainable_model, trainer, given) as made, warnings.catch_warnings():
         for message in _NO_NEWS:
             warnings.filterwarnings("ignore", message=message)
@@ -166,6 +181,12 @@ def _kind_of(encoder: Encoder, name: str, config: CacheConfig | None) -> CacheTy
     if config is None or encoder.trainable:
         return None
     kind = config.type_of(name)
+    if kind is not CacheType.NONE and isinstance(encoder, SwitchEncoder):
+        raise CacheError(
+            f"the encoder '{name}' is a SwitchEncoder, whose objects go to one encoder or another: what it gives "
+            f"cannot be kept as a whole. Leave it out of the cache, CacheConfig(mapping={{'{name}': CacheType.NONE}}), "
+            "or give its encoders by name, each for all objects."
+        )
     return None if kind is CacheType.NONE else kind
 
 

@@ -252,6 +252,11 @@ class GroupBatches(Sampler[list[int]]):
                 raise BatchError(
                     f"the data set has {len(self._members)} group: with no other group there is nothing to tell it from"
                 )
+            if max(map(len, self._members.values())) < 2:
+                raise BatchError(
+                    f"each of the {len(self._members)} groups has a single member: there are no two objects that "
+                    "belong together, so there is nothing to learn"
+                )
         return self._members
 
     def know(self, groups: Sequence[int]) -> GroupBatches:

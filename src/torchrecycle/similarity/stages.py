@@ -232,9 +232,14 @@ class EncoderInputs(Dataset[dict[str, Any]]):
 def _state_of_function(function: Any) -> Any:
     """A function as it is now; of a module's method not the weights, which the fingerprint covers."""
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return function.__func__, {name: part for name, part in vars(owner).items() if name not in _OF_ANY_MODULE}
-    return function
+    if not isinstance(owner, nn.Module):
+        return function
+    parts = [(name, _settings_of(module), dict(module._buffers)) for name, module in owner.named_modules()]
+    return function.__func__, parts
+
+
+def _settings_of(module: nn.Module) -> dict[str, Any]:
+    return {name: part for name, part in vars(module).items() if name not in _OF_ANY_MODULE}
 
 
 _OF_ANY_MODULE = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
@@ -291,19 +296,34 @@ class PadInputs:
             CacheError: it gives something else for an object alone than among others.
         """
         padding: dict[str, tuple[bool, float]] = {part: (False, 0) for name in form.texts for part in _parts_of(name)}
+        sides = {name: _sides(whole, [single[name] for single in alone]) for name, whole in together.items()}
+        impossible = next((name for name, fitting in sides.items() if not fitting), None)
+        if impossible is not None:
+            raise CacheError(
+                f"the collate function of the encoder '{form.encoder}' gives another '{impossible}' for an object "
+                "alone than among others, so that a row could not be kept for the object. What depends on the batch "
+                "belongs into the encoder or into the head."
+            )
+        told = {fitting[0] for fitting in sides.values() if len(fitting) == 1}
         for name, whole in together.items():
             for row, single in zip(whole, alone, strict=True):
-                part = single[name]
-                sides = [side for side in (False, True) if _holds(row, part, side)]
-                if not sides:
-                    raise CacheError(
-                        f"the collate function of the encoder '{form.encoder}' gives another '{name}' for an object "
-                        "alone than among others, so that a row could not be kept for the object. What depends on the "
-                        "batch belongs into the encoder or into the head."
-                    )
-                if part.shape != row.shape:
-                    padding[name] = sides[0], _filling(row, part, sides[0], name, form)
+                if single[name].shape != row.shape:
+                    # Zeros among zeros fit on either side: then the others tell.
+                    fitting = [side for side in sides[name] if side in told] if len(sides[name]) > 1 else sides[name]
+                    if len(fitting) != 1:
+                        raise CacheError(
+                            f"on which side the collate function of the encoder '{form.encoder}' pads '{name}' cannot "
+                            "be told from the first objects. Let it give an attention_mask, or pad to one length."
+                        )
+                    padding[name] = fitting[0], _filling(row, single[name], fitting[0], name, form)
         return cls(form, padding)
+
+
+def _sides(whole: Tensor, alone: Sequence[Tensor]) -> list[bool]:
+    """On which sides a tensor may be padded: False for the right one. Both, where nothing is padded."""
+    return [
+        side for side in (False, True) if all(_holds(row, part, side) for row, part in zip(whole, alone, strict=True))
+    ]
 
 
 def _region(small: Sequence[int], large: Sequence[int], left: bool) -> tuple[slice, ...]:

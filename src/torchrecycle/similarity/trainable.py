@@ -26,6 +26,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from torchrecycle.errors import RecycleWarning
 from torchrecycle.similarity.cache import CacheConfig, CacheError, CacheType
 from torchrecycle.similarity.encoders import Encoder, RecycledEncoder
 from torchrecycle.similarity.heads import EncoderHead
@@ -38,7 +39,7 @@ __all__ = ["TrainStage", "TrainableModel"]
 
 
 class TrainStage(str, Enum):
-    """What a batch is for. Losses are logged as ``train_loss`` and ``validation_loss``, metrics as ``NAME_validation``."""
+    """What a batch is for. Losses are logged as ``train_loss``, ``validation_loss``, metrics as ``NAME_validation``."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -83,7 +84,7 @@ class TrainableModel(pl.LightningModule):
         self.rows_in_memory: Any = None
         """The store of rows that are kept nowhere else; made by `fit`."""
         self._train_loss: list[Tensor] = []
-        self._taught = False
+        self._taught = self._compared = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning writes this word some 40 times at each step, and `nn.Module` looks each time whether it is a
@@ -175,18 +176,32 @@ class TrainableModel(pl.LightningModule):
         """Logs the loss of a batch."""
         self._common_step(batch, batch_idx, TrainStage.TEST, **kwargs)
 
+    def forward(self, features: Any) -> Tensor:
+        """Embeddings of a batch as the model's collate function, or a loader of `fit`, makes it."""
+        return self._model(self._collated(features))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Embeddings of a batch ``(features, targets)``."""
+        return self(batch[0])
+
+    def _collated(self, features: Any) -> Any:
+        if isinstance(features, Mapping):
+            return features
+        # of a loader that `fit` has not seen
+        return self.transfer_batch_to_device(self._model.get_collate_fn()(list(features)), self.device, 0)
+
     def _common_step(self, batch: Any, batch_idx: int, stage: TrainStage, **kwargs: Any) -> Tensor:
         features, targets = batch
-        if not isinstance(features, Mapping):  # of a loader that `fit` has not seen
-            features = self.transfer_batch_to_device(self._model.get_collate_fn()(list(features)), self.device, 0)
-        embeddings = self._model(features)
+        embeddings = self._model(self._collated(features))
         loss = self._loss(embeddings=embeddings, **targets)
         if stage is TrainStage.TRAIN:
             loss = self._with_memory(loss, embeddings, targets)
             self._log_training(loss, len(embeddings))
             self._taught = self._taught or teaches(self._loss, targets)
-        else:
-            self.log(f"{stage}_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(embeddings))
+        elif teaches(self._loss, targets):  # else it is zero, which means nothing
+            options = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": len(embeddings)}
+            self.log(f"{stage}_loss", loss.detach(), **options)
+            self._compared = True
         for metric in self._metrics_of[stage]:
             self._measure(metric, embeddings.detach(), targets, stage)
         self.process_results(embeddings=embeddings, targets=targets, batch_idx=batch_idx, stage=stage, **kwargs)
@@ -231,12 +246,32 @@ class TrainableModel(pl.LightningModule):
     def log_epoch(self, stage: TrainStage) -> None:
         """Log what is known of an epoch at its end, and forget it."""
         if stage is TrainStage.TRAIN and self._train_loss:
-            self.log("train_loss", torch.stack(self._train_loss).mean(), prog_bar=True, on_step=False, on_epoch=True)
+            mean = torch.stack(self._train_loss).mean()
+            self.log("train_loss", mean, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
             self._train_loss.clear()
         for metric in self._metrics_of[stage]:
             if metric.is_for(stage) and metric.on_epoch and metric.update_count and not self.trainer.sanity_checking:
                 self.log(f"{metric.name}_{stage}", metric.compute(), **self._options_of(metric))
             metric.reset()
+
+    def forget_epochs(self) -> None:
+        """Before a training: what an interrupted one has left belongs to no epoch of this one."""
+        self._train_loss.clear()
+        for metrics in self._metrics_of.values():
+            for metric in metrics:
+                metric.reset()
+
+    def warn_of_empty_validation(self) -> None:
+        """At the end of a validation: was there any batch in which something can be compared?"""
+        if not self._compared and not self.trainer.sanity_checking:
+            warnings.warn(
+                f"no batch of the validation holds objects that belong together and others, which "
+                f"{type(self._loss).__name__} compares: there is no validation_loss. Shuffle them once beforehand, or "
+                "give larger batches.",
+                RecycleWarning,
+                stacklevel=2,
+            )
+        self._compared = False
 
     def refuse_empty_epoch(self) -> None:
         """At the end of the first epoch: was there any batch to learn from?
