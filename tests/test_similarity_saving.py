@@ -458,6 +458,82 @@ def test_a_module_of_a_class_that_is_none_is_refused_without_a_call(name, tmp_pa
     refused(tmp_path / "model", lambda about: about["modules"][""].update({"class": name}), "is no class of modules")
 
 
+@pytest.mark.parametrize("name", ["forward", "_apply", "__call__", "_get_name", "__class__"])
+def test_an_attribute_that_stands_before_a_method_is_refused(name, tmp_path):
+    save_module(Turns(), tmp_path / "model")
+
+    def change(about: dict[str, Any]) -> None:
+        about["modules"][""].setdefault("attributes", {})[name] = {"$function": SPY}
+
+    refused(tmp_path / "model", change, f"{name} of .* is no attribute that a file may set")
+
+
+class Turns(nn.Module):
+    """Its package is that of the tests, whose functions its attributes may name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    @property
+    def calls(self) -> Any:
+        return spy(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def test_an_attribute_of_a_tensor_that_loading_would_call_is_refused(tmp_path):
+    save_module(Turns(), tmp_path / "model")
+
+    def change(about: dict[str, Any]) -> None:
+        about["tensors"]["weight"]["attributes"] = {"to": {"$function": SPY}}
+
+    refused(tmp_path / "model", change, "to of .*Parameter is no attribute that a file may set")
+
+
+def test_a_property_that_a_file_names_as_a_method_is_not_called(tmp_path):
+    save_module(Turns(), tmp_path / "model")
+    refused(tmp_path / "model", attribute({"$method": ["", "calls"]}), "calls is no method of the module")
+
+
+class HasAStateOfItsOwn(nn.Linear):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        spy(state)
+        super().__setstate__(state)
+
+
+def test_a_class_with_a_setstate_of_its_own_is_refused_in_saving_and_in_loading(tmp_path):
+    words = "HasAStateOfItsOwn has a __setstate__ of its own, which is not called"
+    with pytest.raises(DescriptionError, match=words):
+        save_module(HasAStateOfItsOwn(2, 2), tmp_path / "model")
+    save_module(nn.Linear(2, 2), tmp_path / "model")
+    name = f"{__name__}:HasAStateOfItsOwn"
+    refused(tmp_path / "model", lambda about: about["modules"][""].update({"class": name}), words)
+
+
+class Chooses(nn.Module):
+    """As timm's FasterNet: the forward is one of its methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.doubled
+
+    def doubled(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_a_forward_that_is_another_method_of_the_module_is_kept_and_another_function_is_refused(tmp_path):
+    model: Any = nn.Sequential(Chooses())
+    save_module(model, tmp_path / "model")
+    assert load_module(tmp_path / "model")(torch.ones(1)).item() == 2
+    model[0].forward = torch.relu
+    with pytest.raises(
+        DescriptionError, match=r"cannot save 0\.forward of a Chooses, .* stands before Chooses\.forward"
+    ):
+        save_module(model, tmp_path / "other")
+
+
 def attribute(value: Any) -> Any:
     def change(about: dict[str, Any]) -> None:
         about["modules"][""].setdefault("attributes", {})["thing"] = value

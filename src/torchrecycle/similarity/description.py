@@ -45,7 +45,15 @@ from torchrecycle.errors import RecycleError, RecycleWarning
 from torchrecycle.similarity import names
 from torchrecycle.similarity.names import NameRefusedError
 
-__all__ = ["Description", "DescriptionError", "describe", "is_dense", "slots_of"]
+__all__ = [
+    "Description",
+    "DescriptionError",
+    "describe",
+    "describe_values",
+    "is_dense",
+    "must_be_without_hooks",
+    "slots_of",
+]
 
 
 class DescriptionError(RecycleError, TypeError):
@@ -81,6 +89,27 @@ def describe(module: nn.Module) -> tuple[Description, dict[str, Tensor], list[An
         _warn(writer.only_here)
     kinds = [names.name_of(type(each)) for each in writer.pretrained]
     return Description(**body, shared=shared.table, pretrained=kinds), writer.tensors, writer.pretrained
+
+
+def describe_values(values: Mapping[str, Any], owner: type) -> tuple[dict[str, Any], list[Any]]:
+    """Attributes of an object of a class, as values that JSON knows, and the table of what several hold.
+
+    Raises:
+        DescriptionError: one cannot be written, or is a module, a tensor or a tokenizer, or stands before a method.
+    """
+    writer = _Writer(nn.Module(), by_config=False)
+    writer.packages, writer._owner = {names.package_of(owner)}, owner.__name__
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if names.is_shadow(owner, name):
+            raise writer._refused(value, name, _before_a_method(owner, name))
+        found[name] = writer.value(value, name)
+        if writer.tensors or writer.pretrained or len(writer.queue) > 1:
+            raise writer._refused(value, name, "beside its parts, only plain values are written: make it part of one")
+    if writer.only_here:
+        _warn(writer.only_here)
+    shared = _Shared()
+    return shared.body(found), shared.table
 
 
 def _warn(only_here: Mapping[str, str]) -> None:
@@ -148,12 +177,18 @@ class _Writer:
         return written
 
     def _by_parts(self, path: str, module: nn.Module) -> dict[str, Any]:
+        why = names.why_own_state(type(module))
+        if why is not None:
+            raise DescriptionError(
+                f"cannot save {shown(path)}: {why}. Give the encoder or head that it is part of a get_config_dict() "
+                "that returns the arguments of its constructor, or a save(path) and load(path) of its own"
+            )
         entry: dict[str, Any] = {"class": self._class_name(_class_of(module), path), "training": module.training}
         entry |= self._hooks(path, module)
         if parametrize.is_parametrized(module):
             entry["parametrized"] = list(module.parametrizations)  # pyright: ignore[reportArgumentType]
         entry["attributes"] = {
-            name: self.value(value, join(path, name)) for name, value in _state(path, module) if name not in OWN
+            name: self._attribute(path, module, name, value) for name, value in _state(path, module) if name not in OWN
         }
         entry["parameters"] = self._own_tensors(path, module._parameters)
         entry["buffers"] = self._own_tensors(path, module._buffers)
@@ -161,6 +196,12 @@ class _Writer:
         entry["children"] = {n: None if m is None else self.paths[id(m)] for n, m in module._modules.items()}
         empty = ("attributes", "parameters", "buffers", "not persistent", "children")
         return {key: value for key, value in entry.items() if value or key not in empty}
+
+    def _attribute(self, path: str, module: nn.Module, name: str, value: Any) -> Any:
+        node, kind = self.value(value, join(path, name)), _class_of(module)
+        if names.is_shadow(kind, name) and not is_own_forward(name, node, path):
+            raise self._refused(value, join(path, name), _before_a_method(kind, name))
+        return node
 
     def _own_tensors(self, path: str, own: Mapping[str, Tensor | None]) -> dict[str, str | None]:
         return {n: None if t is None else self.tensor(t, join(path, n)) for n, t in own.items()}
@@ -170,14 +211,7 @@ class _Writer:
         Raises:
             DescriptionError: there are hooks that take part in the forward, or that change the state dict.
         """
-        for kind in _RUN_HOOKS:
-            for hook in getattr(module, kind).values():
-                raise DescriptionError(
-                    f"{shown(path)} ({type(module).__name__}) has a {kind[1:-1].replace('_', ' ')}, "
-                    f"{_title(hook)}, and hooks are not saved: the loaded model would give other outputs. Take it off "
-                    "(`handle.remove()`), or make it part of a forward; torch.nn.utils.weight_norm and spectral_norm "
-                    "work by hooks, and those of torch.nn.utils.parametrizations do not"
-                )
+        must_be_without_hooks(path, module)
         found = {kind: [*self._state_hooks(path, module, kind)] for kind in STATE_HOOKS}
         found = {kind: hooks for kind, hooks in found.items() if hooks}
         return {"hooks": found} if found else {}
@@ -428,6 +462,9 @@ class _Writer:
         if same is not None:
             spec["same"] = same
         if tensor.__dict__:
+            for name, value in tensor.__dict__.items():
+                if names.is_shadow(type(tensor), name):
+                    raise self._refused(value, f"{where}.{name}", _before_a_method(type(tensor), name))
             spec["attributes"] = {n: self.value(v, f"{where}.{n}") for n, v in tensor.__dict__.items()}
         self.specs[where] = spec
         self._names_of_tensors[id(tensor)] = where
@@ -502,6 +539,31 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
     return kind.__mro__[1] if parametrize.is_parametrized(module) and kind.__name__.startswith("Param") else kind
 
 
+def must_be_without_hooks(path: str, module: nn.Module) -> None:
+    """
+    Raises:
+        DescriptionError: there are hooks that take part in the forward.
+    """
+    for kind in _RUN_HOOKS:
+        for hook in getattr(module, kind).values():
+            raise DescriptionError(
+                f"{shown(path)} ({type(module).__name__}) has a {kind[1:-1].replace('_', ' ')}, "
+                f"{_title(hook)}, and hooks are not saved: the loaded model would give other outputs. Take it off "
+                "(`handle.remove()`), or make it part of a forward; torch.nn.utils.weight_norm and spectral_norm "
+                "work by hooks, and those of torch.nn.utils.parametrizations do not"
+            )
+
+
+def is_own_forward(name: str, node: Any, path: str) -> bool:
+    """Whether an attribute is the forward that a module has chosen among its methods, as timm's FasterNet does."""
+    method = node.get("$method") if isinstance(node, dict) else None
+    return name == "forward" and isinstance(method, list) and method[:1] == [path]
+
+
+def _before_a_method(kind: type, name: str) -> str:
+    return f"it stands before {kind.__name__}.{name}, and a file may not say what is called in its stead"
+
+
 def _safe_name(value: Any) -> str | None:
     try:
         return names.name_of(value)
@@ -526,16 +588,9 @@ def _must_be_plain_module(path: str, module: nn.Module) -> None:
     Raises:
         DescriptionError: it is a wrapper that is made for this process, or of a class that was made for it alone.
     """
-    kind = type(module).__name__
-    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-        raise DescriptionError(
-            f"cannot save {shown(path)}, a {kind}, whose code was made from another module: save that other one, or "
-            "write it with torch.jit.save or torch.export.save in a save(path) of the encoder's own"
-        )
-    wrapped = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-    if type(module).__module__.startswith("torch.") and kind in (*wrapped, "FullyShardedDataParallel"):
-        inner = f": save what it wraps, `{wrapped[kind]}`" if kind in wrapped else ""
-        raise DescriptionError(f"cannot save {shown(path)}, a {kind}, which is made for this process{inner}")
+    why = names.why_no_module(type(module))
+    if why is not None:
+        raise DescriptionError(f"cannot save {shown(path)}, a {type(module).__name__}, {why}")
 
 
 def _must_be_plain_tensor(tensor: Tensor, where: str) -> None:

@@ -3,7 +3,10 @@
 ``torchvision.models.resnet:BasicBlock`` is the class of a block, ``torch.nn.functional:gelu`` an activation. A file
 comes from somewhere, so what it names is imported and then looked at, and never called because the file says so:
 
-- a module's class must be a subclass of `torch.nn.Module`;
+- a module's class must be a subclass of `torch.nn.Module`, and no wrapper that is made for one process;
+- a ``__setstate__`` is called only if it is torch's own, of a layer: that of `torch.compile`'s wrapper calls what lies
+  in its state;
+- an attribute must not stand before a method: ``forward``, or ``to`` of a tensor, which loading calls;
 - a function must do nothing but arithmetic (those of `torch.nn.functional`, of ``timm.layers``, of `math`), or be
   defined in a package that one of the model's own modules comes from;
 - what is called with arguments that the file gives, a `functools.partial`, must be of the first kind, or a layer of
@@ -22,6 +25,7 @@ import dataclasses
 import enum
 import functools
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Set
@@ -42,13 +46,16 @@ __all__ = [
     "is_layer",
     "is_plain",
     "is_pretrained",
+    "is_shadow",
     "may_be_argument",
     "may_be_partial",
     "may_name_class",
     "may_name_function",
     "name_of",
     "package_of",
+    "why_no_module",
     "why_only_here",
+    "why_own_state",
 ]
 
 
@@ -199,6 +206,62 @@ _PLAIN_TYPES = (bool, bytes, complex, dict, float, frozenset, int, list, object,
 def is_layer(thing: Any) -> bool:
     """Whether it is a class of modules."""
     return isinstance(thing, type) and issubclass(thing, nn.Module)
+
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+
+
+def why_no_module(thing: type[nn.Module]) -> str | None:
+    """Why modules of a class are not written and not read, in words; None if they are."""
+    if issubclass(thing, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        return (
+            "whose code was made from another module: save that other one, or write it with torch.jit.save or "
+            "torch.export.save in a save(path) of the encoder's own"
+        )
+    for base in thing.__mro__:
+        kind = base.__name__
+        if base.__module__.startswith("torch.") and kind in (*_WRAPPERS, "FullyShardedDataParallel"):
+            inner = f": save what it wraps, `{_WRAPPERS[kind]}`" if kind in _WRAPPERS else ""
+            return f"which is made for this process{inner}"
+    return None
+
+
+_STATE_ROOMS = ("torch.nn.modules", "timm.layers")
+
+
+def why_own_state(thing: type[nn.Module]) -> str | None:
+    """Why the ``__setstate__`` of a class is not called with what a file says, in words; None if it is.
+
+    Those of torch's layers add what older versions did not have. Another one may call what lies in its state.
+    """
+    found: Any = inspect.getattr_static(thing, "__setstate__")
+    if isinstance(found, types.FunctionType) and _is_within(found.__module__, _STATE_ROOMS):
+        return None
+    owner = next((base for base in thing.__mro__ if "__setstate__" in vars(base)), thing)
+    return f"{owner.__name__} has a __setstate__ of its own, which is not called with what a file says"
+
+
+_METHODS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    classmethod,
+    staticmethod,
+    functools.partialmethod,
+)
+
+
+def is_shadow(thing: type, name: str) -> bool:
+    """Whether an attribute of an object stands before a method or slot of its class, and is taken in its stead.
+
+    >>> is_shadow(nn.Linear, "forward"), is_shadow(nn.Linear, "in_features"), is_shadow(torch.Tensor, "to")
+    (True, False, True)
+    """
+    return isinstance(inspect.getattr_static(thing, name, None), _METHODS)
 
 
 def may_name_class(thing: Any, packages: Set[str]) -> bool:

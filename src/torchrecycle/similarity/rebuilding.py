@@ -2,14 +2,16 @@
 
 Whoever wrote the description may be a stranger, so nothing in it is called. Classes and functions are found by name and
 must be of the kinds that `torchrecycle.similarity.names` lets pass; a module is an empty object of its class whose
-attributes are set. Code of the classes themselves runs where pickle would run it too: ``__setstate__``, and the
-constructor of a class that derives from torchrecycle's and has a ``get_config_dict``.
+attributes are set, and none of them stands before a method. Code of the classes themselves runs in two places: the
+``__setstate__`` of torch's layers, and the constructor of a class that derives from torchrecycle's and has a
+``get_config_dict``. What is refused in saving is refused here as well: a file need not come from `describe`.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
@@ -24,10 +26,19 @@ from torch.torch_version import TorchVersion
 
 from torchrecycle.errors import RecycleError
 from torchrecycle.similarity import names
-from torchrecycle.similarity.description import OWN, STATE_HOOKS, Description, dtype_name, join, shown, slots_of
+from torchrecycle.similarity.description import (
+    OWN,
+    STATE_HOOKS,
+    Description,
+    dtype_name,
+    is_own_forward,
+    join,
+    shown,
+    slots_of,
+)
 from torchrecycle.similarity.names import NameRefusedError
 
-__all__ = ["RebuildError", "rebuild"]
+__all__ = ["RebuildError", "read_values", "rebuild"]
 
 
 class RebuildError(RecycleError, ValueError):
@@ -50,6 +61,23 @@ def rebuild(
         KeyError, TypeError, ValueError, ...: it is not of the form that `describe` gives.
     """
     return _Reader(description, tensors, pretrained).read()
+
+
+def read_values(values: Mapping[str, Any], shared: list[Any], owner: type) -> dict[str, Any]:
+    """The attributes that `describe_values` has written, of an object of a class.
+
+    Raises:
+        NameRefusedError: they name something that is not there, or that a file may not name, or stand before a method.
+        KeyError, TypeError, ValueError, ...: they are not of the form that `describe_values` gives.
+    """
+    reader = _Reader(Description({}, {}, shared), {}, _no_tokenizer)
+    reader.packages = {names.package_of(owner)}
+    _must_be_attributes(owner, values)
+    return {name: reader.value(node) for name, node in values.items()}
+
+
+def _no_tokenizer(number: int, kind: type) -> Any:
+    raise NameRefusedError(f"a {kind.__name__} is no plain value")
 
 
 class _Reader:
@@ -78,8 +106,9 @@ class _Reader:
         for path, entry in parts.items():
             self._fill(self.modules[path], entry)
         for path, entry in parts.items():
-            self._set_attributes(self.modules[path], entry)
+            self._set_attributes(path, self.modules[path], entry)
         for name, spec in self.description.tensors.items():
+            _must_be_attributes(type(self.tensor(name)), spec.get("attributes", {}))
             for attribute, value in spec.get("attributes", {}).items():
                 vars(self.tensor(name))[attribute] = self.value(value)
         return self.modules[""]
@@ -131,11 +160,10 @@ class _Reader:
         for name, path in entry.get("children", {}).items():
             state["_modules"][name] = None if path is None else self.modules[path]
 
-    def _set_attributes(self, module: nn.Module, entry: Mapping[str, Any]) -> None:
-        attributes = {name: self.value(value) for name, value in entry.get("attributes", {}).items()}
-        refused = OWN & attributes.keys()
-        if refused:
-            raise NameRefusedError(f"{', '.join(refused)} of {entry['class']} is no attribute that a file may set")
+    def _set_attributes(self, path: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
+        told = entry.get("attributes", {})
+        _must_be_attributes(type(module), {n: node for n, node in told.items() if not is_own_forward(n, node, path)})
+        attributes = {name: self.value(value) for name, value in told.items()}
         module.__setstate__({**vars(module), **attributes})
         for kind, hooks in entry.get("hooks", {}).items():
             if kind not in STATE_HOOKS:
@@ -145,6 +173,10 @@ class _Reader:
         if "parametrized" in entry:
             parametrize._inject_new_class(module)
             for name in entry["parametrized"]:
+                if inspect.getattr_static(self.classes[path], name, None) is not None:
+                    raise NameRefusedError(
+                        f"{name} of {entry['class']} is no parameter: its class has one of that name"
+                    )
                 parametrize._inject_property(module, name)
 
     def tensor(self, key: str) -> Tensor:
@@ -217,10 +249,12 @@ class _Reader:
         return functools.partial(func, *args, **keywords)
 
     def _method(self, path: str, name: str) -> types.MethodType:
-        found = None if name.startswith("__") else getattr(self.modules[path], name, None)
-        if not isinstance(found, types.MethodType) or found.__self__ is not self.modules[path]:
+        module = self.modules[path]
+        # Not looked up on the module: a property of that name would be called.
+        found = None if name.startswith("__") else inspect.getattr_static(type(module), name, None)
+        if not isinstance(found, types.FunctionType):
             raise NameRefusedError(f"{name} is no method of {path or 'the module'}")
-        return found
+        return types.MethodType(found, module)
 
     def _enum(self, inner: Any) -> enum.Enum:
         kind = names.find(inner[0])
@@ -305,11 +339,27 @@ def _module_class(name: str) -> type[nn.Module]:
     found = names.find(name)
     if not names.is_layer(found):
         raise NameRefusedError(f"{name} is no class of modules")
+    why = names.why_no_module(found)
+    if why is not None:
+        raise NameRefusedError(f"{name} is a class {why}")
     return found
+
+
+def _must_be_attributes(kind: type, told: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        NameRefusedError: one of them is what every module has, or stands before a method of the class.
+    """
+    refused = [name for name in told if name in OWN or names.is_shadow(kind, name)]
+    if refused:
+        raise NameRefusedError(f"{', '.join(refused)} of {names.name_of(kind)} is no attribute that a file may set")
 
 
 def _empty(kind: type[nn.Module]) -> nn.Module:
     """An object of a class whose constructor is not called: it has what every module has, and nothing else."""
+    why = names.why_own_state(kind)
+    if why is not None:
+        raise NameRefusedError(why)
     try:
         module: Any = object.__new__(kind)
     except TypeError as error:
@@ -320,10 +370,12 @@ def _empty(kind: type[nn.Module]) -> nn.Module:
 
 def _register(module: nn.Module, kind: str, method: types.MethodType, told: bool) -> None:
     register = {
-        "_state_dict_hooks": lambda: module._register_state_dict_hook(method),
-        "_state_dict_pre_hooks": lambda: module.register_state_dict_pre_hook(method),
-        "_load_state_dict_pre_hooks": lambda: module._register_load_state_dict_pre_hook(method, with_module=told),
-        "_load_state_dict_post_hooks": lambda: module.register_load_state_dict_post_hook(method),
+        "_state_dict_hooks": lambda: nn.Module._register_state_dict_hook(module, method),
+        "_state_dict_pre_hooks": lambda: nn.Module.register_state_dict_pre_hook(module, method),
+        "_load_state_dict_pre_hooks": lambda: nn.Module._register_load_state_dict_pre_hook(
+            module, method, with_module=told
+        ),
+        "_load_state_dict_post_hooks": lambda: nn.Module.register_load_state_dict_post_hook(module, method),
     }
     register[kind]()
 
