@@ -40,6 +40,7 @@ from torchrecycle.similarity.heads import (
     SwitchHead,
 )
 from torchrecycle.similarity.model import merge_meta
+from torchrecycle.similarity.parts import SharedWeightsError
 from torchrecycle.similarity.saving import ModelFolderError
 
 HERE = Path(__file__).parent
@@ -662,10 +663,11 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_that_was(tmp_path):
         model.save(tmp_path / "model")
 
 
-def test_a_class_derived_from_the_model_says_that_its_own_layers_would_be_lost(tmp_path):
-    class More(SimilarityModel):
-        pass
+class More(SimilarityModel):
+    pass
 
+
+def test_a_class_derived_from_the_model_says_that_its_own_layers_would_be_lost(tmp_path):
     model = More(Numbers(), EmptyHead(6))
     model.extra = nn.Linear(2, 2)
     with pytest.raises(EncoderError, match="More has extra besides encoders and head"):
@@ -673,3 +675,103 @@ def test_a_class_derived_from_the_model_says_that_its_own_layers_would_be_lost(t
     del model.extra
     model.save(tmp_path / "model")
     assert type(More.load(tmp_path / "model")) is More
+
+
+class Scaled(SimilarityModel):
+    """Has a constructor of its own, and an output of its own."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(Numbers(), EmptyHead(6))
+        self.factor = factor
+        self.sizes = (1, 2)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.factor * super().forward(batch)
+
+
+def test_a_derived_class_with_a_constructor_of_its_own_is_loaded_as_what_it_was(tmp_path):
+    model = Scaled(3.0)
+    model.save(tmp_path / "model")
+    for kind in (SimilarityModel, Scaled):
+        again = kind.load(tmp_path / "model")
+        assert type(again) is Scaled
+        assert (again.factor, again.sizes) == (3.0, (1, 2))
+        assert not again.training
+        assert np.array_equal(again.encode(objects(3)), model.encode(objects(3)))
+    with pytest.raises(ModelFolderError, match=r"holds a Scaled, and is loaded as a More: use Scaled\.load or"):
+        More.load(tmp_path / "model")
+
+
+class WithALoadOfItsOwn(More):
+    @classmethod
+    def load(cls, input_path, device="cpu"):
+        model: Any = super().load(input_path, device)
+        model.loaded = getattr(model, "loaded", 0) + 1
+        return model
+
+
+def test_a_derived_class_with_a_load_of_its_own_is_loaded_by_it_once(tmp_path):
+    WithALoadOfItsOwn(Numbers(), EmptyHead(6)).save(tmp_path / "model")
+    for kind in (SimilarityModel, WithALoadOfItsOwn):
+        assert kind.load(tmp_path / "model").loaded == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("factor", object(), "cannot save factor of a Scaled, a object"),
+        ("factor", torch.ones(2), "cannot save factor of a Scaled, .* only plain values are written"),
+        ("forward", len, r"cannot save forward of a Scaled, .* it stands before Scaled\.forward"),
+    ],
+)
+def test_an_attribute_of_a_derived_class_that_is_no_plain_value_is_refused(name, value, words, tmp_path):
+    model = Scaled(3.0)
+    setattr(model, name, value)
+    with pytest.raises(DescriptionError, match=words):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class": None}, "does not say what its class is"),
+        ({"class": "torch.nn:Linear"}, "is no SimilarityModel"),
+        ({"class": "gone:Model"}, "which is not here"),
+        ({"attributes": {"encode": 1}}, "encode of .* is no attribute that a file may set"),
+        ({"attributes": {"_forward_hooks": {}}}, "_forward_hooks of .* is no attribute that a file may set"),
+        ({"attributes": {"head": 1}}, "head is no attribute that a file may set"),
+        ({"attributes": {"factor": {"$function": "os:system"}}}, "os:system is no function"),
+        ({"attributes": {"factor": {"$tensor": "x"}}}, "is damaged, or does not fit Scaled"),
+    ],
+)
+def test_what_a_stranger_writes_of_a_derived_class_is_refused(change, words, tmp_path):
+    Scaled(3.0).save(tmp_path / "model")
+    file = tmp_path / "model" / "model.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ModelFolderError, match=words):
+        SimilarityModel.load(tmp_path / "model")
+
+
+def test_hooks_of_the_model_itself_are_refused(tmp_path):
+    model = model_of()
+    handle = model.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(DescriptionError, match=r"the module \(SimilarityModel\) has a forward pre hook, .*not saved"):
+        model.save(tmp_path / "model")
+    handle.remove()
+    handle = model.register_state_dict_post_hook(lambda *args: None)
+    with pytest.raises(EncoderError, match="has state dict hooks, and hooks of the model itself are not saved"):
+        model.save(tmp_path / "model")
+    handle.remove()
+    model.save(tmp_path / "model")
+
+
+def test_weights_in_two_parts_are_refused_if_they_are_trained_and_warned_of_if_not(tmp_path):
+    encoder: Any = Numbers(trained=True)
+    with pytest.raises(SharedWeightsError, match=r"the encoder 'b' and the encoder 'a' share weights, .* train apart"):
+        SimilarityModel({"a": encoder, "b": encoder}, EmptyHead(12)).save(tmp_path / "model")
+    frozen = SimilarityModel({"a": (encoder := Numbers()), "b": encoder}, EmptyHead(12))
+    with pytest.warns(RecycleWarning, match="are the same numbers, and each part is saved by itself"):
+        frozen.save(tmp_path / "model")
+    again = SimilarityModel.load(tmp_path / "model")
+    assert np.array_equal(again.encode(objects(2)), frozen.encode(objects(2)))

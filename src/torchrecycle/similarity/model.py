@@ -19,9 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from torchrecycle.errors import RecycleError
+from torchrecycle.similarity.description import OWN, STATE_HOOKS, describe_values, must_be_without_hooks
 from torchrecycle.similarity.encoders.base import Encoder, EncoderError, must_be_names
 from torchrecycle.similarity.heads.encoder_head import EncoderHead, HeadError, apply_head, shown
-from torchrecycle.similarity.parts import load_part, read_parts, save_part, saved_parts
+from torchrecycle.similarity.parts import (
+    class_of_folder,
+    class_to_write,
+    has_own_load,
+    load_part,
+    must_not_share,
+    read_parts,
+    save_part,
+    saved_parts,
+)
+from torchrecycle.similarity.rebuilding import read_values
 from torchrecycle.similarity.saving import ModelFolderError
 
 if TYPE_CHECKING:
@@ -56,6 +68,9 @@ class SimilarityModel(nn.Module):
 
     def __init__(self, encoders: Encoder | Mapping[str, Encoder], head: EncoderHead) -> None:
         super().__init__()
+        self._put_together(encoders, head)
+
+    def _put_together(self, encoders: Encoder | Mapping[str, Encoder], head: EncoderHead) -> None:
         named = _by_name(encoders)
         _must_fit(named, head)
         self.encoders = nn.ModuleDict(named)
@@ -219,12 +234,16 @@ class SimilarityModel(nn.Module):
     def save(self, output_path: str | os.PathLike[str]) -> None:
         """Write the model into a folder, each encoder and the head by its own `save`.
 
+        Of a derived class, the attributes are written as well, if they are plain values.
+
         Args:
             output_path: New, empty, or one that holds a saved similarity model, which is replaced when the new one is
                 whole.
 
         Raises:
-            DescriptionError: a part holds something that cannot be written without pickle; the message names it.
+            DescriptionError: a part holds something that cannot be written without pickle, or the model has hooks; the
+                message names it.
+            SharedWeightsError: two parts hold the same weights, and train them.
             ModelFolderError: the folder holds something else, or cannot be written.
             EncoderError: a class derived from `SimilarityModel` has layers besides encoders and head.
         """
@@ -234,7 +253,12 @@ class SimilarityModel(nn.Module):
                 f"{type(self).__name__} has {', '.join(sorted(more))} besides encoders and head, and only these are "
                 "saved: make it part of the head, or give the class a save and load of its own"
             )
+        _must_be_without_any_hooks(self)
+        must_not_share({**{f"the encoder '{n}'": each for n, each in self.encoders.items()}, "the head": self.head})
+        own = {name: value for name, value in vars(self).items() if name not in OWN | {"_stages"}}
         with saved_parts(output_path, ABOUT, KIND, FORMAT, (ENCODERS, HEAD)) as (folder, about):
+            about["class"] = class_to_write(type(self))
+            about["attributes"], about["shared"] = describe_values(own, type(self))
             about["torch"] = torch.__version__
             about["encoders"] = {
                 name: save_part(encoder, folder / ENCODERS / name) for name, encoder in self.encoders.items()
@@ -245,18 +269,30 @@ class SimilarityModel(nn.Module):
     def load(cls, input_path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
         """Read what `save` has written, each part by the `load` of its class.
 
+        The constructor of a derived class is not called: it may take what no file says. Its attributes are set.
+
         Args:
             input_path: The folder.
             device: Where the model is to lie.
 
         Returns:
-            the model, in eval mode.
+            the model, in eval mode, of the class that was saved.
 
         Raises:
-            ModelFolderError: there is no saved model, or of another format, or a class that is not here, or damaged.
+            ModelFolderError: there is no saved model, or of another format, or a class that is not here, or damaged, or
+                it was saved as another class than this one or one derived from it.
         """
         folder = Path(input_path)
-        about = read_parts(folder, ABOUT, KIND, FORMAT, ("encoders", "head"))
+        about = read_parts(folder, ABOUT, KIND, FORMAT, ("class", "encoders", "head"))
+        kind: Any = class_of_folder(folder, str(about["class"]), SimilarityModel)
+        if not issubclass(kind, cls):
+            raise ModelFolderError(
+                f"{folder} holds a {kind.__name__}, and is loaded as a {cls.__name__}: use {kind.__name__}.load or "
+                "SimilarityModel.load"
+            )
+        if has_own_load(kind, cls):
+            return kind.load(input_path, device)
+        model = _empty_model(folder, kind, about)
         classes = about["encoders"] if isinstance(about["encoders"], dict) else {}
         try:
             must_be_names(classes, "an encoder")
@@ -264,10 +300,49 @@ class SimilarityModel(nn.Module):
             raise ModelFolderError(f"{folder / ABOUT} is damaged: {error}") from error
         encoders = {name: load_part(folder / ENCODERS / name, kind, Encoder) for name, kind in classes.items()}
         head = load_part(folder / HEAD, str(about["head"]), EncoderHead)
-        return cls(encoders, head).to(device).eval()
+        SimilarityModel._put_together(model, encoders, head)
+        return model.to(device).eval()
 
 
 # -- making ------------------------------------------------------------------------------------------------------------
+
+
+def _must_be_without_any_hooks(model: nn.Module) -> None:
+    """
+    Raises:
+        DescriptionError: it has hooks that take part in the forward.
+        EncoderError: it has hooks on its state dict.
+    """
+    must_be_without_hooks("", model)
+    for kind in STATE_HOOKS:
+        if getattr(model, kind):
+            raise EncoderError(
+                f"{type(model).__name__} has {kind[1:].replace('_', ' ')}, and hooks of the model itself are not "
+                "saved: take them off (`handle.remove()`), or register them on an encoder or the head"
+            )
+
+
+def _empty_model(folder: Path, kind: type[nn.Module], about: Mapping[str, Any]) -> Any:
+    """A model without its parts, whose constructor was not called.
+
+    Raises:
+        ModelFolderError: its attributes cannot be read, or are none that a file may set.
+    """
+    model: Any = object.__new__(kind)
+    nn.Module.__init__(model)
+    try:
+        told = {"attributes": about["attributes"], "shared": about["shared"]}
+        refused = {"encoders", "head", "_stages"} & told["attributes"].keys()
+        if refused:
+            raise EncoderError(f"{', '.join(refused)} is no attribute that a file may set")
+        vars(model).update(read_values(told["attributes"], told["shared"], kind))
+    except RecycleError as error:
+        raise ModelFolderError(f"cannot load {folder}: {error}") from error
+    except Exception as error:  # a damaged or hostile file can go wrong anywhere
+        raise ModelFolderError(
+            f"{folder / ABOUT} is damaged, or does not fit {kind.__name__} ({type(error).__name__}: {error})"
+        ) from error
+    return model
 
 
 MetricModel = SimilarityModel
