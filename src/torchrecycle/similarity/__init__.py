@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         r_precision_of_each,
     )
     from torchrecycle.similarity.model import DEFAULT_ENCODER_KEY, MetricModel, SimilarityModel
+    from torchrecycle.similarity.parts import SharedWeightsError
     from torchrecycle.similarity.retrieval import (
         RetrievalMAP,
         RetrievalMetric,
@@ -121,6 +122,7 @@ _ROOMS = {
     "PytorchMetricLearningPairWrapper PytorchMetricLearningWrapper SimilarityLoss SoftmaxLoss TripletLoss XbmError",
     "metrics": "Groups NothingToAskError PairScores Pairs measure pair_ranks pair_scores r_precision "
     "r_precision_of_each",
+    "parts": "SharedWeightsError",
     "model": "DEFAULT_ENCODER_KEY MetricModel SimilarityModel",
     "retrieval": "RetrievalMAP RetrievalMetric RetrievalPrecision RetrievalRecall RetrievalReciprocalRank "
     "RetrievalRPrecision",
