@@ -58,6 +58,9 @@ class Embeds(nn.Module):
             return (self.layers(torch.stack(list(objects))) * self.scale).numpy()
 
 
+PREPROCESSING = {"lower": True}
+
+
 class Letters(nn.Module):
     """Texts by their letters, after a preprocessing that no module shows."""
 
@@ -65,10 +68,10 @@ class Letters(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(256, DIM)
-        self._lower = lower
+        PREPROCESSING["lower"] = lower
 
     def encode(self, objects: Sequence[str], batch_size: int = 32) -> Tensor:
-        texts = [text.lower() if self._lower else text for text in objects]
+        texts = [text.lower() if PREPROCESSING["lower"] else text for text in objects]
         return torch.stack([self.table(torch.tensor(list(text.encode()))).mean(0) for text in texts])
 
 

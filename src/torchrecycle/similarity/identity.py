@@ -5,12 +5,13 @@ to another machine. ``KnownModel(model).identity`` is the same 32 hexadecimal di
 the bytes of all weights are the same: the fingerprint of its modules, as kept rows have one.
 
 What a call of ``encode`` itself leaves in a module (a counter, the last attention map) is no setting: the first batch
-shows it, it is left out, and the index remembers its name. Attributes whose names begin with an underscore never count.
+shows it, it is left out, and the index remembers its name. All else counts, names with an underscore included.
 A weight or a buffer that ``encode`` changes is refused: the same object would come out otherwise each time.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -112,24 +113,26 @@ class KnownModel:
         return rows
 
     def _taken(self) -> Fingerprint:
-        private = {
-            (name, attribute)
-            for name, module in _named(self.model)
-            for attribute in module.__dict__
-            if attribute.startswith("_")
-        }
+        began = time.monotonic()
+        self._seen = _attributes(self.model)
         try:
-            return take_fingerprint({ROOT: self.model}, {}, [], {}, written=self.written | private)
+            return take_fingerprint({ROOT: self.model}, {}, [], {}, written=self.written)
         except CutError as error:
             raise SearchError(f"this {self.words} cannot be told from another: {error}") from error
+        finally:
+            self._looked_at = time.monotonic()
+            self._took = self._looked_at - began
 
     def must_not_have_moved(self) -> None:
-        """A look that costs next to nothing.
+        """A look that costs next to nothing; and, in a hundredth of the time, at all bytes.
 
         Raises:
-            OtherModelError: the weights are no longer those of the index.
+            OtherModelError: the weights or settings are no longer those of the index.
         """
-        if self._watch is not None and self._watch.moved():
+        if self._watch is None:
+            return
+        due = time.monotonic() - self._looked_at > max(1.0, 100 * self._took)
+        if due or self._watch.moved() or _replaced(self._seen, _attributes(self.model)):
             self.must_be_the_same()
 
     def must_be_the_same(self) -> None:
@@ -209,14 +212,18 @@ def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
     }
 
 
+def _replaced(before: dict[tuple[str, str], Any], now: dict[tuple[str, str], Any]) -> set[tuple[str, str]]:
+    """Attributes that are another object than before."""
+    return {where for where in (*before, *now) if before.get(where) is not now.get(where)}
+
+
 def _written(
     before: dict[tuple[str, str], Any], now: dict[tuple[str, str], Any], changed: Sequence[str]
 ) -> set[tuple[str, str]]:
     """Attributes that were set in between, and, of modules that have changed, those that may have been written in
     place."""
     names = {part.rpartition(" (")[0] for part in changed}
-    replaced = {where for where in (*before, *now) if before.get(where) is not now.get(where)}
-    return replaced | {
+    return _replaced(before, now) | {
         where
         for where, value in now.items()
         if where[0] in names and isinstance(value, (list, dict, set, torch.Tensor))
