@@ -855,3 +855,11 @@ def test_a_copied_folder_is_the_same_index(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
     with SearchIndex.load(model, tmp_path / "copy") as made:
         assert made.search(objects[1], k=1)[0].number == 1
+
+
+def test_a_query_that_the_model_does_not_take_is_refused_in_words():
+    with (
+        index(Embeds(), vectors(4)) as made,
+        pytest.raises(SearchError, match=r"cannot encode query 0 \(of type str\)"),
+    ):
+        made.search("a text", k=1)

@@ -20,7 +20,7 @@ import torch
 from blake3 import blake3
 from torch import nn
 
-from torchrecycle.errors import CutError
+from torchrecycle.errors import CutError, RecycleError
 from torchrecycle.fingerprint import Fingerprint, Watch, take_fingerprint
 from torchrecycle.keys import key
 from torchrecycle.similarity.collection import SearchError
@@ -132,7 +132,7 @@ class KnownModel:
         if self._watch is None:
             return
         due = time.monotonic() - self._looked_at > max(1.0, 100 * self._took)
-        if due or self._watch.moved() or _replaced(self._seen, _attributes(self.model)):
+        if due or self._watch.moved() or _replaced(self._seen, _attributes(self.model)) - self.written:
             self.must_be_the_same()
 
     def must_be_the_same(self) -> None:
@@ -166,8 +166,7 @@ class KnownModel:
             SearchError: one of them is no embedding.
         """
         given = list(objects)
-        encode = getattr(self.model, "encode", None)
-        out = encode(given, batch_size=self.batch_size) if callable(encode) else self.model(given)
+        out = self._given_by_the_model(given, what, numbers)
         rows = out.detach().float().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out)
         if rows.ndim != 2 or len(rows) != len(given) or not rows.shape[1] or rows.dtype.kind not in "fiu":
             raise SearchError(
@@ -182,6 +181,19 @@ class KnownModel:
             if length == 0:
                 raise SearchError(f"the embedding of {what} {number:,} is all zeros, which is near to nothing")
         return (wide / lengths[:, None]).astype(np.float32)
+
+    def _given_by_the_model(self, given: list[Any], what: str, numbers: Sequence[int]) -> Any:
+        encode = getattr(self.model, "encode", None)
+        try:
+            return encode(given, batch_size=self.batch_size) if callable(encode) else self.model(given)
+        except (RecycleError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a user's own code raises for an object that it does not take
+            kinds = ", ".join(sorted({type(one).__name__ for one in given}))
+            first = f" {numbers[0]:,}" if len(numbers) else ""
+            raise SearchError(
+                f"{self.words} cannot encode {what}{first} (of type {kinds}): {type(error).__name__}: {error}"
+            ) from error
 
 
 def _must_encode(model: Any) -> None:

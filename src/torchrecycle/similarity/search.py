@@ -349,7 +349,7 @@ class SearchIndex:
 
         Raises:
             OtherModelError: the model has changed since the index was opened. A write that PyTorch does not count
-                (``weight.data[0] = 1``) is seen when the index is opened or added to, and not here.
+                (``weight.data[0] = 1``) is seen within a second, or a hundred times what hashing takes.
             SearchError: ``k`` is less than 1, or the query's embedding holds NaN or no direction.
         """
         return self.search_all([query], k, exact=exact)[0]
