@@ -471,8 +471,8 @@ class Recycling:
         except AttributeError:
             return ""
 
-    def _look_again(self) -> list[str]:
-        """Hash the prefix again: the names of what has changed."""
+    def _look_again(self, *, trying: bool = False) -> list[str]:
+        """Hash the prefix again, and at times run it again: the names of what has changed."""
         self._hashed_at = time.monotonic()
         now = self._take_fingerprint(self.model, self._described)
         self._watch.renew()
@@ -485,7 +485,7 @@ class Recycling:
             else:  # it only looks
                 self._hooks = self._watch.hooks()
                 self._warn_of_hooks()
-        if not self._changed and time.monotonic() - self._tried_at > self._tries_after:
+        if trying and not self._changed and time.monotonic() - self._tried_at > self._tries_after:
             self._changed = self._try_again()
         return self._changed
 
@@ -1030,7 +1030,7 @@ class Recycling:
     def _renew_prefix(self) -> None:
         """Divide the model anew if its prefix is not what it was."""
         self.bypass.interceptor.refuse_lost(self.bypass.plan.modules)
-        if self.bypass.replaced() or self._look_again():
+        if self.bypass.replaced() or self._look_again(trying=True):
             self._rebuild()
 
     def _fill(self, dataset: RecycledDataset) -> None:
