@@ -318,7 +318,7 @@ def test_several_cuts_filled_in_one_pass_have_the_rows_of_separate_fills(copies,
     reports = fill_many(together, reads, batch_size=8)
     ran = [c.calls - b for c, b in zip(counters, before, strict=True)]
     # four batches of two sizes; and for each cut its probe, the comparison, two objects alone for each size, and the
-    # counter's own hook tried once
+    # counter's own hook tried once, and the prefix tried again before it is filled
     assert sum(ran) <= 4 + 6 * len(CUTS)
     assert reads.count() == 30 + 16
     assert [report.computed for report in reports] == [30] * len(CUTS)

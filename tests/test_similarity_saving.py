@@ -933,3 +933,19 @@ def test_safetensors_itself_reads_the_weights(saved, tmp_path):
     state = load_file(folder / "weights.safetensors")
     torch.testing.assert_close(state, model.state_dict(), rtol=0, atol=0)
     save_file(state, tmp_path / "copy")
+
+
+def test_a_model_is_saved_and_loaded_where_something_was_compiled_before(tmp_path):
+    # Dynamo puts a function of its own in the place of `nn.Module.__setstate__`, for the rest of the process.
+    code = (
+        "import sys, torch; from torch import nn\n"
+        "torch.compile(nn.Linear(2, 2), backend='eager')(torch.ones(1, 2))\n"
+        "assert nn.Module.__setstate__.__module__ == 'torch._dynamo.mutation_guard'\n"
+        "from torchrecycle.similarity import SkipConnectionHead\n"
+        "from torchrecycle.similarity.saving import load_module, save_module\n"
+        "module = nn.Sequential(nn.BatchNorm1d(2), SkipConnectionHead(2)).eval(); save_module(module, sys.argv[1])\n"
+        "rows = torch.randn(3, 2); print(torch.equal(module(rows), load_module(sys.argv[1])(rows)))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "module")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.stdout.strip() == "True", ran.stderr[-800:]
