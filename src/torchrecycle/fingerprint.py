@@ -29,7 +29,7 @@ from torch import nn
 from torchrecycle.codec import Layout
 from torchrecycle.errors import CutError
 
-__all__ = ["FINGERPRINT_VERSION", "Fingerprint", "Watch", "take_fingerprint"]
+__all__ = ["FINGERPRINT_VERSION", "OF_ANY_MODULE", "Fingerprint", "Watch", "take_fingerprint"]
 
 FINGERPRINT_VERSION = 1
 
@@ -191,7 +191,8 @@ def _own_tensors(module: nn.Module, own: Mapping[str, Any]) -> Iterator[tuple[st
             yield name, value
 
 
-_OF_ANY_MODULE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_is_hf_initialized"}
+OF_ANY_MODULE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "_is_hf_initialized"}
+"""The attributes that are no setting of a module's own."""
 
 
 _FIXED = (*_PLAIN, type, types.BuiltinFunctionType, torch.Tensor, nn.Module)
@@ -201,7 +202,7 @@ _FIXED = (*_PLAIN, type, types.BuiltinFunctionType, torch.Tensor, nn.Module)
 def _known_description(name: str, module: nn.Module, own: Mapping[str, Any], known: dict[str, tuple[Any, str]]) -> str:
     """The digest of a module's description; from memory, if its attributes are the very same objects."""
     kind = module.__class__
-    values = [kind, kind.forward, *(value for attribute, value in own.items() if attribute not in _OF_ANY_MODULE)]
+    values = [kind, kind.forward, *(value for attribute, value in own.items() if attribute not in OF_ANY_MODULE)]
     if not all(isinstance(value, _FIXED) for value in values[2:]):  # may be written in place
         return blake3(_describe(module, own).encode()).hexdigest()
     place = f"{name} "
@@ -218,7 +219,7 @@ def _describe(module: nn.Module, own: Mapping[str, Any]) -> str:
     if not isinstance(kind.forward, types.FunctionType) or kind.forward.__name__ != "forward":
         lines.append(f"forward is {_plain(kind.forward)}")  # patched from outside
     for name, value in sorted(own.items()):
-        if name not in _OF_ANY_MODULE and name not in _WITHOUT_EFFECT and (plain := _plain(value)) is not None:
+        if name not in OF_ANY_MODULE and name not in _WITHOUT_EFFECT and (plain := _plain(value)) is not None:
             lines.append(f"{name}={plain}")
     return "\n".join(lines)
 

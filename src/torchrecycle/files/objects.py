@@ -11,19 +11,16 @@ not decode 8,144 photos to learn that it knows them all; `whole_pictures` decode
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchrecycle.files.errors import DataError, LeftOut, count_of, examples, shown
+from torchrecycle.files.errors import DataError, LeftOut, count_of, shown
 from torchrecycle.files.labels import cells_of, text_of
 from torchrecycle.files.listing import Listing, WholeFile, list_files, plain
 from torchrecycle.files.pictures import (
     PICTURES,
-    THREADS,
     Asked,
     Picture,
     check_twice,
@@ -34,10 +31,10 @@ from torchrecycle.files.pictures import (
     note_passed_over,
     resolve,
     why_unreadable,
+    with_digests,
 )
 from torchrecycle.files.tables import TABLES, Row, places, read_table
 from torchrecycle.files.texts import with_texts
-from torchrecycle.progress import progress
 
 __all__ = ["Objects", "find_objects", "find_picture", "kind_of", "whole_pictures"]
 
@@ -170,7 +167,14 @@ def _pictures(
         why = "; ".join(left_out.lines) or held
         raise DataError(f"{shown(where)} holds no pictures ({', '.join(PICTURES)}): {why}")
     check_twice(listing, names, left_out)
-    pictures = _with_digests([Picture(name, "", listing.files[name]) for name in names], left_out)
+    pictures = with_digests(
+        [Picture(name, "", listing.files[name]) for name in names],
+        left_out,
+        _read,
+        bar="reading pictures",
+        cannot="cannot read",
+        remedy="Replace or remove them",
+    )
     if not pictures:
         raise DataError(f"no picture is left of {shown(where)}: {'; '.join(left_out.lines)}")
     # Two steps of the path: a page that is passed on need not tell the rest.
@@ -203,30 +207,10 @@ def _named_by(
     return named
 
 
-def _with_digests(pictures: Sequence[Picture], left_out: LeftOut) -> list[Picture]:
-    found, broken = [], []
-    pool = ThreadPoolExecutor(max_workers=min(THREADS, os.cpu_count() or 1))
-    try:
-        with progress("reading pictures", len(pictures), unit="pictures") as shown_:
-            for picture, (digest, why) in zip(pictures, pool.map(_read, pictures), strict=True):
-                if why:
-                    broken.append(f"{shown(picture.name)} ({why})")
-                else:
-                    found.append(replace(picture, digest=digest))
-                shown_.advance()
-    finally:
-        # Also on Ctrl-C, where the rest must not be waited for.
-        pool.shutdown(wait=True, cancel_futures=True)
-    if broken:
-        what = f"cannot read {len(broken):,} of {count_of(len(pictures), 'picture')}: {examples(broken)}"
-        left_out.bad(what, "Replace or remove them")
-    return found
-
-
-def _read(picture: Picture) -> tuple[bytes, str]:
+def _read(picture: Picture) -> tuple[bytes, str | None]:
     """The digest, or why there is none."""
     try:
-        return digest_of(picture.piece.read()), ""
+        return digest_of(picture.piece.read()), None
     except Exception as error:
         return b"", why_unreadable(error)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -456,11 +456,41 @@ def _once(found: Sequence[tuple[str, Asked]], left_out: LeftOut) -> dict[str, st
 
 def decoded(pictures: Sequence[Picture], left_out: LeftOut) -> list[Picture]:
     """The pictures that can be decoded: every one is tried."""
+    with quiet():
+        return with_digests(
+            pictures,
+            left_out,
+            _checked,
+            bar="checking pictures",
+            cannot="cannot decode",
+            remedy="Replace or remove what is broken",
+        )
+
+
+def with_digests(
+    pictures: Sequence[Picture],
+    left_out: LeftOut,
+    read: Callable[[Picture], tuple[bytes, str | None]],
+    *,
+    bar: str,
+    cannot: str,
+    remedy: str,
+) -> list[Picture]:
+    """Pictures with their digests, read in threads.
+
+    Args:
+        pictures: all.
+        left_out: told of those that have none.
+        read: the digest of a picture, or why it has none.
+        bar: what the progress bar says.
+        cannot: what went wrong with those that have none, such as "cannot read".
+        remedy: what to do about them.
+    """
     whole, broken = [], []
     pool = ThreadPoolExecutor(max_workers=min(THREADS, os.cpu_count() or 1))
     try:
-        with quiet(), progress("checking pictures", len(pictures), unit="pictures") as shown_:
-            for picture, (digest, why) in zip(pictures, pool.map(_checked, pictures), strict=True):
+        with progress(bar, len(pictures), unit="pictures") as shown_:
+            for picture, (digest, why) in zip(pictures, pool.map(read, pictures), strict=True):
                 if why:
                     broken.append(f"{shown(picture.name)} ({why})")
                 else:
@@ -470,8 +500,8 @@ def decoded(pictures: Sequence[Picture], left_out: LeftOut) -> list[Picture]:
         # Also on Ctrl-C, where the rest must not be waited for.
         pool.shutdown(wait=True, cancel_futures=True)
     if broken:
-        what = f"cannot decode {len(broken):,} of {count_of(len(pictures), 'picture')}: {examples(broken)}"
-        left_out.bad(what, "Replace or remove what is broken")
+        what = f"{cannot} {len(broken):,} of {count_of(len(pictures), 'picture')}: {examples(broken)}"
+        left_out.bad(what, remedy)
     return whole
 
 

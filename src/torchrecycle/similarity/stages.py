@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from torchrecycle.data import RecycledDataset, RowSource, Template
 from torchrecycle.data.dataset import Fetched
 from torchrecycle.errors import BatchError
+from torchrecycle.fingerprint import OF_ANY_MODULE
 from torchrecycle.keys import key
 from torchrecycle.recycling import Recycling, recycle
 from torchrecycle.similarity.cache import CacheError
@@ -239,10 +240,7 @@ def _state_of_function(function: Any) -> Any:
 
 
 def _settings_of(module: nn.Module) -> dict[str, Any]:
-    return {name: part for name, part in vars(module).items() if name not in _OF_ANY_MODULE}
-
-
-_OF_ANY_MODULE = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
+    return {name: part for name, part in vars(module).items() if name not in OF_ANY_MODULE}
 
 
 def _kept_key(item: Mapping[str, Any]) -> str:
