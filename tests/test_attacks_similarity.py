@@ -351,6 +351,8 @@ DDP = """
         fit(model, used, train, GroupSimilarityDataLoader(Samples(25), batch_size=25))
         found = {name: float(value) for name, value in used.callback_metrics.items()}
         Path(sys.argv[3], f"{sys.argv[1]}-{used.global_rank}.json").write_text(json.dumps(found))
+        if torch.distributed.is_initialized():  # else gloo's threads may outlive the interpreter, which aborts
+            torch.distributed.destroy_process_group()
 """
 
 

@@ -838,6 +838,7 @@ if __name__ == "__main__":
     t.fit(model, runner, t.group_loader(batch_size=8))
     with open(f"{sys.argv[2]}-{runner.global_rank}.json", "w") as file:
         json.dump({"ran": t.RAN["vectors"], "weights": t.weights(model).tolist(), "steps": runner.global_step}, file)
+    torch.distributed.destroy_process_group()  # else gloo's threads may outlive the interpreter, which aborts
 """
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "BatchError",
     "CutError",
     "DamagedRowError",
+    "GoneRowsError",
     "KeyTypeError",
     "RandomInputError",
     "RecycleError",
@@ -59,3 +60,7 @@ class StoreError(RecycleError, OSError):
 
 class DamagedRowError(StoreError):
     """A kept row does not match its checksum. ``torchrecycle store verify`` sets it aside, to be computed again."""
+
+
+class GoneRowsError(StoreError):
+    """Rows that were found have left the store since: evicted, set aside, deleted. Look their keys up again."""
