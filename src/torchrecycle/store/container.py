@@ -27,6 +27,7 @@ from torchrecycle.store.contract import FORMAT_VERSION
 
 PAGE = 4096
 FORMAT_FIELD = "torchrecycle.format"
+_PAD = "pad."
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -77,8 +78,17 @@ def flat_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def pack(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Packed:
-    """The file that holds these tensors, in this order. The same tensors and metadata give the same bytes."""
+def pack(entries: Sequence[Entry], metadata: Mapping[str, str], *, aligned: bool = False) -> Packed:
+    """The file that holds these tensors, in this order. The same tensors and metadata give the same bytes.
+
+    Args:
+        entries: The tensors.
+        metadata: Strings by name.
+        aligned: Let each tensor begin at a page, by tensors of zeros between them, which `unpack` leaves out:
+            safetensors allows no gaps.
+    """
+    if aligned:
+        entries = list(_with_pads(entries))
     header: dict[str, Any] = {"__metadata__": {FORMAT_FIELD: str(FORMAT_VERSION), **metadata}}
     start = 0
     for entry in entries:
@@ -93,6 +103,14 @@ def pack(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Packed:
     text += b" " * (-(len(text) + 8) % PAGE)
     head = np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8)
     return Packed(len(head) + start, _chunks(head, entries))
+
+
+def _with_pads(entries: Sequence[Entry]) -> Iterable[Entry]:
+    for number, entry in enumerate(entries):
+        yield entry
+        missing = -entry.nbytes % PAGE
+        if missing and number + 1 < len(entries):
+            yield Entry(f"{_PAD}{number}", torch.uint8, (missing,), [torch.zeros(missing, dtype=torch.uint8)])
 
 
 def _chunks(head: np.ndarray, entries: Sequence[Entry]) -> Iterable[np.ndarray]:
@@ -124,7 +142,7 @@ def unpack(data: torch.Tensor, file: str) -> tuple[dict[str, torch.Tensor], dict
         header, start = _header(data)
         metadata = _metadata(header.pop("__metadata__", {}))
         _refuse_newer(metadata, file)
-        return _views(header, data[start:]), metadata
+        return _without_pads(_views(header, data[start:])), metadata
     except _HeaderError as error:
         raise damaged(file, str(error)) from None
 
@@ -193,6 +211,14 @@ def _views(header: dict[str, Any], data: torch.Tensor) -> dict[str, torch.Tensor
     if expected != len(data):
         raise _HeaderError(f"its header describes {expected} bytes of data, and it holds {len(data)}")
     return {name: _view(name, data, *place) for name, place in places.items()}
+
+
+def _without_pads(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for name in [name for name in views if name.startswith(_PAD)]:
+        pad = views.pop(name)
+        if pad.dtype != torch.uint8 or pad.numel() >= PAGE or bool(pad.any()):
+            raise _HeaderError(f"{name!r} should be fewer than {PAGE} zeros, for alignment")
+    return views
 
 
 def _place(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:

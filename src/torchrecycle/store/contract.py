@@ -24,7 +24,7 @@ import torch
 
 from torchrecycle.errors import StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """The version of the file format that this release writes, and the newest that it reads."""
 
 KEY_BYTES = 16

@@ -17,10 +17,12 @@ marked in memory that forked workers share: each row is hashed once, and not onc
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import blake3
 import numpy as np
@@ -31,6 +33,8 @@ from torchrecycle.store.contract import KEY_BYTES, SUM_BYTES, Leaf, LeafSpec, Ra
 
 _CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _VERIFY_BYTES = 16 * 2**20
+_ORIGIN = "origin"
+_ORIGIN_FIELD = "torchrecycle.origin"
 
 
 def row_bytes(spec: LeafSpec) -> int:
@@ -48,22 +52,40 @@ class Batch:
     """For each leaf, its pieces."""
 
 
-def pack_segment(specs: Sequence[LeafSpec], batch: Batch) -> Packed:
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which rows of earlier segments the rows of a merged one are, for readers that hold locations of those."""
+
+    segments: tuple[tuple[str, str], ...]
+    """Name and digest of each earlier segment."""
+
+    rows: torch.Tensor
+    """``[rows, 2]`` uint32: for each row of the merged segment, which of them it was in, and where."""
+
+    def digest(self) -> str:
+        """128 bits of BLAKE3 of all of it, as 32 letters."""
+        hasher = blake3.blake3(json.dumps(self.segments).encode())
+        hasher.update(flat_bytes(self.rows).data)
+        return hasher.hexdigest(length=16)
+
+
+def pack_segment(specs: Sequence[LeafSpec], batch: Batch, origin: Origin | None = None) -> Packed:
     """The file that holds these rows."""
     rows = sum(len(keys) for keys in batch.keys)
     entries = [
         Entry("keys", torch.uint8, (rows, KEY_BYTES), batch.keys),
         Entry("sums", torch.uint8, (rows, SUM_BYTES), batch.sums),
+        *(
+            entry
+            for number, (spec, pieces) in enumerate(zip(specs, batch.leaves, strict=True))
+            for entry in _leaf_entries(f"leaf.{number}", spec, rows, pieces)
+        ),
     ]
-    leaves = [
-        entry
-        for number, (spec, pieces) in enumerate(zip(specs, batch.leaves, strict=True))
-        for entry in _leaf_entries(f"leaf.{number}", spec, rows, pieces)
-    ]
-    # What is a multiple of eight bytes long comes first, and then the wider types: all of it is aligned
-    # without gaps.
-    leaves.sort(key=lambda entry: (entry.nbytes % 8 != 0, -entry.dtype.itemsize))
-    return pack(entries + leaves, {})
+    metadata = {}
+    if origin is not None:
+        entries.append(Entry(_ORIGIN, torch.uint32, (rows, 2), [origin.rows]))
+        metadata[_ORIGIN_FIELD] = json.dumps({"segments": origin.segments, "blake3": origin.digest()})
+    return pack(entries, metadata, aligned=True)
 
 
 def _leaf_entries(name: str, spec: LeafSpec, rows: int, pieces: Sequence[Leaf]) -> list[Entry]:
@@ -182,7 +204,10 @@ class Segment:
 
     def __init__(self, file: str, data: torch.Tensor, specs: Sequence[LeafSpec]) -> None:
         self.file = file
-        tensors, _ = unpack(data, file)
+        self.data = data
+        """The bytes of the file."""
+        tensors, metadata = unpack(data, file)
+        origin = tensors.pop(_ORIGIN, None)
         _expect_names(file, tensors, specs)
         self.rows = len(tensors["keys"]) if tensors["keys"].ndim else -1
         _expect(file, tensors, "keys", torch.uint8, (self.rows, KEY_BYTES))
@@ -192,11 +217,23 @@ class Segment:
         self.keys = tensors["keys"]
         self.sums = tensors["sums"]
         self.columns = [_column(file, tensors, number, spec, self.rows) for number, spec in enumerate(specs)]
+        self.origin = None if origin is None else _origin(file, origin, metadata, self.rows)
+        """Where its rows were before, if it was merged of earlier segments."""
         self.nbytes = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
         # An anonymous map is shared with forked workers, and unlike shared tensors takes no file descriptor.
         self._checked_memory = mmap.mmap(-1, max(self.rows, 1))
         self.checked = np.frombuffer(self._checked_memory, dtype=np.bool_)[: self.rows]
         """Which rows were compared with their sums."""
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells this segment from any other: 128 bits of BLAKE3 of all keys and sums, as 32 letters.
+
+        A segment found under a name is known by it again, in another process too: files may be renamed.
+        """
+        hasher = blake3.blake3(flat_bytes(self.keys).data)
+        hasher.update(flat_bytes(self.sums).data)
+        return hasher.hexdigest(length=16)
 
     def gather(self, rows: np.ndarray) -> list[Leaf]:
         """Copies of these rows, of which none is negative, not compared with their sums: see `check`."""
@@ -231,6 +268,21 @@ class Segment:
             rows = np.arange(start, min(start + step, self.rows))
             leaves = [column.slice(start, start + len(rows)) for column in self.columns]
             self.check(rows, leaves, rows - start)
+
+
+def _origin(file: str, rows: torch.Tensor, metadata: dict[str, str], count: int) -> Origin:
+    if rows.dtype != torch.uint32 or tuple(rows.shape) != (count, 2):
+        raise damaged(file, f"{_ORIGIN!r} is {rows.dtype} {list(rows.shape)}")
+    try:
+        found = json.loads(metadata[_ORIGIN_FIELD])
+        origin = Origin(tuple((str(name), str(digest)) for name, digest in found["segments"]), rows)
+        if origin.digest() != found["blake3"]:
+            raise ValueError("it does not match its checksum")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(file, f"{_ORIGIN_FIELD!r} is not readable ({error})") from None
+    if count and int(rows[:, 0].to(torch.int64).max()) >= len(origin.segments):
+        raise damaged(file, f"{_ORIGIN!r} names more segments than the {len(origin.segments)} there were")
+    return origin
 
 
 def _expect_names(file: str, tensors: dict[str, torch.Tensor], specs: Sequence[LeafSpec]) -> None:

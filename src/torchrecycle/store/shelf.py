@@ -21,8 +21,11 @@ import torch
 
 from torchrecycle.errors import DamagedRowError, StoreError
 from torchrecycle.store.container import Packed
+from torchrecycle.store.mapping import MAPS, map_file
 
 MANIFESTS = "manifests"
+
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class Shelf(ABC):
@@ -84,20 +87,22 @@ class FolderShelf(Shelf):
         path = self._folder / name
         with in_words(f"cannot read {path}"):
             try:
-                found = os.lstat(path)
+                # A link could lead out of the folder, and opening a pipe would wait for ever.
+                descriptor = os.open(path, os.O_RDONLY | _NO_LINKS)
             except FileNotFoundError:
                 return None
-            if not stat.S_ISREG(found.st_mode):
-                # A link could lead out of the folder, and opening a pipe would wait for ever.
-                raise DamagedRowError(f"{path} is no plain file. Run `torchrecycle store verify`: it sets it aside")
-            if not found.st_size:
-                return torch.empty(0, dtype=torch.uint8)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENXIO):
+                    raise _no_file(path) from None
+                raise
             try:
-                # Unlike mmap and np.memmap, this keeps no file descriptor open: a store has thousands of
-                # segments. The map is private, so that a stray write could never reach the file.
-                return torch.from_file(str(path), shared=False, size=found.st_size, dtype=torch.uint8)
-            except RuntimeError as error:
-                raise StoreError(f"cannot map {path}: {error}") from error
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode):
+                    raise _no_file(path)
+                return _mapped(descriptor, path, found.st_size)
+            finally:
+                # A store has thousands of segments, and a map needs no open file.
+                os.close(descriptor)
 
     def write(self, name: str, packed: Packed, *, keep: bool = False) -> None:
         path = self._folder / name
@@ -124,6 +129,22 @@ class FolderShelf(Shelf):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
                 _sync_folder(path.parent)
+
+
+def _no_file(path: Path) -> DamagedRowError:
+    return DamagedRowError(f"{path} is no plain file. Run `torchrecycle store verify`: it sets it aside")
+
+
+def _mapped(descriptor: int, path: Path, nbytes: int) -> torch.Tensor:
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    if MAPS:
+        return map_file(descriptor, nbytes)
+    try:
+        # Private, so that a stray write could never reach the file.
+        return torch.from_file(str(path), shared=False, size=nbytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise StoreError(f"cannot map {path}: {error}") from error
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -1,0 +1,129 @@
+"""Files as memory, and many of them side by side.
+
+After shuffling, 64 rows of a store of 4 GB lie in all of its 16 segments. Gathered segment by segment that is 16
+calls, which for rows of 1.5 KB take ten times as long as the copying. So segments are laid next to each other in one
+reserved range of addresses, each at a multiple of the row's size: to torch the whole store is then one tensor, and a
+batch one `torch.index_select`.
+
+The range takes addresses and no memory. Python's own `mmap` keeps a file descriptor open for each map and cannot
+choose a place, so this asks the C library; where that is not Linux's, `maps` is False, and batches are gathered
+segment by segment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+
+PAGE = mmap.PAGESIZE
+
+MAPS = sys.platform == "linux" and sys.maxsize > 2**32 and PAGE == 4096
+"""Whether files can be laid side by side on this machine. Segments are aligned to pages of 4,096 bytes."""
+
+_FIXED = 0x10
+_NO_ACCESS = 0
+_MAY_MOVE, _MOVE_TO = 1, 2
+_WILL_NEED, _DONT_NEED = 3, 4
+
+
+def _c_library() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    address, size = ctypes.c_void_p, ctypes.c_size_t
+    library.mmap.argtypes = [address, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    library.mremap.argtypes = [address, size, size, ctypes.c_int, address]
+    library.munmap.argtypes = [address, size]
+    library.madvise.argtypes = [address, size, ctypes.c_int]
+    library.mmap.restype = library.mremap.restype = address
+    return library
+
+
+_C = _c_library() if MAPS else None
+
+
+def _checked(address: int | None) -> int:
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return address
+
+
+class _Mapped:
+    """A range of addresses, given back when the last tensor over it is gone."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+        self._buffer = (ctypes.c_uint8 * nbytes).from_address(address)
+        # The process's end gives addresses back by itself, and tensors may live until then.
+        weakref.finalize(self._buffer, _C.munmap, address, nbytes).atexit = False  # pyright: ignore
+
+    def tensor(self) -> torch.Tensor:
+        """``[nbytes]`` uint8, not to be written into."""
+        return torch.from_numpy(np.frombuffer(self._buffer, dtype=np.uint8))
+
+
+def map_file(descriptor: int, nbytes: int) -> torch.Tensor:
+    """``[nbytes]`` uint8: the bytes of an open file, which may be closed afterwards.
+
+    Raises:
+        OSError: The file cannot be mapped.
+    """
+    assert _C is not None
+    # Shared, since only such a map can be laid at a second place; it is for reading, so nothing reaches the file.
+    found = _C.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    return _Mapped(_checked(found), nbytes).tensor()
+
+
+class Plane:
+    """A reserved range of addresses that shows bytes of many maps.
+
+    Args:
+        nbytes: How many bytes of addresses.
+
+    Raises:
+        OSError: So many are not to be had.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        assert _C is not None
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._mapped = _Mapped(_checked(_C.mmap(None, nbytes, _NO_ACCESS, flags, -1, 0)), nbytes)
+        self.bytes = self._mapped.tensor()
+        """``[nbytes]`` uint8. Reading where nothing was shown ends the process: who reads knows what is there."""
+
+    def show(self, data: torch.Tensor, at: int) -> None:
+        """Show bytes of a map at some place: no copy, and they stay when the map's own tensors are gone.
+
+        Args:
+            data: Contiguous bytes in what `map_file` gave, which begin at a page of the file.
+            at: Where, a multiple of the page size.
+        """
+        assert _C is not None
+        source, nbytes = data.data_ptr(), data.numel() * data.dtype.itemsize
+        if source % PAGE or at % PAGE or not 0 <= at <= self._mapped.nbytes - nbytes:
+            raise ValueError(f"{nbytes} bytes at {source:#x} cannot be shown at {at}")
+        # An old size of 0 leaves the map where it is and makes a second one of the same pages: see mremap(2).
+        _checked(_C.mremap(source, 0, nbytes, _MAY_MOVE | _MOVE_TO, self._mapped.address + at))
+
+    def show_zeros(self, nbytes: int, at: int) -> None:
+        """Put zeroed memory at some place, which forked processes share and may write."""
+        assert _C is not None
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _FIXED
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        _checked(_C.mmap(self._mapped.address + at, nbytes, access, flags, -1, 0))
+
+    def release(self) -> None:
+        """Let go of all pages: they stay in the system's cache of files, and come back when they are read."""
+        assert _C is not None
+        _C.madvise(self._mapped.address, self._mapped.nbytes, _DONT_NEED)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the disk for these bytes, without waiting for them. Where nothing was shown, nothing happens."""
+        assert _C is not None
+        first = start // PAGE * PAGE
+        _C.madvise(self._mapped.address + first, stop - first, _WILL_NEED)
