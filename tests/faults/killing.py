@@ -1,0 +1,90 @@
+"""Writers that are killed: at a moment that nobody chose, and at each call that they make of the system.
+
+`write_for_ever` publishes until somebody kills it, and says over a pipe what has been published. `write_until` makes
+the same calls each time, counts those of the system (open, write, fsync, rename), and kills itself with SIGKILL after
+the one that it was told: so all of them are tried, also those between which no timer ever hits.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faults.truth import keys_of, leaves_of, open_rows, write
+
+PART = 6
+"""How many rows `write_until` publishes at a time."""
+
+MANIFEST = "train"
+
+
+def write_for_ever(folder: str, seed: int, told: Any) -> None:
+    """Append and publish small segments. Told: the number of the first row, then where each publish ended."""
+    torch.set_num_threads(1)
+    draw = random.Random(seed)
+    start = seed * 100_000
+    told.send(start)
+    rows = open_rows(Path(folder), segment_bytes=draw.choice([600, 3000]))
+    while True:
+        numbers = range(start, start + draw.randrange(1, 12))
+        start = numbers.stop
+        if draw.random() < 0.7:
+            write(rows, numbers)
+            told.send(start)
+        else:
+            rows.append(keys_of(numbers), leaves_of(numbers))
+
+
+def write_until(folder: str, step: int, told: Any) -> None:
+    """Two publishes, a manifest twice, a probe; killed at one call of the system, or never if `step` is 0.
+
+    Told: how many publishes and manifests have returned, after each; at the end, minus the number of calls.
+    """
+    torch.set_num_threads(1)
+    rows = open_rows(Path(folder))
+    counter = _Steps(step)
+    counter.start()
+    for number in range(2):
+        write(rows, range(number * PART, (number + 1) * PART))
+        told.send(2 * number + 1)
+        rows.write_manifest(MANIFEST, {"version": torch.tensor([number])}, {})
+        told.send(2 * number + 2)
+    rows.write_probe({"input": torch.arange(3.0)}, {})
+    sys.setprofile(None)
+    told.send(-counter.count)
+
+
+class _Steps:
+    """Counts the returns of calls of the system."""
+
+    def __init__(self, last: int) -> None:
+        self.count, self.last = 0, last
+
+    def start(self) -> None:
+        sys.setprofile(self._seen)
+
+    def _seen(self, frame: Any, event: str, called: Any) -> None:
+        # What is there before a call is what is there after the one before.
+        if event == "c_return" and is_of_the_system(called):
+            self.count += 1
+            if self.count == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+LOOKING = {"fspath", "stat", "lstat", "getpid", "urandom", "scandir", "listdir", "fileno", "isatty", "read", "readinto"}
+"""Calls that change no file: after them there is what was there before."""
+
+
+def is_of_the_system(called: Any) -> bool:
+    """Whether a C function works on files: those of ``os``, and the methods of open files and maps."""
+    if getattr(called, "__name__", "") in LOOKING:
+        return False
+    owner = getattr(called, "__self__", None)
+    names = {getattr(called, "__module__", None), type(owner).__module__, getattr(owner, "__name__", None)}
+    return bool(names & {"posix", "_io", "io", "mmap"})
