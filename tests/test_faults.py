@@ -20,8 +20,10 @@ from typing import Any
 
 import pytest
 
-from faults.killing import MANIFEST, PART, write_for_ever, write_until
+from faults.killing import MANIFEST, PART, acts_of, write_for_ever, write_until
+from faults.power import Disk
 from faults.truth import check_all_right, open_rows, read_all, write
+from torchrecycle.store import Rows
 
 Figure = Callable[..., None]
 
@@ -123,15 +125,65 @@ def test_a_writer_killed_at_any_call_of_the_system_leaves_all_of_a_file_or_nothi
         done = max([0, *all_told(reader)])
         rows = open_rows(folder)
         assert rows.verify().ok, f"killed at step {step}"
-        check_all_right(rows, range(PART * ((done + 1) // 2)))
+        check_all_right(rows, published_of(done))
         # Of the publish that was under way, all rows are there or none.
         reading = read_all(rows, range(2 * PART))
         assert not reading.wrong | reading.refused, f"killed at step {step}: {reading}"
         assert len(reading.right) % PART == 0
-        manifest = rows.read_manifest(MANIFEST)
-        version = -1 if manifest is None else int(manifest[0]["version"])
-        assert done // 2 - 1 <= version <= (done + 1) // 2 - 1
+        check_version(rows, done)
         write(rows, range(2 * PART))
         check_all_right(open_rows(folder), range(2 * PART))
         shutil.rmtree(folder, ignore_errors=True)
     figure(steps=steps)
+
+
+def published_of(done: int) -> range:
+    """The rows that so many of `acts_of` have published."""
+    return range(PART * min(2, (done + 1) // 2))
+
+
+def check_version(rows: Rows, done: int) -> None:
+    """The manifest is the last that was written, or the one that was under way."""
+    manifest = rows.read_manifest(MANIFEST)
+    version = -1 if manifest is None else int(manifest[0]["version"])
+    assert done // 2 - 1 <= version <= (done + 1) // 2 - 1
+
+
+# Power cuts
+
+
+def test_whatever_a_power_cut_keeps_of_what_was_not_synced_only_unpublished_rows_are_lost(
+    tmp_path: Path, figure: Figure
+):
+    draw = random.Random(9)
+    root = tmp_path / "written"
+    root.mkdir()
+    disk = Disk(root)
+    with disk.watched():
+        for act in acts_of(open_rows(root)):
+            act()
+            disk.done += 1
+    assert disk.done == 5
+    states = 0
+    for number, moment in enumerate(disk.moments):
+        for how in ("synced", "named", "drawn", "drawn", "drawn"):
+            folder = tmp_path / f"{number}-{states}"
+            moment.left(folder, how, draw)
+            rows = open_rows(folder)
+            report = rows.verify()
+            assert report.ok, f"moment {number}, {how}: {report}"
+            check_all_right(rows, published_of(moment.done))
+            reading = read_all(rows, range(2 * PART))
+            assert not reading.wrong | reading.refused, f"moment {number}, {how}: {reading}"
+            assert len(reading.right) % PART == 0
+            check_version(rows, moment.done)
+            write(rows, range(2 * PART))
+            check_all_right(open_rows(folder), range(2 * PART))
+            states += 1
+            shutil.rmtree(folder)
+    # The test of the test: many moments have something that is written and not yet safe.
+    unsafe = sum(any(m.synced.get(file) != content for file, content in m.contents.items()) for m in disk.moments)
+    unnamed = sum(any(len(listings) > 1 for listings in m.listings.values()) for m in disk.moments)
+    assert unsafe > 15
+    assert unnamed > 20
+    figure(moments=len(disk.moments), with_bytes_not_synced=unsafe, with_names_not_synced=unnamed, states=states)

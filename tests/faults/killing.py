@@ -11,15 +11,17 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from faults.truth import keys_of, leaves_of, open_rows, write
+from torchrecycle.store import Rows
 
 PART = 6
-"""How many rows `write_until` publishes at a time."""
+"""How many rows `acts_of` publishes at a time."""
 
 MANIFEST = "train"
 
@@ -41,21 +43,33 @@ def write_for_ever(folder: str, seed: int, told: Any) -> None:
             rows.append(keys_of(numbers), leaves_of(numbers))
 
 
-def write_until(folder: str, step: int, told: Any) -> None:
-    """Two publishes, a manifest twice, a probe; killed at one call of the system, or never if `step` is 0.
+def acts_of(rows: Rows) -> list[Callable[[], None]]:
+    """All kinds of writing: rows, a manifest, further rows, another manifest in its place, a probe."""
 
-    Told: how many publishes and manifests have returned, after each; at the end, minus the number of calls.
+    def manifest(version: int) -> None:
+        rows.write_manifest(MANIFEST, {"version": torch.tensor([version])}, {})
+
+    return [
+        lambda: write(rows, range(PART)),
+        lambda: manifest(0),
+        lambda: write(rows, range(PART, 2 * PART)),
+        lambda: manifest(1),
+        lambda: rows.write_probe({"input": torch.arange(3.0)}, {}),
+    ]
+
+
+def write_until(folder: str, step: int, told: Any) -> None:
+    """Do `acts_of`; killed after one call of the system, or never if `step` is 0.
+
+    Told: how many acts have returned, after each; at the end, minus the number of calls.
     """
     torch.set_num_threads(1)
     rows = open_rows(Path(folder))
     counter = _Steps(step)
     counter.start()
-    for number in range(2):
-        write(rows, range(number * PART, (number + 1) * PART))
-        told.send(2 * number + 1)
-        rows.write_manifest(MANIFEST, {"version": torch.tensor([number])}, {})
-        told.send(2 * number + 2)
-    rows.write_probe({"input": torch.arange(3.0)}, {})
+    for number, act in enumerate(acts_of(rows)):
+        act()
+        told.send(number + 1)
     sys.setprofile(None)
     told.send(-counter.count)
 
