@@ -8,9 +8,15 @@ in the report that ``--junit-xml`` writes.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import multiprocessing
+import os
+import pickle
 import random
+import re
+import resource
 import shutil
 import signal
 import time
@@ -20,9 +26,22 @@ from typing import Any
 
 import pytest
 
+from faults.disks import Ballast, read_only, small_disk
 from faults.killing import MANIFEST, PART, acts_of, write_for_ever, write_until
 from faults.power import Disk
-from faults.truth import check_all_right, open_rows, read_all, write
+from faults.truth import (
+    WORLDS,
+    Reading,
+    check_all_right,
+    gather_all,
+    keys_of,
+    leaves_of,
+    open_rows,
+    read_all,
+    segments_of,
+    write,
+)
+from torchrecycle.errors import StoreError
 from torchrecycle.store import Rows
 
 Figure = Callable[..., None]
@@ -187,3 +206,174 @@ def test_whatever_a_power_cut_keeps_of_what_was_not_synced_only_unpublished_rows
     assert unsafe > 15
     assert unnamed > 20
     figure(moments=len(disk.moments), with_bytes_not_synced=unsafe, with_names_not_synced=unnamed, states=states)
+
+
+# Full disks
+
+
+@pytest.mark.parametrize("what", ["pages", "files"])
+def test_a_full_disk_is_an_error_at_any_point_and_writing_goes_on_when_there_is_room(
+    tmp_path: Path, what: str, figure: Figure
+):
+    with small_disk(tmp_path / "disk") as disk:
+        write(open_rows(disk), range(40), step=20)
+        ballast = Ballast(disk)
+        leave = ballast.leave_pages if what == "pages" else ballast.leave_files
+        room, refused, stopped_at = 0, 1, set()
+        while refused:
+            leave(room)
+            rows = open_rows(disk, world=1)
+            acts = acts_of(rows, world=1)
+            refused = sum(is_refused(act, errno.ENOSPC, stopped_at) for act in acts)
+            check_all_right(open_rows(disk), range(40))
+            left = [path for path in (disk / WORLDS[1]).rglob("*") if path.is_file()]
+            assert not [path for path in left if ".tmp-" in path.name]
+            assert rows.verify().ok
+            ballast.free()
+            rows.publish()
+            check_all_right(rows, range(2 * PART), world=1)
+            check_all_right(open_rows(disk, world=1), range(2 * PART), world=1)
+            for act in acts:
+                act()
+            check_version(rows, len(acts))
+            shutil.rmtree(disk / WORLDS[1])
+            room += 1
+        assert room > 4
+        # Each kind of file was the one for which there was no room.
+        assert {"about.json", "manifests", "probe.safetensors"} <= stopped_at
+        assert any(SEGMENT.fullmatch(name) for name in stopped_at)
+        figure(kind=what, sizes_of_the_room_tried=room)
+
+
+SEGMENT = re.compile(r"[A-Za-z0-9]+-[0-9]+\.safetensors")
+
+
+def is_refused(act: Callable[[], None], number: int, files: set[str]) -> bool:
+    """Whether an act is refused, in words and with this error number; for the sake of which file, added to a set."""
+    found = error_of(act)
+    if found is None:
+        return False
+    assert found.errno == number, found
+    path = re.match(r"cannot write (.+): ", str(found))
+    assert path, found
+    files |= {Path(path[1]).name, Path(path[1]).parent.name}
+    return True
+
+
+def error_of(act: Callable[[], Any]) -> StoreError | None:
+    """The refusal of an act, if it is refused."""
+    try:
+        act()
+    except StoreError as error:
+        return error
+    return None
+
+
+# Folders that cannot be written to
+
+
+def test_a_read_only_folder_is_read_and_writing_to_it_is_an_error_in_words(tmp_path: Path):
+    with small_disk(tmp_path / "disk") as disk:
+        write(open_rows(disk), range(40), step=20)
+        for act in acts_of(open_rows(disk)):
+            act()
+        with read_only(disk):
+            rows = open_rows(disk)
+            check_all_right(rows, range(40))
+            assert rows.verify().ok
+            check_version(rows, 4)
+            for world, acts in ((0, acts_of(rows, start=100)), (1, acts_of(open_rows(disk, world=1), world=1))):
+                files: set[str] = set()
+                refused = [is_refused(act, errno.EROFS, files) for act in acts]
+                # A probe that is there already stays, so there is nothing to write.
+                assert refused[:4] == [True] * 4, world
+            check_all_right(rows, range(40))
+        rows.publish()
+        check_all_right(open_rows(disk), [*range(40), *range(100, 100 + 2 * PART)])
+
+
+def test_damage_in_a_read_only_folder_is_an_error_and_not_served(tmp_path: Path):
+    with small_disk(tmp_path / "disk") as disk:
+        write(open_rows(disk), range(40), step=20)
+        path = segments_of(disk)[0]
+        path.write_bytes(path.read_bytes()[:-1])
+        with read_only(disk):
+            rows = open_rows(disk)
+            with pytest.raises(StoreError, match=r"cannot set .* aside: Read-only file system") as caught:
+                rows.verify()
+            assert caught.value.errno == errno.EROFS
+            assert not read_all(rows, range(40)).wrong
+
+
+# Folders that go away
+
+
+@pytest.mark.parametrize("what", ["fingerprint", "store"])
+@pytest.mark.parametrize("read_before", [0, 20, 40])
+def test_a_folder_deleted_under_a_reader_gives_no_other_row(tmp_path: Path, what: str, read_before: int):
+    folder = tmp_path / "store"
+    write(open_rows(folder), range(40), step=8)
+    rows = open_rows(folder)
+    locations = rows.lookup(keys_of(range(40)))
+    check_all_right(rows, range(read_before))
+    copy = pickle.dumps(rows)
+    shutil.rmtree(folder / WORLDS[0] if what == "fingerprint" else folder)
+    for reader in (rows, pickle.loads(copy)):
+        reading = gather_all(reader, range(40), locations)
+        assert not reading.wrong
+        # What is mapped is still there, and the rest is an error that says what to do.
+        assert reading.right >= set(range(read_before)) if reader is rows else True
+        assert reading.error is None or "ook the" in str(reading.error), reading.error
+    rows.refresh()
+    assert (rows.lookup(keys_of(range(40))) == -1).all()
+    write(rows, range(40))
+    check_all_right(rows, range(40))
+    check_all_right(open_rows(folder), range(40))
+
+
+# File descriptors
+
+
+def read_with_few_descriptors(folder: str, told: Any) -> None:
+    """Told: open files before and after reading, with a limit of eight more; then what happens when none is left."""
+    before = len(os.listdir("/proc/self/fd"))
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, highest + 8))
+    rows = open_rows(Path(folder))
+    check_all_right(rows, range(SEGMENTS))
+    told.send(len(os.listdir("/proc/self/fd")) - before)
+    used = []
+    with contextlib.suppress(OSError):
+        while True:
+            used.append(os.open("/dev/null", os.O_RDONLY))
+    known, fresh = read_all(rows, range(SEGMENTS)), Reading()
+    errors = [error_of(lambda: fresh.merge(read_all(open_rows(Path(folder)), range(SEGMENTS)))), fresh.error]
+    rows.append(keys_of([SEGMENTS]), leaves_of([SEGMENTS]))
+    errors = [str(error) for error in (*errors, error_of(rows.publish)) if error]
+    for descriptor in used:
+        os.close(descriptor)
+    rows.publish()
+    check_all_right(rows, range(SEGMENTS + 1))
+    told.send((len(known.right), len(known.wrong | fresh.wrong), errors))
+
+
+SEGMENTS = 300
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts the open files of Linux")
+def test_hundreds_of_segments_are_read_with_eight_free_file_descriptors_and_none_is_an_error_in_words(
+    tmp_path: Path, forkserver: Any, figure: Figure
+):
+    write(open_rows(tmp_path), range(SEGMENTS), step=1)
+    process, reader = start(forkserver, read_with_few_descriptors, str(tmp_path))
+    told: list[Any] = all_told(reader)
+    process.join()
+    assert process.exitcode == 0
+    more, (right, wrong, errors) = told
+    assert more == 0
+    assert right == SEGMENTS
+    assert wrong == 0
+    # A new reader or the writer, if not both.
+    assert errors
+    assert all("Too many open files" in error for error in errors), errors
+    figure(segments=SEGMENTS, descriptors_kept_open=more)

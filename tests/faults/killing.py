@@ -43,16 +43,22 @@ def write_for_ever(folder: str, seed: int, told: Any) -> None:
             rows.append(keys_of(numbers), leaves_of(numbers))
 
 
-def acts_of(rows: Rows) -> list[Callable[[], None]]:
-    """All kinds of writing: rows, a manifest, further rows, another manifest in its place, a probe."""
+def acts_of(rows: Rows, *, start: int = 0, world: int = 0) -> list[Callable[[], None]]:
+    """All kinds of writing: rows, a manifest, further rows, another manifest in its place, a probe.
+
+    Args:
+        rows: Of a world.
+        start: The number of the first row.
+        world: Which one.
+    """
 
     def manifest(version: int) -> None:
         rows.write_manifest(MANIFEST, {"version": torch.tensor([version])}, {})
 
     return [
-        lambda: write(rows, range(PART)),
+        lambda: write(rows, range(start, start + PART), world),
         lambda: manifest(0),
-        lambda: write(rows, range(PART, 2 * PART)),
+        lambda: write(rows, range(start + PART, start + 2 * PART), world),
         lambda: manifest(1),
         lambda: rows.write_probe({"input": torch.arange(3.0)}, {}),
     ]

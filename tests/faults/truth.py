@@ -74,6 +74,12 @@ class Reading:
     error: StoreError | None = None
     """The last refusal; also of lookup itself, which then refuses every row."""
 
+    def merge(self, other: Reading) -> None:
+        """Add what another store answered."""
+        for name in ("right", "wrong", "refused", "missed"):
+            getattr(self, name).update(getattr(other, name))
+        self.error = other.error or self.error
+
 
 def read_all(rows: Rows, numbers: Sequence[int], world: int = 0) -> Reading:
     """Look rows up and gather them: all at once where that works, else each by itself."""
@@ -86,6 +92,13 @@ def read_all(rows: Rows, numbers: Sequence[int], world: int = 0) -> Reading:
     reading.missed = {number for number, at in zip(numbers, found.tolist(), strict=True) if at < 0}
     there = [number for number in numbers if number not in reading.missed]
     _read(rows, there, found[found >= 0], world, reading)
+    return reading
+
+
+def gather_all(rows: Rows, numbers: Sequence[int], locations: np.ndarray, world: int = 0) -> Reading:
+    """Gather rows by the locations that they had."""
+    reading = Reading()
+    _read(rows, numbers, locations, world, reading)
     return reading
 
 
