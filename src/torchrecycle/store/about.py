@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import blake3
 import numpy as np
 
 from torchrecycle.errors import StoreError
@@ -24,6 +25,7 @@ def write_about(shelf: Shelf, leaves: Sequence[LeafSpec], about: Mapping[str, An
     """Write the file, unless there is one."""
     if shelf.read(ABOUT) is None:
         text = {"format": FORMAT_VERSION, "leaves": [_spec_to_json(spec) for spec in leaves], "about": about}
+        text["blake3"] = _digest(text)
         data = np.frombuffer((json.dumps(text, indent=2, ensure_ascii=False) + "\n").encode(), dtype=np.uint8)
         shelf.write(ABOUT, Packed(len(data), [data]), keep=True)
 
@@ -61,6 +63,9 @@ def read_form(shelf: Shelf) -> tuple[dict[str, Any], list[LeafSpec]] | None:
         if type(version) is not int or version < 1 or not isinstance(about, dict):
             raise ValueError("format or about is of no known form")
         refuse_newer(version, file)
+        # Format 1 had no checksum.
+        if version > 1 and found.pop("blake3") != _digest(found):
+            raise ValueError("it does not match its checksum")
         kept = [_spec_from_json(spec) for spec in found["leaves"]]
     except StoreError:
         raise
@@ -69,6 +74,12 @@ def read_form(shelf: Shelf) -> tuple[dict[str, Any], list[LeafSpec]] | None:
             f"{file} is not readable ({error!r}): restore it, or delete that folder, whose rows are then computed again"
         ) from None
     return about, kept
+
+
+def _digest(text: Mapping[str, Any]) -> str:
+    """128 bits of BLAKE3 of all that the file says, as 32 letters."""
+    canonical = json.dumps(text, sort_keys=True, separators=(",", ":"))
+    return blake3.blake3(canonical.encode()).hexdigest(length=16)
 
 
 def _spec_to_json(spec: LeafSpec) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Entry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    chunks: Sequence[torch.Tensor]
+    chunks: Iterable[torch.Tensor]
     """Pieces that make up the tensor, one after the other."""
 
     @property

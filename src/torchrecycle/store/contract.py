@@ -161,8 +161,17 @@ class Rows(ABC):
 
         Raises:
             DamagedRowError: A row does not match its checksum. `verify` sets its segment aside.
+            GoneRowsError: A row has left the store since it was looked up.
             StoreError: A location that `lookup` has not given, -1 among them.
         """
+
+    def prefetch(self, locations: np.ndarray | torch.Tensor) -> None:
+        """Ask for rows that `gather` will soon be asked for, without waiting for them. May do nothing.
+
+        Args:
+            locations: ``[n]`` int64, from `lookup`; neighbours are asked for in one piece.
+        """
+        return
 
     @abstractmethod
     def append(self, keys: np.ndarray, leaves: Sequence[Leaf]) -> None:

@@ -20,8 +20,8 @@ from torchrecycle.store.contract import KEY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Some keys, sorted, each once."""
+class Run:
+    """Some keys, sorted. Where one comes more than once, the first counts."""
 
     first: np.ndarray
     second: np.ndarray
@@ -62,19 +62,19 @@ def halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(columns[:, 0]), np.ascontiguousarray(columns[:, 1])
 
 
-def _sorted_run(first: np.ndarray, second: np.ndarray, locations: np.ndarray) -> _Run:
+def _sorted_run(first: np.ndarray, second: np.ndarray, locations: np.ndarray) -> Run:
     order = np.lexsort((locations, second, first))
     first, second, locations = first[order], second[order], locations[order]
     new = np.ones(len(first), dtype=bool)
     new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-    return _Run(first[new], second[new], locations[new])
+    return Run(first[new], second[new], locations[new])
 
 
 class Index:
     """Keys and their locations. A key that is added twice keeps its first location."""
 
     def __init__(self) -> None:
-        self._runs: list[_Run] = []
+        self._runs: list[Run] = []
 
     def __len__(self) -> int:
         return sum(len(run) for run in self._runs)
@@ -103,5 +103,5 @@ class Index:
         self._runs.append(run)
 
 
-def _columns(run: _Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _columns(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return run.first, run.second, run.locations

@@ -53,6 +53,16 @@ def _checked(address: int | None) -> int:
     return address
 
 
+_MAPS: set[int] = set()
+"""Where maps of files begin."""
+
+
+def _give_back(address: int, nbytes: int) -> None:
+    assert _C is not None
+    _MAPS.discard(address)
+    _C.munmap(address, nbytes)
+
+
 class _Mapped:
     """A range of addresses, given back when the last tensor over it is gone."""
 
@@ -60,11 +70,11 @@ class _Mapped:
         self.address, self.nbytes = address, nbytes
         self._buffer = (ctypes.c_uint8 * nbytes).from_address(address)
         # The process's end gives addresses back by itself, and tensors may live until then.
-        weakref.finalize(self._buffer, _C.munmap, address, nbytes).atexit = False  # pyright: ignore
+        weakref.finalize(self._buffer, _give_back, address, nbytes).atexit = False
 
     def tensor(self) -> torch.Tensor:
         """``[nbytes]`` uint8, not to be written into."""
-        return torch.from_numpy(np.frombuffer(self._buffer, dtype=np.uint8))
+        return torch.from_numpy(np.frombuffer(memoryview(self._buffer), dtype=np.uint8))
 
 
 def map_file(descriptor: int, nbytes: int) -> torch.Tensor:
@@ -75,8 +85,16 @@ def map_file(descriptor: int, nbytes: int) -> torch.Tensor:
     """
     assert _C is not None
     # Shared, since only such a map can be laid at a second place; it is for reading, so nothing reaches the file.
-    found = _C.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    return _Mapped(_checked(found), nbytes).tensor()
+    address = _checked(_C.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0))
+    _MAPS.add(address)
+    return _Mapped(address, nbytes).tensor()
+
+
+def release(data: torch.Tensor) -> None:
+    """Let go of the pages of a mapped file: they stay in the system's cache, and come back when they are read."""
+    # A tensor in memory would lose its content; of a map, only whole pages can be given.
+    if _C is not None and data.data_ptr() in _MAPS:
+        _C.madvise(data.data_ptr(), data.numel() * data.element_size(), _DONT_NEED)
 
 
 class Plane:

@@ -22,8 +22,11 @@ from torchrecycle.errors import BatchError, DamagedRowError, StoreError
 from torchrecycle.store.about import read_about, write_about
 from torchrecycle.store.container import Entry, code_of, damaged, flat_bytes, pack, unpack
 from torchrecycle.store.contract import Leaf, LeafSpec, Ragged, Rows, VerifyReport
-from torchrecycle.store.index import Index, halves
+from torchrecycle.store.index import halves
+from torchrecycle.store.index_file import INDEX, IndexFile, Listed
 from torchrecycle.store.joining import Part, by_segment, join
+from torchrecycle.store.looking import Lookup
+from torchrecycle.store.numbered import Numbered, is_segment
 from torchrecycle.store.segment import Segment, pack_segment
 from torchrecycle.store.shelf import MANIFESTS, Shelf
 from torchrecycle.store.waiting import Waiting, copied, leaf_bytes, misfit
@@ -32,7 +35,6 @@ PROBE = "probe.safetensors"
 SEGMENT_BYTES = 256 * 2**20
 PUBLISH_SECONDS = 30.0
 
-_SEGMENT_NAME = re.compile(r"[A-Za-z0-9]+-[0-9]+\.safetensors")
 _FINGERPRINT = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _IDENTITY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _DOCUMENT_NAME = re.compile(rf"(probe|{MANIFESTS}/[^/]+)\.safetensors")
@@ -70,20 +72,11 @@ def _content(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
     return hasher.hexdigest()
 
 
-def _locations(number: int, segment: Segment) -> np.ndarray:
-    return (number << 32) + np.arange(segment.rows, dtype=np.int64)
-
-
 def _as_locations(locations: np.ndarray | torch.Tensor) -> np.ndarray:
     found = locations.cpu().numpy() if isinstance(locations, torch.Tensor) else np.asarray(locations)
     if found.ndim != 1 or found.dtype != np.int64:
         raise StoreError(f"locations are [n] int64, as lookup gives them, not {list(found.shape)} {found.dtype}")
     return found
-
-
-def _check_rows(segment: Segment, highest: int) -> None:
-    if highest >= segment.rows:
-        raise StoreError(f"no such location: {segment.file} has {segment.rows} rows, and row {highest} is asked for")
 
 
 def _empty(spec: LeafSpec) -> Leaf:
@@ -93,6 +86,11 @@ def _empty(spec: LeafSpec) -> Leaf:
 
 def _length(leaf: Leaf) -> int:
     return len(leaf.lengths if isinstance(leaf, Ragged) else leaf)
+
+
+def _other(entry: Listed, sound: Mapping[str, Segment]) -> bool:
+    """Whether the segment that an index lists is another one than is there now."""
+    return entry.name in sound and sound[entry.name].digest != entry.digest
 
 
 class ShelfRows(Rows):
@@ -118,23 +116,16 @@ class ShelfRows(Rows):
         self._shelf = shelf
         self._segment_bytes = segment_bytes
         self._publish_seconds = publish_seconds
-        self._names: list[str] = []
-        """The names of the segments, by number."""
-        self._hidden: set[int] = set()
-        """Numbers of segments that have left the shelf: not looked up any more."""
-        self._aside: set[int] = set()
-        """Those of them that were damaged: not read any more."""
-        self._listed = False
+        self._segments = Numbered(shelf, leaves)
         self._forget_process()
 
     def _forget_process(self) -> None:
-        self._segments: dict[int, Segment] = {}
-        self._index: Index | None = None
+        self._lookup = Lookup(self._shelf, self._segments)
         self._waiting = Waiting(len(self.leaves))
         self.bytes_read = self.bytes_written = self.verified_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_segments", "_index", "_waiting", "bytes_read", "bytes_written", "verified_bytes")
+        left = ("_lookup", "_waiting", "bytes_read", "bytes_written", "verified_bytes")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -148,76 +139,17 @@ class ShelfRows(Rows):
     # Finding
 
     def __len__(self) -> int:
-        return len(self._looked_up_in())
+        return len(self._lookup)
 
     @property
     def nbytes(self) -> int:
-        self._list_once()
-        return sum(self._segment(number).nbytes for number in self._visible())
+        return self._lookup.nbytes
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
-        return self._looked_up_in().find(keys)
+        return self._lookup.find(keys)
 
     def refresh(self) -> None:
-        names = {name for name in self._shelf.names() if _SEGMENT_NAME.fullmatch(name)}
-        gone = {number for number in self._visible() if self._names[number] not in names}
-        if gone:
-            self._hidden |= gone
-            self._index = None
-        for name in sorted(names.difference(self._names)):
-            self._number(name)
-        self._listed = True
-
-    def _number(self, name: str) -> None:
-        """Give a segment the next number. If it cannot be opened, it gets none."""
-        segment = self._open(name)
-        if segment is None:
-            return
-        number = len(self._names)
-        self._names.append(name)
-        self._segments[number] = segment
-        if self._index is not None:
-            self._index.add(segment.keys.numpy(), _locations(number, segment))
-
-    def _list_once(self) -> None:
-        if not self._listed:
-            self.refresh()
-
-    def _visible(self) -> list[int]:
-        return [number for number in range(len(self._names)) if number not in self._hidden]
-
-    def _looked_up_in(self) -> Index:
-        self._list_once()
-        if self._index is None:
-            index = Index()
-            segments = [(number, self._segment(number)) for number in self._visible()]
-            if segments:
-                index.add(
-                    np.concatenate([segment.keys.numpy() for _, segment in segments]),
-                    np.concatenate([_locations(number, segment) for number, segment in segments]),
-                )
-            self._index = index
-        return self._index
-
-    def _segment(self, number: int) -> Segment:
-        segment = self._segments.get(number)
-        if segment is None:
-            segment = self._segments[number] = self._reopen(number)
-        return segment
-
-    def _reopen(self, number: int) -> Segment:
-        if not 0 <= number < len(self._names):
-            what = "lookup gives -1 for a key that is not there" if number < 0 else f"there is no segment {number}"
-            raise StoreError(f"no such location in {self.url}: {what}; gather takes what lookup of this object gave")
-        name = self._names[number]
-        segment = None if number in self._aside else self._open(name)
-        if segment is None:
-            raise StoreError(f"{self.url}/{name} is no longer there: it was set aside. Look the keys up again")
-        return segment
-
-    def _open(self, name: str) -> Segment | None:
-        data = self._shelf.read(name)
-        return None if data is None else Segment(f"{self.url}/{name}", data, self.leaves)
+        self._lookup.refresh()
 
     # Reading
 
@@ -225,35 +157,31 @@ class ShelfRows(Rows):
         where = _as_locations(locations)
         if not len(where):
             return [_empty(spec) for spec in self.leaves]
-        lowest, highest = int(where.min()), int(where.max())
-        number = lowest >> 32
-        if number == highest >> 32:
-            segment = self._segment(number)
-            rows = where - (number << 32)
-            _check_rows(segment, highest - (number << 32))
-            leaves = segment.gather(rows)
-            self._check(segment, rows, leaves, None)
-        else:
-            leaves = self._gather_from_many(where)
+        found = self._segments.planes.gather(where)
+        if found is None:
+            where = self._segments.moved(where)
+            found = self._segments.planes.gather(where) or self._gather_from_each(where)
+        leaves, unchecked = found
+        if len(unchecked):
+            self._check(where, leaves, unchecked)
         self.bytes_read += sum(map(leaf_bytes, leaves))
         return leaves
 
-    def _gather_from_many(self, where: np.ndarray) -> list[Leaf]:
-        parts = []
-        for number, at in by_segment(where):
-            segment, rows = self._segment(number), where[at] & 0xFFFFFFFF
-            _check_rows(segment, int(rows.max()))
-            parts.append(Part(segment, rows, at))
-        leaves = join(self.leaves, parts)
-        for part in parts:
-            self._check(part.segment, part.rows, leaves, part.at)
-        return leaves
+    def _gather_from_each(self, where: np.ndarray) -> tuple[list[Leaf], np.ndarray]:
+        parts = [Part(self._segments[number], where[at] & 0xFFFFFFFF, at) for number, at in by_segment(where)]
+        unchecked = [part.at[part.segment.unchecked(part.rows)] for part in parts]
+        return join(self.leaves, parts), np.concatenate(unchecked)
 
-    def _check(self, segment: Segment, rows: np.ndarray, leaves: list[Leaf], at: np.ndarray | None) -> None:
-        new = segment.unchecked(rows)
-        if len(new):
-            segment.check(rows[new], leaves, new if at is None else at[new])
-            self.verified_bytes += sum(map(leaf_bytes, leaves)) * len(new) // _length(leaves[0])
+    def _check(self, where: np.ndarray, leaves: list[Leaf], at: np.ndarray) -> None:
+        """Compare the rows at these places of a batch with their sums."""
+        for number, of_it in by_segment(where[at]):
+            places = at[of_it]
+            self._segments[number].check(where[places] & 0xFFFFFFFF, leaves, places)
+        self.verified_bytes += sum(map(leaf_bytes, leaves)) * len(at) // len(where)
+
+    def prefetch(self, locations: np.ndarray | torch.Tensor) -> None:
+        where = _as_locations(locations)
+        self._segments.planes.will_need(where)
 
     # Writing
 
@@ -285,49 +213,56 @@ class ShelfRows(Rows):
         waiting = self._own_waiting()
         if not waiting.nbytes:
             return
-        self._list_once()
         write_about(self._shelf, self.leaves, self.about)
         name = waiting.next_name()
         packed = pack_segment(self.leaves, waiting.batch())
         self._shelf.write(name, packed)
         self.bytes_written += packed.nbytes
         waiting.clear()
-        self._number(name)
+        self._lookup.added(name)
 
     # Verifying
 
     def verify(self) -> VerifyReport:
+        index: IndexFile | None = None
         sound: dict[str, Segment] = {}
         wrong: list[str] = []
         for name in self._shelf.names():
             try:
-                if _SEGMENT_NAME.fullmatch(name):
-                    segment = self._open(name)
+                if is_segment(name):
+                    segment = self._sound(name)
                     if segment is not None:
-                        segment.check_all()
                         sound[name] = segment
+                elif name == INDEX:
+                    index = self._lookup.read_index()
                 elif _DOCUMENT_NAME.fullmatch(name):
                     self._read_document(name)
             except DamagedRowError:
                 self._shelf.set_aside(name)
                 wrong.append(name)
-        self._leave_aside(wrong)
-        self.refresh()
-        for number in self._visible():
-            if self._names[number] in sound:
-                self._segment(number).checked[:] = True
+        if index is not None and any(_other(entry, sound) for entry in index.segments):
+            self._shelf.set_aside(INDEX)
+            wrong.append(INDEX)
+        self._segments.leave(wrong, damaged=True)
+        self._lookup.forget()
+        self._lookup.refresh()
         nbytes = sum(segment.nbytes for segment in sound.values())
         self.verified_bytes += nbytes
         rows = sum(segment.rows for segment in sound.values())
         return VerifyReport(len(sound), rows, nbytes, tuple(f"{self.url}/{name}" for name in wrong))
 
-    def _leave_aside(self, names: Sequence[str]) -> None:
-        for number, name in enumerate(self._names):
-            if name in names:
-                self._aside.add(number)
-                self._hidden.add(number)
-                self._segments.pop(number, None)
-                self._index = None
+    def _sound(self, name: str) -> Segment | None:
+        """The segment of that name, all of whose rows match their sums."""
+        segment = self._segments.read(name)
+        if segment is None:
+            return None
+        segment.check_all()
+        number = self._segments.number_of(name)
+        if number is not None and self._segments.listed[number].digest != segment.digest:
+            self._segments.forget(name)
+        elif number is not None and number not in self._segments.hidden:
+            self._segments[number].checked[:] = True
+        return segment
 
     # Manifests and the probe
 

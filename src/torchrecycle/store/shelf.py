@@ -33,6 +33,9 @@ class Shelf(ABC):
 
     url: str
 
+    maps = False
+    """Whether what `read` gives are maps of files, which take no memory of their own."""
+
     @abstractmethod
     def names(self) -> list[str]:
         """The names of all files, sorted; those in a folder as ``folder/name``."""
@@ -71,6 +74,8 @@ def in_words(doing: str) -> Iterator[None]:
 
 class FolderShelf(Shelf):
     """A folder. It is made when the first file is written."""
+
+    maps = MAPS
 
     def __init__(self, folder: Path) -> None:
         self.url = str(folder)

@@ -1,0 +1,172 @@
+"""Looking keys up: in the index on disk for most of a large store, in memory for what came since.
+
+What is on the shelf is listed when it is first asked, and again by `refresh`. An index on disk that covers a segment
+spares opening it; the keys of the others are read from them into a sorted index in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from torchrecycle.errors import DamagedRowError, StoreError
+from torchrecycle.store.index import Index, halves
+from torchrecycle.store.index_file import INDEX, IndexFile, Listed, open_index, pack_index
+from torchrecycle.store.mapping import map_file
+from torchrecycle.store.numbered import Numbered, is_segment
+from torchrecycle.store.segment import Segment
+from torchrecycle.store.shelf import Shelf
+
+IN_MEMORY = 200_000
+"""How many keys are kept in memory before they are written to an index on disk."""
+
+
+class Lookup:
+    """Which location a key has, as far as one process knows."""
+
+    def __init__(self, shelf: Shelf, segments: Numbered) -> None:
+        self._shelf, self._segments = shelf, segments
+        self.forget()
+
+    def forget(self) -> None:
+        """Look at the shelf anew when something is asked."""
+        self._listed = False
+        self._file: IndexFile | None = None
+        self._numbers = np.empty(0, dtype=np.int64)
+        """Our number of each segment of the index on disk; -1 for those that have left."""
+        self._covered: set[int] = set()
+        self._memory: Index | None = None
+
+    # What is there
+
+    def refresh(self) -> None:
+        """See what others have published, and what has left."""
+        names = [name for name in self._shelf.names() if is_segment(name)]
+        gone = {entry.name for entry in self._segments.listed}.difference(names)
+        if self._segments.leave(gone) and self._listed:
+            self.forget()
+        if not self._listed:
+            self._listed = True
+            self._open_index(set(names))
+        for name in names:
+            self._find(name)
+        self._write_index_if_due(names)
+
+    def _find(self, name: str) -> None:
+        if self._segments.number_of(name) is None:
+            number = self._segments.find(name)
+            if number is not None and self._memory is not None:
+                self._add(self._memory, number)
+
+    def added(self, name: str) -> None:
+        """Look a segment up that this process has published."""
+        if self._listed:
+            self._find(name)
+            self._write_index_if_due(self._shelf.names())
+        else:
+            self.refresh()
+
+    def _list_once(self) -> None:
+        if not self._listed:
+            self.refresh()
+
+    def _visible(self) -> list[int]:
+        self._list_once()
+        return self._segments.visible()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the segments' data."""
+        return sum(self._segments.listed[number].nbytes for number in self._visible())
+
+    # Looking up
+
+    def __len__(self) -> int:
+        # Keys of the index on disk whose segments have left are counted no more; which they are is not known.
+        memory = self._in_memory()
+        if self._file is None:
+            return len(memory)
+        left = sum(entry.rows for entry, number in zip(self._file.segments, self._numbers, strict=True) if number < 0)
+        return max(0, self._file.keys - left) + len(memory)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """``[n]`` int64 locations of ``[n, 16]`` keys, -1 where there is none."""
+        memory = self._in_memory()
+        if self._file is None:
+            return memory.find(keys)
+        first, second = halves(keys)
+        place = self._file.run.find(first, second)
+        number = self._numbers[place >> 32]  # of -1 some number, which is not used
+        found = np.where((place >= 0) & (number >= 0), (number << 32) | (place & 0xFFFFFFFF), -1)
+        return np.maximum(found, memory.find(keys))
+
+    def _in_memory(self) -> Index:
+        self._list_once()
+        if self._memory is None:
+            memory = Index()
+            for number in self._segments.visible():
+                if number not in self._covered:
+                    self._add(memory, number)
+            self._memory = memory
+        return self._memory
+
+    def _add(self, memory: Index, number: int) -> None:
+        segment = self._segments[number]
+        memory.add(segment.keys.numpy(), (number << 32) + np.arange(segment.rows, dtype=np.int64))
+
+    # The index on disk
+
+    def read_index(self) -> IndexFile | None:
+        """The index on the shelf, or None.
+
+        Raises:
+            DamagedRowError: It is not as it was written.
+        """
+        data = self._shelf.read(INDEX)
+        return None if data is None else open_index(f"{self._shelf.url}/{INDEX}", data)
+
+    def _open_index(self, names: set[str]) -> None:
+        # A damaged index is worth nothing and harms nobody; `verify` sets it aside.
+        with contextlib.suppress(DamagedRowError):
+            index = self.read_index()
+            if index is not None:
+                self._use(index, names)
+
+    def _use(self, index: IndexFile, names: set[str]) -> None:
+        numbers = np.full(len(index.segments) + 1, -1, dtype=np.int64)
+        for place, entry in enumerate(index.segments):
+            if entry.name in names and is_segment(entry.name):
+                number = self._segments.number_of(entry.name)
+                number = self._segments.expect(entry) if number is None else number
+                if self._segments.listed[number] == entry and number not in self._segments.hidden:
+                    numbers[place] = number
+        self._file, self._numbers = index, numbers[:-1]
+        self._covered = set(numbers[numbers >= 0].tolist())
+        self._memory = None
+
+    def _write_index_if_due(self, names: Sequence[str]) -> None:
+        """Write an index when much is not covered by the one there is: in memory it would be anonymous memory."""
+        listed = self._segments.listed
+        covered = sum(listed[number].rows for number in self._covered)
+        outside = sum(listed[number].rows for number in self._segments.visible() if number not in self._covered)
+        if self._shelf.maps and outside > max(IN_MEMORY, covered // 2):
+            there = set(names)
+            known = [number for number in self._segments.visible() if listed[number].name in there]
+            self._use(self._written([(listed[number], self._segments[number]) for number in known]), there)
+
+    def _written(self, segments: Sequence[tuple[Listed, Segment]]) -> IndexFile:
+        """The index, on the shelf if that may be written, else in a file without a name."""
+        with contextlib.suppress(StoreError):
+            self._shelf.write(INDEX, pack_index(segments))
+            index = self.read_index()
+            if index is not None:
+                return index
+        packed = pack_index(segments)
+        with tempfile.TemporaryFile() as file:
+            for chunk in packed.chunks:
+                file.write(chunk.data)
+            file.flush()
+            return open_index(f"{self._shelf.url}/{INDEX}", map_file(file.fileno(), packed.nbytes))

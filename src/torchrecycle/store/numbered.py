@@ -1,0 +1,211 @@
+"""The segments of one fingerprint by number: named in the order in which they were found, opened when they are read.
+
+A location is ``number << 32 | row``, so a number must mean the same file for as long as anybody holds locations, in
+workers too, which are given the names and open the files by themselves. Since files can be renamed and exchanged
+meanwhile, a segment is known again by its digest, not by its name. What has left the shelf is either still mapped, and
+goes on being read; or was merged into another segment, which says where its rows are now; or is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from torchrecycle.errors import GoneRowsError, StoreError
+from torchrecycle.store.container import damaged
+from torchrecycle.store.contract import LeafSpec
+from torchrecycle.store.index_file import Listed
+from torchrecycle.store.planes import Planes
+from torchrecycle.store.segment import Segment
+from torchrecycle.store.shelf import Shelf
+
+_SEGMENT_NAME = re.compile(r"[A-Za-z0-9]+-[0-9]+\.safetensors")
+
+
+def is_segment(name: str) -> bool:
+    """Whether a file of that name is a segment."""
+    return _SEGMENT_NAME.fullmatch(name) is not None
+
+
+class Numbered:
+    """Names, digests and, once they were read, the segments."""
+
+    def __init__(self, shelf: Shelf, specs: Sequence[LeafSpec]) -> None:
+        self._shelf = shelf
+        self._specs = tuple(specs)
+        self.listed: list[Listed] = []
+        """What is known of each segment, by number."""
+        self.hidden: set[int] = set()
+        """Numbers of segments that have left the shelf: not looked up any more."""
+        self._aside: set[int] = set()
+        """Those of them that were damaged: not read any more."""
+        self._forget_process()
+
+    def _forget_process(self) -> None:
+        self._numbers = {entry.name: number for number, entry in enumerate(self.listed)}
+        self._opened: dict[int, Segment] = {}
+        self._moved: dict[int, np.ndarray] = {}
+        self._opening = threading.RLock()
+        self.planes = Planes(self._specs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("_numbers", "_opened", "_moved", "_opening", "planes")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_process()
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def number_of(self, name: str) -> int | None:
+        """The number of the segment of that name, if it has one."""
+        return self._numbers.get(name)
+
+    def visible(self) -> list[int]:
+        """The numbers of segments that are looked up."""
+        return [number for number in range(len(self.listed)) if number not in self.hidden]
+
+    def expect(self, entry: Listed) -> int:
+        """Number a segment of which all is known, without opening it."""
+        number = len(self.listed)
+        self.listed.append(entry)
+        self._numbers[entry.name] = number
+        return number
+
+    def find(self, name: str) -> int | None:
+        """Open a segment and number it; None if it is not there."""
+        with self._opening:
+            segment = self.read(name)
+            if segment is None:
+                return None
+            number = self.expect(Listed(name, segment.digest, segment.rows, segment.nbytes))
+            self._keep(number, segment)
+        return number
+
+    def read(self, name: str) -> Segment | None:
+        """The segment of that name as it is on the shelf now, or None.
+
+        Raises:
+            DamagedRowError: It is not as it was written.
+        """
+        data = self._shelf.read(name)
+        return None if data is None else Segment(f"{self._shelf.url}/{name}", data, self._specs)
+
+    def _keep(self, number: int, segment: Segment) -> None:
+        self._opened[number] = segment
+        self.planes.add(number, segment)
+
+    def __getitem__(self, number: int) -> Segment:
+        """The segment of that number, opened if need be.
+
+        Raises:
+            DamagedRowError: The file of its name is another one, or damaged.
+            GoneRowsError: It is not there any more.
+            StoreError: No segment has that number.
+        """
+        found = self._opened.get(number)
+        if found is not None:
+            return found
+        with self._opening:
+            if number not in self._opened:
+                self._keep(number, self._open_again(number))
+            return self._opened[number]
+
+    def _open_again(self, number: int) -> Segment:
+        if not 0 <= number < len(self.listed):
+            what = "lookup gives -1 for a key that is not there" if number < 0 else f"there is no segment {number}"
+            raise StoreError(
+                f"no such location in {self._shelf.url}: {what}; gather takes what lookup of this object gave"
+            )
+        entry = self.listed[number]
+        segment = None if number in self._aside else self.read(entry.name)
+        if segment is None:
+            raise GoneRowsError(
+                f"{self._shelf.url}/{entry.name} is no longer there: it was set aside, merged, evicted or deleted. "
+                "Look the keys up again"
+            )
+        if segment.digest != entry.digest:
+            raise damaged(segment.file, "it holds other rows than when it was found: files were exchanged")
+        return segment
+
+    def leave(self, names: Iterable[str], *, damaged: bool = False) -> bool:
+        """Look these segments up no more; do not read them either if they are damaged. Whether any was known."""
+        numbers = {number for name in names if (number := self._numbers.get(name)) is not None}
+        new = not numbers <= self.hidden
+        self.hidden |= numbers
+        if damaged:
+            for number in numbers:
+                self._aside.add(number)
+                self._opened.pop(number, None)
+                self.planes.leave(number)
+        return new
+
+    def forget(self, name: str) -> None:
+        """Know a file no more by its name: it is another one than was numbered."""
+        self.leave([name], damaged=True)
+        self._numbers.pop(name, None)
+
+    def moved(self, where: np.ndarray) -> np.ndarray:
+        """The locations, those of segments that were merged into others replaced by where their rows are now.
+
+        Opens all segments that the locations are in.
+
+        Raises:
+            DamagedRowError: A file is another one than was found, or damaged.
+            GoneRowsError: Some of the rows are not there any more.
+            StoreError: A location that no lookup has given.
+        """
+        for number in np.unique(where >> 32).tolist():
+            try:
+                segment = self[number]
+            except GoneRowsError:
+                in_it = where >> 32 == number
+                rows = where[in_it] & 0xFFFFFFFF
+                new = self._new_places(number)
+                if int(rows.max()) >= len(new) or (new[rows] < 0).any():
+                    raise
+                where = where.copy()
+                where[in_it] = new[rows]
+            else:
+                highest = int(where[where >> 32 == number].max() & 0xFFFFFFFF)
+                if highest >= segment.rows:
+                    raise StoreError(
+                        f"no such location: {segment.file} has {segment.rows} rows, and row {highest} is asked for"
+                    )
+        return where
+
+    def _new_places(self, number: int) -> np.ndarray:
+        """For each row of a segment that is gone, where it is now, or -1."""
+        if number not in self._moved:
+            entry = self.listed[number]
+            places = np.full(entry.rows, -1, dtype=np.int64)
+            with self._opening:
+                for other, segment in self._merged():
+                    origin = segment.origin
+                    if origin is not None and (entry.name, entry.digest) in origin.segments:
+                        came = origin.rows.numpy()
+                        rows = np.flatnonzero(came[:, 0] == origin.segments.index((entry.name, entry.digest)))
+                        inside = came[rows, 1] < entry.rows
+                        places[came[rows[inside], 1]] = (other << 32) + rows[inside]
+            self._moved[number] = places
+        return self._moved[number]
+
+    def _merged(self) -> list[tuple[int, Segment]]:
+        """The segments on the shelf that were merged of others."""
+        found = []
+        for name in self._shelf.names():
+            # What cannot be read says nothing of where rows have gone.
+            with contextlib.suppress(StoreError):
+                if is_segment(name):
+                    number = self._numbers.get(name)
+                    number = self.find(name) if number is None else number
+                    if number is not None and self[number].origin is not None:
+                        found.append((number, self[number]))
+        return found
