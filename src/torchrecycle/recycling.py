@@ -47,7 +47,7 @@ from torchrecycle.bypass import (
     sequences_of,
     take_rows,
 )
-from torchrecycle.codec import PRECISIONS, Layout
+from torchrecycle.codec import PRECISIONS, SCALE, Layout
 from torchrecycle.cost import choose_cut, level_of_plan
 from torchrecycle.data import (
     KnownManifests,
@@ -69,6 +69,13 @@ __all__ = ["CheckReport", "Recycling", "Stats", "fill_many", "recycle"]
 
 MOST = 64
 """Batches larger than this are tried at this size."""
+
+AUTOMATIC = ("int8", "bfloat16", "float16")
+"""What ``precision="auto"`` tries before the activation's own, smallest first; of two of one size that which reaches
+further."""
+
+FAR_BELOW_FLOAT16 = 1000.0
+"""Where the example has no larger numbers than this, no later object will have one that float16 cannot hold."""
 
 SMALL = 0.003
 """Seconds of a prefix run of two objects that is small enough for each iteration."""
@@ -104,16 +111,19 @@ class CheckReport:
     """Largest relative difference (root mean square, over a leaf) between the kept rows and a fresh prefix run."""
     composition: float
     """The same between two fresh runs of which one has each object alone: what rounding makes."""
+    precision: float = 0.0
+    """The same between fresh rows and what would be kept of them: what the precision of kept rows makes."""
 
     @property
     def ok(self) -> bool:
         """Whether the kept rows differ by no more than rounding and their precision explain."""
-        return self.difference <= max(10 * self.composition, 1e-3)
+        return self.difference <= max(10 * self.composition, 1e-3) + 2 * self.precision
 
     def __str__(self) -> str:
+        precision = f" and the precision of rows {self.precision:.1e}" if self.precision else ""
         return (
             f"{self.found} of {self.objects} objects are kept; they differ from fresh ones by {self.difference:.1e}, "
-            f"where another batch composition alone makes {self.composition:.1e}"
+            f"where another batch composition alone makes {self.composition:.1e}{precision}"
         )
 
 
@@ -148,7 +158,9 @@ def recycle(
             `cuts`.
         level: in place of `cut`, the share of the blocks to recycle: 0.5 is the usual choice, 1 is head only.
         store: a folder (made when first written to), ``memory://name``, or a `Store`.
-        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for kept rows; the activation's own dtype if None.
+        precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a scale for each row and channel)
+            for kept rows; ``"auto"`` for the smallest of them whose error, on the example, stays below what another
+            batch composition makes; the activation's own dtype if None.
         autocast: the dtype of the autocast that the loop uses around the model, if it does.
         inputs: ``batch -> (args, kwargs)``, in place of what the example says.
         mask: the name of the model input that tells padding, or several; ``attention_mask`` and
@@ -170,8 +182,8 @@ def recycle(
     _refuse_arguments(model, cut, level, store, autocast, inputs, key, verify_every)
     if (cut is None) == (level is None):
         raise CutError("give either cut='layer2' or level=0.5. See cuts(model, example).")
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is none of {list(PRECISIONS)}")
+    if precision is not None and precision not in (*PRECISIONS, "auto"):
+        raise ValueError(f"precision={precision!r} is none of {[*PRECISIONS, 'auto']}")
     if views != 1:
         raise ValueError(f"views={views}: this version keeps one view per object")
     if share not in ("refuse", "freeze"):
@@ -277,6 +289,7 @@ class Recycling:
         self._paused = 0
         self._warned = False
         self._attached = False
+        self._precision: str | None = None
         self._manifests: KnownManifests
         self._cut: str | Sequence[str] | None = options.cut
         self.bypass: Bypass
@@ -299,7 +312,11 @@ class Recycling:
         if self._cut is None:
             assert self._options.level is not None
             self._cut = choose_cut(self.model, probes, self._options.level)
-        plan = make_plan(probes, self._cut, precision=PRECISIONS.get(self._options.precision or ""))
+        self._precision = None if self._options.precision == "auto" else self._options.precision
+        scaled = self._precision == "int8"
+        plan = make_plan(probes, self._cut, precision=None if scaled else PRECISIONS.get(self._precision or ""))
+        if scaled:
+            plan.layouts = tuple(layout.kept_in(torch.int8) for layout in plan.layouts)
         traced = probes.traces[0]
         self._level = level_of_plan(self.model, traced, plan)
         self._sequences = plan.sequences
@@ -309,6 +326,8 @@ class Recycling:
         try:
             padding = self._prove()
             self.source = self._open(plan, padding)
+            if self._options.precision == "auto":
+                self._choose_precision(plan, padding)
             self._manifests = KnownManifests(self.source, self._options.key, self._form())
         except BaseException:
             self.bypass.detach(self)
@@ -348,6 +367,44 @@ class Recycling:
             # In training mode it asks for more (a detector for its targets). The call that brings them is proven first.
             return
 
+    def _choose_precision(self, plan: Plan, padding: Padding) -> None:
+        """Keep rows in the smallest precision that loses less of the example than another batch composition does."""
+        with undisturbed(self.model):
+            leaves = self.bypass.prefix(self._example)
+        own = self.source.as_kept(leaves, self._example)
+        composition = self._composition(own)
+        for name in AUTOMATIC:
+            layouts = tuple(layout.kept_in(PRECISIONS[name]) for layout in plan.layouts)
+            smaller = [n for n, layout in enumerate(layouts) if layout.kept.itemsize < layout.dtype.itemsize]
+            if not smaller or (name == "float16" and max(own[n].abs().max() for n in smaller) > FAR_BELOW_FLOAT16):
+                continue
+            # What is as small already stays as it is.
+            layouts = tuple(after if n in smaller else plan.layouts[n] for n, after in enumerate(layouts))
+            try:
+                rounded = replace(self.source, layouts=layouts).rounded(leaves, self._example)
+            except BatchError:  # beyond what it can hold
+                continue
+            if all(relative_difference(own[n], rounded[n]) < composition[n] for n in smaller):
+                plan.layouts, self._precision = layouts, name
+                self.source = self._open(plan, padding)
+                return
+
+    def _composition(self, rows: Sequence[torch.Tensor]) -> list[float]:
+        """Of each leaf, the largest difference that a batch of another size makes to the rows of the example."""
+        found = [0.0 for _ in rows]
+        for numbers in ([0], [0, 1] * 2, [0, 1] * 8):
+            objects = take_rows(self._example, numbers)
+            try:
+                others = self._fresh_rows(objects)
+            except RecycleError:
+                raise
+            except Exception:  # a model that does not run on one object
+                continue
+            same = min(2, len(numbers))
+            for n, (a, b) in enumerate(zip(rows, others, strict=True)):
+                found[n] = max(found[n], relative_difference(a[:same], b[:same]))
+        return found
+
     def _open(self, plan: Plan, padding: Padding) -> RowSource:
         key_inputs = [name for name in self._example.tensors() if name in plan.read_before]
         if not key_inputs:
@@ -384,16 +441,19 @@ class Recycling:
         settings = settings_of(
             plan.cut,
             plan.layouts,
-            precision=self._options.precision,
+            precision=self._precision,
             autocast=self._options.autocast,
             inputs=key_inputs,
             padding=f"{padding.right} {padding.left}" if self._sequences else "",
             key="user" if self._options.key is not None else "content",
         )
-        return {**settings, "arguments": repr(plain), "steps": [(s.name, s.action) for s in plan.steps]}
+        recipes = [layout.recipe for layout in plan.layouts if layout.scaled]
+        scales = {"scales": recipes} if recipes else {}
+        return {**settings, **scales, "arguments": repr(plain), "steps": [(s.name, s.action) for s in plan.steps]}
 
     def _row_bytes(self, plan: Plan) -> int:
-        return sum(row[0].numel() * row.itemsize for row in map(Layout.to_rows, plan.layouts, self.reference))
+        rows = map(Layout.to_rows, plan.layouts, self.reference)
+        return sum(layout.row_bytes(row[0].numel()) for layout, row in zip(plan.layouts, rows, strict=True))
 
     def _is_padded(self, name: str) -> bool:
         """Whether an input is as long as the batch's longest object: its collate function must see it to pad it."""
@@ -407,13 +467,15 @@ class Recycling:
         specs = []
         for layout in plan.layouts:
             specs.append(LeafSpec(shape=layout.shape, ragged=layout.ragged, dtype=layout.kept))
+            if layout.scaled:
+                specs.append(LeafSpec(shape=layout.scale_shape, ragged=False, dtype=SCALE))
             if layout.sized:
                 specs.append(LeafSpec(shape=(len(layout.ragged_dims),), ragged=False, dtype=torch.int64))
         about = {
             "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             "cut": plan.cut,
             "level": self._level,
-            "precision": self._options.precision or "own",
+            "precision": self._precision or "own",
             "autocast": str(self._options.autocast),
             "modules": {s.name: s.action for s in plan.steps},
             "key inputs": self._settings["inputs"],
@@ -540,10 +602,10 @@ class Recycling:
         for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves, strict=True)):
             want, got = tensors[f"row.{number}"], layout.to_rows(leaf).cpu()
             difference = relative_difference(want, got) if want.shape == got.shape else float("inf")
-            if difference > noise(layout.kept):
+            if difference > noise(got.dtype):
                 raise StoreError(
                     f"the store at {self.store.url} holds rows of this very prefix, but what it computes has changed: "
-                    f"its probe differs by {difference:.2g} where {noise(layout.kept):.0e} is rounding. A library was "
+                    f"its probe differs by {difference:.2g} where {noise(got.dtype):.0e} is rounding. A library was "
                     "upgraded, or the forward around the frozen layers changed. Use another folder, or remove this "
                     "one."
                 )
@@ -590,6 +652,12 @@ class Recycling:
     def level(self) -> float:
         """The share of the blocks that is recycled."""
         return self._level
+
+    @property
+    def precision(self) -> str:
+        """How the rows' floating point numbers are kept: ``float32``, ``int8``; several where leaves differ."""
+        kept = (layout.kept for layout in self.source.layouts if layout.dtype.is_floating_point)
+        return ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in kept)) or "own"
 
     @property
     def fingerprint(self) -> str:
@@ -668,8 +736,7 @@ class Recycling:
             rows = tuple(leaf.to(main.device) for leaf in self.source.gather(main.locations, given))
         self._compare_witnesses(main, given)
         self._prove_signature(given, lambda: self._example_like(given))
-        layouts = self.bypass.plan.layouts
-        leaves = [layout.to_model(leaf) for layout, leaf in zip(layouts, rows, strict=True)]
+        leaves = self.source.to_model(rows)
         began = time.perf_counter()
         output = self.bypass.suffix(given, leaves)
         self.stats.suffix_seconds += time.perf_counter() - began
@@ -814,7 +881,7 @@ class Recycling:
         """Whether the cut gives one tensor with a row of one shape for each object, and nothing else is kept: then
         `activation` takes the place of a recycled batch."""
         plan = self.bypass.plan
-        if len(plan.kept) != 1 or len(plan.layouts) != 1 or plan.layouts[0].ragged:
+        if len(plan.kept) != 1 or len(plan.layouts) != 1 or plan.layouts[0].ragged or plan.layouts[0].scaled:
             return False
         form = plan.forms[plan.kept[0]]
         return len(form.leaves) == 1 and bool(form.rows) and pytree.tree_structure(torch.empty(0)) == form.spec
@@ -983,7 +1050,8 @@ class Recycling:
             raise BatchError("with key=, a batch does not tell the keys of its objects; use verify_every=")
         locations = self.source.rows.lookup(self.source.keys(inputs))
         found = np.flatnonzero(locations >= 0)
-        fresh = self._fresh_rows(inputs)
+        leaves = self._fresh_leaves(inputs)
+        fresh = self.source.as_kept(leaves, inputs)
         alone = [self._fresh_rows(take_rows(inputs, [row])) for row in range(inputs.batch())]
         composition = max(
             (
@@ -995,16 +1063,20 @@ class Recycling:
         )
         difference = 0.0
         if len(found):
-            kept = self.source.gather(torch.from_numpy(locations[found]), take_rows(inputs, found.tolist()))
+            gathered = self.source.gather(torch.from_numpy(locations[found]), take_rows(inputs, found.tolist()))
             index = torch.from_numpy(found)
+            kept = self.source.decode(gathered)
             difference = max(relative_difference(a.index_select(0, index), b) for a, b in zip(fresh, kept, strict=True))
-        return CheckReport(inputs.batch(), len(found), difference, composition)
+        precision = max(map(relative_difference, fresh, self.source.rounded(leaves, inputs)), default=0.0)
+        return CheckReport(inputs.batch(), len(found), difference, composition, precision)
+
+    def _fresh_leaves(self, inputs: Inputs) -> list[torch.Tensor]:
+        with undisturbed(self.model):
+            return self.bypass.prefix(inputs.map_tensors(lambda tensor: tensor.to(self.device)))
 
     def _fresh_rows(self, inputs: Inputs) -> list[torch.Tensor]:
         """Rows of a raw batch as they would be kept, zeros at padded places, before any loss of precision."""
-        with undisturbed(self.model):
-            leaves = self.bypass.prefix(inputs.map_tensors(lambda tensor: tensor.to(self.device)))
-        return self.source.as_kept(leaves, inputs)
+        return self.source.as_kept(self._fresh_leaves(inputs), inputs)
 
     # -- renewing ------------------------------------------------------------------------------------------------------
 
@@ -1101,7 +1173,7 @@ class Recycling:
         with self._manifests.reading(dataset.base):
             collate_fn = dataset.fill_arguments.get("collate_fn") or default_collate
             inputs = self._rule(collate_fn(items_of(dataset.base, [index])))
-        kept = self.source.gather(dataset.locations[index : index + 1], inputs)
+        kept = self.source.decode(self.source.gather(dataset.locations[index : index + 1], inputs))
         fresh = self._fresh_rows(inputs)
         for layout, a, b in zip(self.bypass.plan.layouts, fresh, kept, strict=True):
             difference = relative_difference(a, b)

@@ -77,24 +77,35 @@ class RowSource:
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def encode(self, leaves: Sequence[torch.Tensor], inputs: Inputs) -> list[Leaf]:
-        """The activation of a batch as rows. `decode` is the inverse."""
+        """The activation of a batch as rows. `gather` and `to_model` are the inverse."""
         kept = self.positions(inputs)
         rows: list[Leaf] = []
         for layout, leaf in zip(self.layouts, leaves, strict=True):
             dense = layout.to_rows(leaf).cpu()
             if layout.ragged:
-                rows.append(Ragged(*layout.trim(dense, *self._masks(layout, kept, dense.shape))))
+                values, lengths = layout.trim(dense, *self._masks(layout, kept, dense.shape))
+                parts = layout.quantise(values, lengths) if layout.scaled else (values,)
+                rows.append(Ragged(parts[0], lengths))
             else:
-                rows.append(dense.contiguous())
+                parts = layout.quantise(dense) if layout.scaled else (dense.contiguous(),)
+                rows.append(parts[0])
+            rows.extend(parts[1:])
             if layout.sized:
                 sizes = torch.tensor(dense.shape[1 : 1 + len(layout.ragged_dims)])
                 rows.append(sizes.expand(len(dense), -1).contiguous())
         return rows
 
     def gather(self, locations: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
-        """The rows at these places, ``[batch, (ragged,)* ...]`` in kept dtype, padded as the batch is."""
+        """The rows at these places, ``[batch, (ragged,)* ...]`` in kept dtype, padded as the batch is.
+
+        Of scaled leaves the whole numbers, and after them their scales: see `decode`.
+        """
+        return self.padded(self.rows.gather(locations), inputs)
+
+    def padded(self, rows: Sequence[Leaf], inputs: Inputs) -> list[torch.Tensor]:
+        """Rows as the store has them, or as `encode` gives them, padded as the batch is."""
         kept = self.positions(inputs)
-        gathered = iter(self.rows.gather(locations))
+        gathered = iter(rows)
         dense = []
         for layout in self.layouts:
             leaf = next(gathered)
@@ -109,10 +120,27 @@ class RowSource:
                 shape = (len(sizes), *(sizes[0].tolist() if len(sizes) else ()))
                 leaf = layout.pad(leaf.values, leaf.lengths, *self._masks(layout, kept, shape))
             dense.append(leaf)
+            if layout.scaled:
+                dense.append(next(gathered))
         return dense
 
+    def decode(self, gathered: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What `gather` gives, one for each leaf of the activation: whole numbers times their scales."""
+        parts = iter(gathered)
+        return [
+            layout.dequantise(next(parts), next(parts)) if layout.scaled else next(parts) for layout in self.layouts
+        ]
+
+    def to_model(self, gathered: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What `gather` gives, as the model's own leaves. May be views."""
+        return [layout.to_model(rows) for layout, rows in zip(self.layouts, self.decode(gathered), strict=True)]
+
+    def rounded(self, leaves: Sequence[torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
+        """The activation of a batch as `decode` will give it, without the store."""
+        return self.decode(self.padded(self.encode(leaves, inputs), inputs))
+
     def as_kept(self, leaves: Sequence[torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
-        """The activation of a batch as `gather` gives it, before any loss of precision."""
+        """The activation of a batch as `decode` gives it, before any loss of precision."""
         kept = self.positions(inputs)
         dense = []
         for layout, leaf in zip(self.layouts, leaves, strict=True):
