@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import uuid
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
@@ -529,6 +530,34 @@ def test_keys_are_the_same_in_processes_with_other_hash_seeds():
 
 
 # ------------------------------------------------------------------------------------------- contents
+
+
+_ALONE = [
+    *("", "cat", "ünï", "\ud800", "long " * 4_000, b"", b"cat", bytes(range(256)) * 63, bytes(1 << 14)),
+    *(0, 1, -1, 127, 128, -128, -129, 2**63, -(2**63), 2**64, -(10**400), 10**400),
+]
+
+
+@pytest.mark.parametrize("obj", _ALONE, ids=lambda obj: f"{type(obj).__name__}-{str(obj)[:12]!a}")
+def test_the_short_way_for_texts_bytes_and_integers_gives_the_key_of_the_long_one(obj):
+    assert key(obj) == keys._digest(obj, set())
+
+
+@pytest.mark.slow
+def test_keys_are_as_fast_as_promised():
+    # In processor time, which other programs hardly lengthen; `python benchmarks/keys.py` has the figures.
+    def seconds(call: Any) -> float:
+        times = []
+        for _ in range(9):
+            began = time.process_time()
+            call()
+            times.append(time.process_time() - began)
+        return min(times)
+
+    image = torch.randn(1 << 18)
+    texts = [f"a short text, number {number}" for number in range(20_000)]
+    assert 100 * (1 << 20) / seconds(lambda: [key(image) for _ in range(100)]) > 2e9
+    assert len(texts) / seconds(lambda: [key(text) for text in texts]) > 200_000
 
 
 def test_an_edited_file_under_the_same_path_has_another_key(tmp_path):

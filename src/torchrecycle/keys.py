@@ -69,6 +69,7 @@ KEY_BYTES = 16
 """The length of a key."""
 
 _PREFIX = b"torchrecycle key %d\0" % KEY_VERSION
+_STR, _BYTES, _INT = _PREFIX + b"s", _PREFIX + b"b", _PREFIX + b"i"
 _DIRECT = 1 << 14
 """Bytes from which a content is hashed where it lies. Below, a copy costs less than one more call."""
 
@@ -104,8 +105,16 @@ def key(obj: Any, *, where: str = "item") -> Key:
         >>> key("cat").hex()
         '63f9e07a84294cfe6d56a3300835e362'
     """
-    if type(obj) is str:
-        return blake3(_PREFIX + _spell_str(obj)).digest(KEY_BYTES)
+    # Alone, these need no stream: what is left is the call of the hasher, and one concatenation.
+    kind = type(obj)
+    if kind is str:
+        data = obj.encode("utf-8", "surrogatepass")
+        return blake3(_STR + _u64(len(data)) + data).digest(KEY_BYTES)
+    if kind is bytes and len(obj) < _DIRECT:
+        return blake3(_BYTES + _u64(len(obj)) + obj).digest(KEY_BYTES)
+    if kind is int:
+        data = _spell_int(obj)
+        return blake3(_INT + _u64(len(data)) + data).digest(KEY_BYTES)
     try:
         return _digest(obj, set())
     except _RefusedError as refused:
@@ -264,14 +273,9 @@ def _digest(obj: Any, open_: set[int]) -> Key:
     return stream.digest()
 
 
-def _spell_str(text: str) -> bytes:
-    data = text.encode("utf-8", "surrogatepass")
-    return b"s" + _u64(len(data)) + data
-
-
 @lru_cache(maxsize=1024)
 def _str_key(text: str) -> Key:
-    return blake3(_PREFIX + _spell_str(text)).digest(KEY_BYTES)
+    return key(text)
 
 
 # ------------------------------------------------------------------------------------------- leaves of a nest
@@ -297,9 +301,13 @@ def _bool(out: _Stream, flag: bool) -> None:
     out.buffer += b"T" if flag else b"F"
 
 
+def _spell_int(number: int) -> bytes:
+    return number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
+
+
 def _int(out: _Stream, number: int) -> None:
     out.buffer += b"i"
-    out.sized(number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True))
+    out.sized(_spell_int(number))
 
 
 def _spell_float(number: float) -> bytes:
@@ -710,7 +718,8 @@ def _path(out: _Stream, path: pathlib.PurePath) -> None:
     if path.exists() and not path.is_file():
         raise _RefusedError(path, f"it stands for the content of a file, and {str(path)!r} is not a file")
     content = blake3()
-    with path.open("rb") as file:
+    # Without Python's buffer in between, which is one more copy.
+    with path.open("rb", buffering=0) as file:
         while chunk := file.read(_FILE_CHUNK):
             content.update(chunk)
     out.buffer += b"P" + content.digest()
