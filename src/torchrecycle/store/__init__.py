@@ -1,8 +1,8 @@
 """Rows in a folder or in memory: lookup, gather, append, publish, verify."""
 
 from torchrecycle.store.contract import FORMAT_VERSION, Leaf, LeafSpec, Ragged, Rows, Store, VerifyReport
+from torchrecycle.store.segment import leaf_bytes
 from torchrecycle.store.stores import FolderStore, MemoryStore, open_store
-from torchrecycle.store.waiting import leaf_bytes
 
 __all__ = [
     "FORMAT_VERSION",

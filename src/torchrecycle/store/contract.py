@@ -28,7 +28,6 @@ FORMAT_VERSION = 2
 """The version of the file format that this release writes, and the newest that it reads."""
 
 KEY_BYTES = 16
-SUM_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)

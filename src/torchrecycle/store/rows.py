@@ -27,9 +27,9 @@ from torchrecycle.store.index_file import INDEX, IndexFile, Listed
 from torchrecycle.store.joining import Part, by_segment, join
 from torchrecycle.store.looking import Lookup
 from torchrecycle.store.numbered import Numbered, is_segment
-from torchrecycle.store.segment import Segment, pack_segment
+from torchrecycle.store.segment import Segment, leaf_bytes, pack_segment
 from torchrecycle.store.shelf import MANIFESTS, Shelf
-from torchrecycle.store.waiting import Waiting, copied, leaf_bytes, misfit
+from torchrecycle.store.waiting import Waiting, copied, misfit
 
 PROBE = "probe.safetensors"
 SEGMENT_BYTES = 256 * 2**20
@@ -82,10 +82,6 @@ def _as_locations(locations: np.ndarray | torch.Tensor) -> np.ndarray:
 def _empty(spec: LeafSpec) -> Leaf:
     values = torch.empty((0, *spec.shape), dtype=spec.dtype)
     return Ragged(values, torch.empty(0, dtype=torch.int64)) if spec.ragged else values
-
-
-def _length(leaf: Leaf) -> int:
-    return len(leaf.lengths if isinstance(leaf, Ragged) else leaf)
 
 
 def _other(entry: Listed, sound: Mapping[str, Segment]) -> bool:
@@ -162,22 +158,16 @@ class ShelfRows(Rows):
             where = self._segments.moved(where)
             found = self._segments.planes.gather(where) or self._gather_from_each(where)
         leaves, unchecked = found
-        if len(unchecked):
-            self._check(where, leaves, unchecked)
+        for number, at in by_segment(where[unchecked]) if len(unchecked) else ():
+            rows = where[unchecked[at]] & 0xFFFFFFFF
+            self.verified_bytes += self._segments[number].check(rows)
         self.bytes_read += sum(map(leaf_bytes, leaves))
         return leaves
 
     def _gather_from_each(self, where: np.ndarray) -> tuple[list[Leaf], np.ndarray]:
         parts = [Part(self._segments[number], where[at] & 0xFFFFFFFF, at) for number, at in by_segment(where)]
-        unchecked = [part.at[part.segment.unchecked(part.rows)] for part in parts]
+        unchecked = [part.at[~part.segment.checked[part.rows]] for part in parts]
         return join(self.leaves, parts), np.concatenate(unchecked)
-
-    def _check(self, where: np.ndarray, leaves: list[Leaf], at: np.ndarray) -> None:
-        """Compare the rows at these places of a batch with their sums."""
-        for number, of_it in by_segment(where[at]):
-            places = at[of_it]
-            self._segments[number].check(where[places] & 0xFFFFFFFF, leaves, places)
-        self.verified_bytes += sum(map(leaf_bytes, leaves)) * len(at) // len(where)
 
     def prefetch(self, locations: np.ndarray | torch.Tensor) -> None:
         where = _as_locations(locations)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from torchrecycle.store.contract import Leaf, LeafSpec, Ragged
-from torchrecycle.store.segment import Batch, checksums, ranges
+from torchrecycle.store.segment import Batch, leaf_bytes, ranges
 
 
 class Waiting:
@@ -30,7 +30,6 @@ class Waiting:
         self._since: float | None = None
         self._seen: set[bytes] = set()
         self._keys: list[torch.Tensor] = []
-        self._sums: list[torch.Tensor] = []
         self._pieces: list[list[Leaf]] = [[] for _ in range(self._leaves)]
 
     def seconds(self) -> float:
@@ -48,30 +47,21 @@ class Waiting:
 
     def add(self, keys: np.ndarray, leaves: Sequence[Leaf]) -> None:
         """Add rows, which are ours to keep."""
-        sums = checksums(keys, leaves, range(len(keys)))
         self._since = time.monotonic() if self._since is None else self._since
         self._seen.update(key.tobytes() for key in keys)
         self._keys.append(torch.from_numpy(keys))
-        self._sums.append(torch.from_numpy(sums))
         for pieces, leaf in zip(self._pieces, leaves, strict=True):
             pieces.append(leaf)
-        self.nbytes += keys.nbytes + sums.nbytes + sum(map(leaf_bytes, leaves))
+        self.nbytes += keys.nbytes + sum(map(leaf_bytes, leaves))
 
     def batch(self) -> Batch:
         """All rows, to be written."""
-        return Batch(self._keys, self._sums, self._pieces)
+        return Batch(self._keys, self._pieces)
 
     def next_name(self) -> str:
         """A name for a segment that nobody else uses."""
         self._published += 1
         return f"{self._writer}-{self._published:06d}.safetensors"
-
-
-def leaf_bytes(leaf: Leaf) -> int:
-    """The bytes of a leaf's rows, with the lengths if it is ragged."""
-    if isinstance(leaf, Ragged):
-        return leaf_bytes(leaf.values) + leaf_bytes(leaf.lengths)
-    return leaf.numel() * leaf.dtype.itemsize
 
 
 def misfit(leaf: Leaf, spec: LeafSpec, rows: int) -> str | None:

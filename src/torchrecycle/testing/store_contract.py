@@ -310,7 +310,7 @@ class StoreContract(ABC):
         self.flip_bit(store, FINGERPRINT)
         reader = self.rows_of(self.another(store))
         for _ in range(2):
-            with pytest.raises(DamagedRowError, match=r"row \d+ of .* does not match its checksum.*verify"):
+            with pytest.raises(DamagedRowError, match=r"rows? \d+.* of .* does not match its checksum.*verify"):
                 reader.gather(reader.lookup(keys_of(range(8))))
 
     def test_a_damaged_segment_is_set_aside_and_then_computed_again(self, store: Store, rows: Rows) -> None:
@@ -363,7 +363,7 @@ class StoreContract(ABC):
         assert rows.verified_bytes == half
         rows.gather(locations)
         rows.gather(locations)
-        assert half < rows.verified_bytes < rows.bytes_read
+        assert half <= rows.verified_bytes < rows.bytes_read
 
     def test_a_manifest_comes_back_and_is_replaced(self, store: Store, rows: Rows) -> None:
         assert rows.read_manifest("train") is None
