@@ -20,12 +20,30 @@ import resource
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from faults.damage import (
+    EVERYTHING,
+    INDEX,
+    SHARES,
+    SIZES,
+    Damage,
+    Files,
+    Outcome,
+    draw_damage,
+    is_segment,
+    judge,
+    put,
+    read_documents,
+    write_store,
+)
 from faults.disks import Ballast, read_only, small_disk
 from faults.killing import MANIFEST, PART, acts_of, write_for_ever, write_until
 from faults.power import Disk
@@ -33,6 +51,7 @@ from faults.truth import (
     WORLDS,
     Reading,
     check_all_right,
+    files_of,
     gather_all,
     keys_of,
     leaves_of,
@@ -41,8 +60,9 @@ from faults.truth import (
     segments_of,
     write,
 )
+from faults.workers import Gathering, first, read_what_is_cut
 from torchrecycle.errors import StoreError
-from torchrecycle.store import Rows
+from torchrecycle.store import FolderStore, LeafSpec, Rows, open_store
 
 Figure = Callable[..., None]
 
@@ -90,25 +110,28 @@ def all_told(reader: Any) -> list[int]:
 
 
 KILLS = 100
-FEW_PUBLISHES = 0.04
-"""Seconds in which a writer publishes some ten small segments."""
 
 
 def test_writers_killed_at_100_random_moments_lose_only_what_they_had_not_published(
     tmp_path: Path, forkserver: Any, figure: Figure
 ):
     draw = random.Random(8)
-    published, lost_names, halves = 0, 0, 0
+    published, unsaid, gap = 0, 0, 0.005
     for seed in range(KILLS):
         # Ten writers one after the other in one store: each goes on among what the killed ones have left.
         folder = tmp_path / str(seed // 10)
         process, reader = start(forkserver, write_for_ever, str(folder), seed)
-        first = reader.recv()
-        time.sleep(draw.uniform(0, FEW_PUBLISHES))
+        first = last = reader.recv()
+        # Any moment of the first publishes, on a machine of any speed.
+        for _ in range(draw.randrange(4)):
+            began = time.perf_counter()
+            last = reader.recv()
+            gap += (time.perf_counter() - began - gap) / 10
+        time.sleep(draw.uniform(0, 2 * gap))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        last = max([first, *all_told(reader)])
+        last = max([last, *all_told(reader)])
         rows = open_rows(folder)
         assert rows.verify().ok, f"kill {seed}"
         check_all_right(rows, range(first, last))
@@ -116,8 +139,7 @@ def test_writers_killed_at_100_random_moments_lose_only_what_they_had_not_publis
         assert not reading.wrong, f"kill {seed}: {reading}"
         assert not reading.refused, f"kill {seed}: {reading.error}"
         published += last - first
-        lost_names += len(reading.right) - (last - first)
-        halves += sum(".tmp-" in path.name for path in folder.rglob("*"))
+        unsaid += len(reading.right) - (last - first)
     for number in range(KILLS // 10):
         rows = open_rows(tmp_path / str(number))
         everything = [
@@ -125,8 +147,8 @@ def test_writers_killed_at_100_random_moments_lose_only_what_they_had_not_publis
         ]
         write(rows, everything, step=100)
         check_all_right(open_rows(tmp_path / str(number)), everything)
-    assert published > 10 * KILLS
-    figure(kills=KILLS, rows_published_before=published, of_them_lost=0, published_but_not_yet_said=lost_names)
+    assert published > 5 * KILLS
+    figure(kills=KILLS, rows_published_before=published, of_them_lost=0, published_but_not_yet_said=unsaid)
 
 
 def test_a_writer_killed_at_any_call_of_the_system_leaves_all_of_a_file_or_nothing(
@@ -377,3 +399,362 @@ def test_hundreds_of_segments_are_read_with_eight_free_file_descriptors_and_none
     assert errors
     assert all("Too many open files" in error for error in errors), errors
     figure(segments=SEGMENTS, descriptors_kept_open=more)
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("sound")
+    write_store(folder)
+    return files_of(folder)
+
+
+OF_ANOTHER = ["a segment of another model", "two manifests swapped", "probes swapped"]
+"""Damage whose files are sound by themselves, and lie where they do not belong."""
+
+
+def test_of_1000_damages_none_is_served_and_what_is_sound_goes_on(tmp_path: Path, sound: Files, figure: Figure):
+    fates = fates_of(tmp_path, sound, {kind: share for kind, share in SHARES.items() if kind not in OF_ANOTHER})
+    assert not fates["served wrong"]
+    assert fates["found by reading"] > 500
+    figure(damages=fates.total(), **fates)
+
+
+@pytest.mark.xfail(reason="segments, manifests and probes do not say yet whose they are", strict=True)
+@pytest.mark.parametrize("kind", OF_ANOTHER)
+def test_files_of_another_model_or_data_set_are_not_served(tmp_path: Path, sound: Files, kind: str, figure: Figure):
+    fates = fates_of(tmp_path, sound, {kind: SHARES[kind]})
+    assert not fates["served wrong"]
+    figure(damages=fates.total(), **fates)
+
+
+def fates_of(tmp_path: Path, sound: Files, shares: dict[str, int]) -> Counter[str]:
+    """Damage a store so many times in each way: how often what became of it."""
+    draw, total = random.Random(1000), Counter[str]()
+    put(tmp_path, sound)
+    for kind, share in shares.items():
+        found = Counter[str]()
+        for _ in range(share):
+            damage = draw_damage(sound, kind, draw)
+            put(tmp_path, damage.files, sound)
+            found[fate_of(tmp_path, damage, sound)] += 1
+            put(tmp_path, sound, files_of(tmp_path))
+        print(f"\n{kind}: {dict(found)}", end="")
+        total += found
+    return total
+
+
+def fate_of(folder: Path, damage: Damage, sound: Files) -> str:
+    """What became of a damage; asserts that what it has not touched goes on."""
+    outcome = judge(folder)
+    if outcome.reading.wrong or outcome.documents_wrong:
+        return "served wrong"
+    assert_sound_files_stayed(folder, outcome, damage)
+    if outcome.verify_error is not None:
+        restore_by_hand(folder, outcome.verify_error, damage, sound)
+    after = read_all(open_rows(folder), EVERYTHING)
+    assert not after.wrong | after.refused, (damage.what, after)
+    untouched = [n for n in sound if is_segment(n) and n.startswith(WORLDS[0]) and n not in damage.touched]
+    assert len(after.right) >= sum(rows_of(sound[name]) for name in untouched), (damage.what, after)
+    if outcome.refused:
+        return "found by reading"
+    if outcome.set_aside or outcome.verify_error:
+        return "found by verify"
+    return "rows missing, as if never written" if after.missed else "harmless"
+
+
+def assert_sound_files_stayed(folder: Path, outcome: Outcome, damage: Damage) -> None:
+    """Only what was damaged is set aside."""
+    assert outcome.set_aside <= damage.touched, f"{damage.what}: {outcome.set_aside} set aside"
+
+
+def restore_by_hand(folder: Path, error: StoreError, damage: Damage, sound: Files) -> None:
+    """Where verify cannot judge, it names the file, and what to do with it."""
+    (name,) = (name for name in damage.touched if str(folder / name) in str(error))
+    assert "restore it" in str(error) or "upgrade torchrecycle" in str(error) or "are asked for" in str(error), error
+    if name in sound:
+        (folder / name).write_bytes(sound[name])
+
+
+def rows_of(segment: bytes) -> int:
+    """How many rows a segment has."""
+    return json.loads(segment[8 : 8 + int.from_bytes(segment[:8], "little")])["keys"]["shape"][0]
+
+
+TINY = (LeafSpec((4,), False, torch.int32),)
+MANY = 200_064
+"""A store of more than 200,000 keys has an index on disk."""
+
+
+def tiny_leaves(numbers: np.ndarray, world: int) -> list[torch.Tensor]:
+    return [torch.from_numpy(numbers)[:, None].int() * 2 + torch.arange(4, dtype=torch.int32) + world * 10**6]
+
+
+def tiny_keys(numbers: np.ndarray) -> np.ndarray:
+    """Keys as spread as hashes are, made faster."""
+    halves = [numbers.astype(np.uint64) * np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)]
+    return np.stack(halves, 1).view(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Two models with 200,000 rows each in three segments, and the index of each."""
+    folder = tmp_path_factory.mktemp("indexed")
+    for world, fingerprint in enumerate(WORLDS):
+        rows = FolderStore(folder).rows(fingerprint, TINY, {})
+        for numbers in np.split(np.arange(MANY), 3):
+            rows.append(tiny_keys(numbers), tiny_leaves(numbers, world))
+            rows.publish()
+        assert (folder / fingerprint / INDEX).is_file()
+    return files_of(folder)
+
+
+INDEX_DAMAGE = ["flip", "cut", "gone", "link", "other model's", "segment gone", "segments swapped", "segment new"]
+
+
+@pytest.mark.parametrize("how", INDEX_DAMAGE)
+def test_a_damaged_or_stale_index_is_worth_nothing_and_never_gives_another_row(
+    tmp_path: Path, indexed: Files, how: str
+):
+    draw = random.Random(how)
+    asked = np.array(sorted(draw.sample(range(MANY), 3000)))
+    for number in range(12 if how == "flip" else 4):
+        folder = tmp_path / f"{number}"
+        put(folder, indexed)
+        lost = damage_index(folder, how, draw)
+        rows = FolderStore(folder).rows(WORLDS[0], TINY, {})
+        try:
+            assert served(rows, asked).sum() >= len(asked) * (MANY - lost) / MANY * 0.9
+        except StoreError:
+            if how not in ("segments swapped", "segment new"):
+                raise
+        report = rows.verify()
+        assert {Path(name).name for name in report.damaged} <= {INDEX}
+        after = FolderStore(folder).rows(WORLDS[0], TINY, {})
+        assert served(after, asked).sum() >= len(asked) * (MANY - lost) / MANY * 0.9
+        shutil.rmtree(folder)
+
+
+def damage_index(folder: Path, how: str, draw: random.Random) -> int:
+    """Damage an index, or make it stale. How many rows are lost by it."""
+    path, segments = folder / WORLDS[0] / INDEX, segments_of(folder)
+    data = path.read_bytes()
+    if how == "flip":
+        place = draw.choice([draw.randrange(len(data)), draw.randrange(len(data[:4096].rstrip()))])
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+    elif how == "cut":
+        path.write_bytes(data[: draw.randrange(len(data))])
+    elif how == "gone":
+        path.unlink()
+    elif how == "link":
+        path.rename(folder / "elsewhere")
+        path.symlink_to(folder / "elsewhere")
+    elif how == "other model's":
+        shutil.copy(folder / WORLDS[1] / INDEX, path)
+    elif how == "segment gone":
+        draw.choice(segments).unlink()
+        return MANY // 3
+    elif how == "segments swapped":
+        swap(*draw.sample(segments, 2))
+    else:  # the same rows in another order, under the name that the index knows
+        target = draw.choice(segments)
+        numbers = np.split(np.arange(MANY), 3)[segments.index(target)][::-1].copy()
+        rows = FolderStore(folder / "new").rows(WORLDS[0], TINY, {})
+        rows.append(tiny_keys(numbers), tiny_leaves(numbers, 0))
+        rows.publish()
+        shutil.move(segments_of(folder / "new")[0], target)
+        shutil.rmtree(folder / "new")
+    return 0
+
+
+def served(rows: Rows, numbers: np.ndarray) -> np.ndarray:
+    """Which of the rows are found; asserts that each of them is right."""
+    found = rows.lookup(tiny_keys(numbers))
+    there = found >= 0
+    (leaf,) = rows.gather(found[there])
+    assert isinstance(leaf, torch.Tensor)
+    assert torch.equal(leaf, tiny_leaves(numbers[there], 0)[0])
+    return there
+
+
+WHILE_RUNNING = [
+    "two segments swapped",
+    "a segment renamed to another's name",
+    "a segment of another model",
+    "a file cut short",
+    "a bit of a row, a key or a sum",
+]
+
+
+@pytest.mark.parametrize("kind", WHILE_RUNNING)
+def test_files_that_change_their_names_while_a_process_runs_are_not_served_under_old_locations(
+    tmp_path: Path, sound: Files, kind: str
+):
+    draw = random.Random(7)
+    for number in range(25):
+        folder = tmp_path / str(number)
+        put(folder, sound)
+        rows = open_rows(folder)
+        locations = rows.lookup(keys_of(EVERYTHING))
+        read = draw.sample(EVERYTHING, draw.choice([0, 5, 20]))
+        assert gather_all(rows, read, locations[read]).right == set(read)
+        # What a worker gets when it is spawned: names and numbers, and no map.
+        copy = pickle.dumps(rows)
+        damage = draw_damage(sound, kind, draw)
+        put(folder, damage.files, sound)
+        for reader in (rows, pickle.loads(copy)):
+            reading = gather_all(reader, EVERYTHING, locations)
+            assert not reading.wrong, f"{damage.what}: served {reading}"
+            untouched = [name for name in sound if is_segment(name) and name not in damage.touched]
+            assert reading.right or not untouched
+            with contextlib.suppress(StoreError):
+                reader.refresh()
+            assert not read_all(reader, EVERYTHING).wrong, damage.what
+        shutil.rmtree(folder)
+
+
+def test_spawned_workers_serve_no_other_row_when_files_are_swapped_cut_and_deleted_under_them(tmp_path: Path):
+    folder, size = tmp_path / "store", 6
+    numbers = list(range(12 * size))
+    write(open_rows(folder), numbers, step=size)
+    write(open_rows(folder, world=1), numbers, world=1, step=size)
+    rows = open_rows(folder)
+    paths, others = segments_of(folder), segments_of(folder, world=1)
+    loader = torch.utils.data.DataLoader(
+        Gathering(rows, numbers, rows.lookup(keys_of(numbers))),
+        batch_size=size,
+        num_workers=2,
+        prefetch_factor=1,
+        multiprocessing_context="spawn",
+        collate_fn=first,
+    )
+    # Between the lookup of the main process and the opening in a worker:
+    swap(paths[1], paths[2])
+    shutil.copy(others[3], paths[3])
+    paths[4].unlink()
+    readings = []
+    for number, reading in enumerate(loader):
+        readings.append(reading)
+        if number == 5:  # at most two batches are on their way
+            swap(paths[9], paths[10])
+            shutil.rmtree(folder)
+    assert not [reading.wrong for reading in readings if reading.wrong]
+    right = [len(reading.right) == size for reading in readings]
+    assert right[0]
+    assert right[5]
+    assert not any(right[1:5])
+    assert not right[11]
+    assert all(reading.error for reading, is_right in zip(readings, right, strict=True) if not is_right)
+
+
+def swap(one: Path, other: Path) -> None:
+    """Let two files change their names."""
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
+def test_what_was_checked_once_is_not_checked_again(tmp_path: Path, figure: Figure):
+    rows = FolderStore(tmp_path).rows("a" * 32, [LeafSpec((64, 1024), False, torch.float32)], {})
+    values = torch.randn(64, 64, 1024, generator=torch.Generator().manual_seed(0))
+    for start in range(0, 64, 16):
+        rows.append(keys_of(range(start, start + 16)), [values[start : start + 16]])
+        rows.publish()
+    reader = FolderStore(tmp_path).rows("a" * 32, rows.leaves, {})
+    locations = reader.lookup(keys_of(range(64)))
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        for start in range(0, 64, 8):
+            reader.gather(locations[start : start + 8])
+        seconds.append(time.perf_counter() - began)
+    assert reader.verified_bytes == values.nbytes
+    assert reader.bytes_read == 4 * values.nbytes
+    figure(first_pass_seconds=round(seconds[0], 4), later_pass_seconds=round(min(seconds[1:]), 4))
+
+
+# Links
+
+
+FOLLOWED = pytest.mark.xfail(reason="links in place of folders are followed", strict=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "segment",
+        "about.json",
+        "manifests/train.safetensors",
+        "probe.safetensors",
+        pytest.param("manifests", marks=FOLLOWED),
+        pytest.param("", marks=FOLLOWED, id="the whole fingerprint"),
+    ],
+)
+def test_a_link_out_of_the_store_is_neither_read_nor_written_through(tmp_path: Path, name: str):
+    folder, outside = tmp_path / "store", tmp_path / "outside"
+    write_store(folder)
+    path = segments_of(folder)[0] if name == "segment" else folder / WORLDS[0] / name
+    path.rename(outside)
+    path.symlink_to(outside, target_is_directory=outside.is_dir())
+    before = content_of(outside)
+    reading = Reading()
+    refusal = error_of(lambda: reading.merge(read_all(open_rows(folder), EVERYTHING)))
+    documents = Counter[str]()
+    refusals = [refusal, error_of(lambda: documents.update(read_documents(open_rows(folder), 0)))]
+    assert not reading.wrong
+    assert not documents["wrong"]
+    if name in ("", "about.json"):
+        assert not reading.right
+        assert any(refusals)
+    elif name == "segment":
+        assert len(reading.right) <= len(EVERYTHING) - SIZES[0]
+    else:
+        assert documents["right"] < 3
+    # Whatever verifying and writing do, what is outside stays as it is, and so does the other model.
+    for act in (
+        lambda: open_store(folder).existing(WORLDS[0]).verify(),
+        lambda: write(open_rows(folder), range(1000, 1010)),
+        lambda: open_rows(folder).write_manifest("train", {"targets": torch.zeros(3)}, {}),
+        lambda: open_rows(folder).write_manifest("other", {"targets": torch.zeros(3)}, {}),
+        lambda: open_rows(folder).write_probe({"input": torch.zeros(3)}),
+    ):
+        error_of(act)
+    assert content_of(outside) == before
+    check_all_right(open_rows(folder, world=1), EVERYTHING, world=1)
+
+
+def content_of(path: Path) -> dict[str, bytes] | bytes:
+    """What a file holds, or the files of a folder."""
+    return files_of(path) if path.is_dir() else path.read_bytes()
+
+
+# Maps
+
+
+def test_a_file_cut_under_a_map_ends_the_process_that_reads_it_and_harms_nobody_else(
+    tmp_path: Path, forkserver: Any, figure: Figure
+):
+    write(open_rows(tmp_path), range(300), step=200)
+    here, there = forkserver.Pipe()
+    process = forkserver.Process(target=read_what_is_cut, args=(str(tmp_path), 300, there))
+    process.start()
+    there.close()
+    assert here.recv() == 2
+    cut = max(segments_of(tmp_path), key=lambda path: path.stat().st_size)
+    os.truncate(cut, 4096)
+    here.send("go on")
+    process.join()
+    told: list[Any] = all_told(here)
+    # The system ends a process that reads a map behind the end of its file. Nothing can be said in words then.
+    assert process.exitcode == -signal.SIGBUS or (process.exitcode == 0 and told[0][1] == 0)
+    rows = open_rows(tmp_path)
+    assert rows.verify().damaged == (str(cut),)
+    reading = read_all(rows, range(300))
+    assert len(reading.right) == 100
+    assert len(reading.missed) == 200
+    write(rows, range(300))
+    check_all_right(open_rows(tmp_path), range(300))
+    figure(ended_by=signal.Signals(-process.exitcode).name if process.exitcode else "an error in words")

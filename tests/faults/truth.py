@@ -112,8 +112,9 @@ def _read(rows: Rows, numbers: Sequence[int], locations: np.ndarray, world: int,
         if len(numbers) == 1:
             reading.refused |= set(numbers)
             return
-        for at, number in enumerate(numbers):
-            _read(rows, [number], locations[at : at + 1], world, reading)
+        middle = len(numbers) // 2
+        _read(rows, numbers[:middle], locations[:middle], world, reading)
+        _read(rows, numbers[middle:], locations[middle:], world, reading)
         return
     same = _same(leaves, leaves_of(numbers, world))
     reading.right |= {number for number, is_same in zip(numbers, same, strict=True) if is_same}
