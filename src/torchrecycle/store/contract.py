@@ -5,9 +5,8 @@ keeps such rows under a 16-byte key and gives 64 of them back as one tensor, at 
 be copied. The rows of one prefix lie under its fingerprint; `Store.rows` opens them.
 
 The promise has two halves, since an epoch has: `Rows.lookup` turns keys into *locations* once, when a loader
-is made, and `Rows.gather` turns locations into tensors, for each batch. A location is a plain integer,
-``segment number << 32 | row``, so a whole epoch's plan is one int64 array that pickles to workers for
-nothing.
+is made, and `Rows.gather` turns locations into tensors, for each batch. A location is a plain integer, neighbours
+lie next to each other, and a whole epoch's plan is one int64 array that pickles to workers for nothing.
 
 `torchrecycle.testing.StoreContract` is this page as tests: inherit it to test a store of your own.
 """
@@ -140,8 +139,8 @@ class Rows(ABC):
             keys: ``[n, 16]`` uint8.
 
         Returns:
-            ``[n]`` int64 locations, ``segment number << 32 | row``, and -1 where there is no such row. The
-            numbers are this object's own and hold while it lives, in its copies in workers too. They mean
+            ``[n]`` int64 locations, ascending in the order of the files, and -1 where there is no such row. They
+            are this object's own and hold while it lives, in its copies in workers too. They mean
             nothing elsewhere.
         """
 

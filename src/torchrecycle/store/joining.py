@@ -1,8 +1,8 @@
-"""Rows of many segments -> one batch.
+"""Rows of many segments -> one batch, segment by segment.
 
-After shuffling, 64 rows of a store of 100 GB lie in nearly 64 segments of 256 MB. Each segment's rows are
-copied from its map into their places in the batch: row by row if they are large, otherwise in one step, by
-way of a copy where those places are no neighbours.
+For what is not on the planes: a store in memory, segments of format 1, systems other than Linux. Each segment's rows
+are copied from its map into their places in the batch: row by row if they are large, otherwise in one step, by way of a
+copy where those places are no neighbours.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class Part:
     """Their places in the batch, ascending."""
 
 
-def by_segment(locations: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The segment numbers in some locations, and which of the locations are in each."""
-    numbers = locations >> 32
+def by_number(numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The different numbers, ascending, and where each is."""
     order = np.argsort(numbers, kind="stable")
     ordered = numbers[order]
     for at in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):

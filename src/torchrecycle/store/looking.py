@@ -35,8 +35,8 @@ class Lookup:
         """Look at the shelf anew when something is asked."""
         self._listed = False
         self._file: IndexFile | None = None
-        self._numbers = np.empty(0, dtype=np.int64)
-        """Our number of each segment of the index on disk; -1 for those that have left."""
+        self._firsts = np.empty(0, dtype=np.int64)
+        """The first location of each segment of the index on disk; -1 for those that have left."""
         self._covered: set[int] = set()
         self._memory: Index | None = None
 
@@ -89,7 +89,7 @@ class Lookup:
         memory = self._in_memory()
         if self._file is None:
             return len(memory)
-        left = sum(entry.rows for entry, number in zip(self._file.segments, self._numbers, strict=True) if number < 0)
+        left = sum(entry.rows for entry, first in zip(self._file.segments, self._firsts, strict=True) if first < 0)
         return max(0, self._file.keys - left) + len(memory)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -99,8 +99,8 @@ class Lookup:
             return memory.find(keys)
         first, second = halves(keys)
         place = self._file.run.find(first, second)
-        number = self._numbers[place >> 32]  # of -1 some number, which is not used
-        found = np.where((place >= 0) & (number >= 0), (number << 32) | (place & 0xFFFFFFFF), -1)
+        started = self._firsts[place >> 32]  # of -1 some segment, which is not used
+        found = np.where((place >= 0) & (started >= 0), started + (place & 0xFFFFFFFF), -1)
         return np.maximum(found, memory.find(keys))
 
     def _in_memory(self) -> Index:
@@ -115,7 +115,7 @@ class Lookup:
 
     def _add(self, memory: Index, number: int) -> None:
         segment = self._segments[number]
-        memory.add(segment.keys.numpy(), (number << 32) + np.arange(segment.rows, dtype=np.int64))
+        memory.add(segment.keys.numpy(), self._segments.locations(number))
 
     # The index on disk
 
@@ -136,15 +136,16 @@ class Lookup:
                 self._use(index, names)
 
     def _use(self, index: IndexFile, names: set[str]) -> None:
-        numbers = np.full(len(index.segments) + 1, -1, dtype=np.int64)
+        firsts = np.full(len(index.segments), -1, dtype=np.int64)
+        covered: set[int] = set()
         for place, entry in enumerate(index.segments):
             if entry.name in names and is_segment(entry.name):
                 number = self._segments.number_of(entry.name)
                 number = self._segments.expect(entry) if number is None else number
                 if self._segments.listed[number] == entry and number not in self._segments.hidden:
-                    numbers[place] = number
-        self._file, self._numbers = index, numbers[:-1]
-        self._covered = set(numbers[numbers >= 0].tolist())
+                    firsts[place] = self._segments.first(number)
+                    covered.add(number)
+        self._file, self._firsts, self._covered = index, firsts, covered
         self._memory = None
 
     def _write_index_if_due(self, names: Sequence[str]) -> None:

@@ -27,7 +27,6 @@ PAGE = mmap.PAGESIZE
 MAPS = sys.platform == "linux" and sys.maxsize > 2**32 and PAGE == 4096
 """Whether files can be laid side by side on this machine. Segments are aligned to pages of 4,096 bytes."""
 
-_FIXED = 0x10
 _NO_ACCESS = 0
 _MAY_MOVE, _MOVE_TO = 1, 2
 _WILL_NEED, _DONT_NEED = 3, 4
@@ -102,23 +101,26 @@ class Plane:
 
     Args:
         nbytes: How many bytes of addresses.
+        blank: Whether zeros are read where nothing was shown. Else reading there ends the process: who reads must
+            know what is there.
 
     Raises:
         OSError: So many are not to be had.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, blank: bool = False) -> None:
         assert _C is not None
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._mapped = _Mapped(_checked(_C.mmap(None, nbytes, _NO_ACCESS, flags, -1, 0)), nbytes)
+        access = mmap.PROT_READ if blank else _NO_ACCESS
+        self._mapped = _Mapped(_checked(_C.mmap(None, nbytes, access, flags, -1, 0)), nbytes)
         self.bytes = self._mapped.tensor()
-        """``[nbytes]`` uint8. Reading where nothing was shown ends the process: who reads knows what is there."""
+        """``[nbytes]`` uint8."""
 
     def show(self, data: torch.Tensor, at: int) -> None:
         """Show bytes of a map at some place: no copy, and they stay when the map's own tensors are gone.
 
         Args:
-            data: Contiguous bytes in what `map_file` gave, which begin at a page of the file.
+            data: Contiguous bytes in what `map_file` gave, or in a shared map of Python's, beginning at a page.
             at: Where, a multiple of the page size.
         """
         assert _C is not None
@@ -127,13 +129,6 @@ class Plane:
             raise ValueError(f"{nbytes} bytes at {source:#x} cannot be shown at {at}")
         # An old size of 0 leaves the map where it is and makes a second one of the same pages: see mremap(2).
         _checked(_C.mremap(source, 0, nbytes, _MAY_MOVE | _MOVE_TO, self._mapped.address + at))
-
-    def show_zeros(self, nbytes: int, at: int) -> None:
-        """Put zeroed memory at some place, which forked processes share and may write."""
-        assert _C is not None
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _FIXED
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        _checked(_C.mmap(self._mapped.address + at, nbytes, access, flags, -1, 0))
 
     def release(self) -> None:
         """Let go of all pages: they stay in the system's cache of files, and come back when they are read."""

@@ -1,9 +1,9 @@
-"""The segments of one fingerprint by number: named in the order in which they were found, opened when they are read.
+"""The segments of one fingerprint: numbered in the order in which they were found, opened when they are read.
 
-A location is ``number << 32 | row``, so a number must mean the same file for as long as anybody holds locations, in
-workers too, which are given the names and open the files by themselves. Since files can be renamed and exchanged
-meanwhile, a segment is known again by its digest, not by its name. What has left the shelf is either still mapped, and
-goes on being read; or was merged into another segment, which says where its rows are now; or is gone.
+Each takes a range of locations, which must mean the same rows for as long as anybody holds locations, in workers too,
+which are given the names and open the files by themselves. Since files can be renamed and exchanged meanwhile, a
+segment is known again by its digest, not by its name. What has left the shelf is either still mapped, and goes on being
+read; or was merged into another segment, which says where its rows are now; or is gone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torchrecycle.errors import GoneRowsError, StoreError
 from torchrecycle.store.container import damaged
 from torchrecycle.store.contract import LeafSpec
 from torchrecycle.store.index_file import Listed
-from torchrecycle.store.planes import Planes
-from torchrecycle.store.segment import Segment
+from torchrecycle.store.joining import by_number
+from torchrecycle.store.planes import SLOT, Planes
+from torchrecycle.store.segment import Origin, Segment
 from torchrecycle.store.shelf import Shelf
 
 _SEGMENT_NAME = re.compile(r"[A-Za-z0-9]+-[0-9]+\.safetensors")
@@ -40,6 +41,8 @@ class Numbered:
         self._specs = tuple(specs)
         self.listed: list[Listed] = []
         """What is known of each segment, by number."""
+        self._firsts: list[int] = []
+        """The first location of each."""
         self.hidden: set[int] = set()
         """Numbers of segments that have left the shelf: not looked up any more."""
         self._aside: set[int] = set()
@@ -75,6 +78,8 @@ class Numbered:
     def expect(self, entry: Listed) -> int:
         """Number a segment of which all is known, without opening it."""
         number = len(self.listed)
+        used = self._firsts[-1] + self.listed[-1].rows + 1 if number else 0
+        self._firsts.append(-(-used // SLOT) * SLOT)
         self.listed.append(entry)
         self._numbers[entry.name] = number
         return number
@@ -100,7 +105,7 @@ class Numbered:
 
     def _keep(self, number: int, segment: Segment) -> None:
         self._opened[number] = segment
-        self.planes.add(number, segment)
+        self.planes.show(self._firsts[number], segment)
 
     def __getitem__(self, number: int) -> Segment:
         """The segment of that number, opened if need be.
@@ -108,7 +113,6 @@ class Numbered:
         Raises:
             DamagedRowError: The file of its name is another one, or damaged.
             GoneRowsError: It is not there any more.
-            StoreError: No segment has that number.
         """
         found = self._opened.get(number)
         if found is not None:
@@ -119,11 +123,6 @@ class Numbered:
             return self._opened[number]
 
     def _open_again(self, number: int) -> Segment:
-        if not 0 <= number < len(self.listed):
-            what = "lookup gives -1 for a key that is not there" if number < 0 else f"there is no segment {number}"
-            raise StoreError(
-                f"no such location in {self._shelf.url}: {what}; gather takes what lookup of this object gave"
-            )
         entry = self.listed[number]
         segment = None if number in self._aside else self.read(entry.name)
         if segment is None:
@@ -144,7 +143,7 @@ class Numbered:
             for number in numbers:
                 self._aside.add(number)
                 self._opened.pop(number, None)
-                self.planes.leave(number)
+                self._moved.pop(number, None)
         return new
 
     def forget(self, name: str) -> None:
@@ -152,8 +151,39 @@ class Numbered:
         self.leave([name], damaged=True)
         self._numbers.pop(name, None)
 
+    # Locations
+
+    def first(self, number: int) -> int:
+        """The location of a segment's first row."""
+        return self._firsts[number]
+
+    def locations(self, number: int) -> np.ndarray:
+        """The locations of a segment's rows."""
+        first = self._firsts[number]
+        return np.arange(first, first + self.listed[number].rows, dtype=np.int64)
+
+    def split(self, where: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Which segments some locations are in; for each, which of the locations, and their rows.
+
+        Raises:
+            StoreError: A location that no lookup has given.
+        """
+        firsts = np.array(self._firsts, dtype=np.int64)
+        numbers = np.searchsorted(firsts, where, side="right") - 1
+        parts = []
+        for number, at in by_number(numbers):
+            rows = where[at] - (firsts[number] if number >= 0 else 0)
+            if number < 0 or int(rows.max()) >= self.listed[number].rows:
+                wrong = int(where[at][rows.argmax()])
+                what = "lookup gives -1 for a key that is not there" if wrong == -1 else f"no row is at {wrong}"
+                raise StoreError(
+                    f"no such location in {self._shelf.url}: {what}; gather takes what lookup of this object gave"
+                )
+            parts.append((number, at, rows))
+        return parts
+
     def moved(self, where: np.ndarray) -> np.ndarray:
-        """The locations, those of segments that were merged into others replaced by where their rows are now.
+        """The locations, those in segments that were merged into others replaced by where their rows are now.
 
         Opens all segments that the locations are in.
 
@@ -162,50 +192,43 @@ class Numbered:
             GoneRowsError: Some of the rows are not there any more.
             StoreError: A location that no lookup has given.
         """
-        for number in np.unique(where >> 32).tolist():
+        moved = where
+        for number, at, rows in self.split(where):
             try:
-                segment = self[number]
+                self[number]
             except GoneRowsError:
-                in_it = where >> 32 == number
-                rows = where[in_it] & 0xFFFFFFFF
-                new = self._new_places(number)
-                if int(rows.max()) >= len(new) or (new[rows] < 0).any():
+                new = self._new_places(number)[rows]
+                if (new < 0).any():
                     raise
-                where = where.copy()
-                where[in_it] = new[rows]
-            else:
-                highest = int(where[where >> 32 == number].max() & 0xFFFFFFFF)
-                if highest >= segment.rows:
-                    raise StoreError(
-                        f"no such location: {segment.file} has {segment.rows} rows, and row {highest} is asked for"
-                    )
-        return where
+                moved = where.copy() if moved is where else moved
+                moved[at] = new
+        return moved
 
     def _new_places(self, number: int) -> np.ndarray:
         """For each row of a segment that is gone, where it is now, or -1."""
         if number not in self._moved:
             entry = self.listed[number]
+            known = (entry.name, entry.digest)
             places = np.full(entry.rows, -1, dtype=np.int64)
             with self._opening:
-                for other, segment in self._merged():
-                    origin = segment.origin
-                    if origin is not None and (entry.name, entry.digest) in origin.segments:
-                        came = origin.rows.numpy()
-                        rows = np.flatnonzero(came[:, 0] == origin.segments.index((entry.name, entry.digest)))
-                        inside = came[rows, 1] < entry.rows
-                        places[came[rows[inside], 1]] = (other << 32) + rows[inside]
+                for other, origin in self._merged():
+                    if known in origin.segments:
+                        came = origin.rows.numpy().astype(np.int64)
+                        rows = np.flatnonzero(came[:, 0] == origin.segments.index(known))
+                        inside = rows[came[rows, 1] < entry.rows]
+                        places[came[inside, 1]] = self._firsts[other] + inside
             self._moved[number] = places
         return self._moved[number]
 
-    def _merged(self) -> list[tuple[int, Segment]]:
-        """The segments on the shelf that were merged of others."""
+    def _merged(self) -> list[tuple[int, Origin]]:
+        """The segments on the shelf that were merged of others, and of which."""
         found = []
-        for name in self._shelf.names():
+        for name in filter(is_segment, self._shelf.names()):
             # What cannot be read says nothing of where rows have gone.
             with contextlib.suppress(StoreError):
-                if is_segment(name):
-                    number = self._numbers.get(name)
-                    number = self.find(name) if number is None else number
-                    if number is not None and self[number].origin is not None:
-                        found.append((number, self[number]))
+                number = self._numbers.get(name)
+                number = self.find(name) if number is None else number
+                origin = None if number is None else self[number].origin
+                if number is not None and origin is not None:
+                    found.append((number, origin))
         return found

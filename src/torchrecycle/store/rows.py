@@ -24,7 +24,7 @@ from torchrecycle.store.container import Entry, code_of, damaged, flat_bytes, pa
 from torchrecycle.store.contract import Leaf, LeafSpec, Ragged, Rows, VerifyReport
 from torchrecycle.store.index import halves
 from torchrecycle.store.index_file import INDEX, IndexFile, Listed
-from torchrecycle.store.joining import Part, by_segment, join
+from torchrecycle.store.joining import Part, join
 from torchrecycle.store.looking import Lookup
 from torchrecycle.store.numbered import Numbered, is_segment
 from torchrecycle.store.segment import Segment, leaf_bytes, pack_segment
@@ -72,11 +72,11 @@ def _content(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
     return hasher.hexdigest()
 
 
-def _as_locations(locations: np.ndarray | torch.Tensor) -> np.ndarray:
-    found = locations.cpu().numpy() if isinstance(locations, torch.Tensor) else np.asarray(locations)
-    if found.ndim != 1 or found.dtype != np.int64:
+def _as_locations(locations: np.ndarray | torch.Tensor) -> torch.Tensor:
+    found = locations if isinstance(locations, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(locations))
+    if found.ndim != 1 or found.dtype is not torch.int64:
         raise StoreError(f"locations are [n] int64, as lookup gives them, not {list(found.shape)} {found.dtype}")
-    return found
+    return found.cpu()
 
 
 def _empty(spec: LeafSpec) -> Leaf:
@@ -151,27 +151,25 @@ class ShelfRows(Rows):
 
     def gather(self, locations: np.ndarray | torch.Tensor) -> list[Leaf]:
         where = _as_locations(locations)
-        if not len(where):
-            return [_empty(spec) for spec in self.leaves]
-        found = self._segments.planes.gather(where)
-        if found is None:
-            where = self._segments.moved(where)
-            found = self._segments.planes.gather(where) or self._gather_from_each(where)
-        leaves, unchecked = found
-        for number, at in by_segment(where[unchecked]) if len(unchecked) else ():
-            rows = where[unchecked[at]] & 0xFFFFFFFF
-            self.verified_bytes += self._segments[number].check(rows)
+        leaves = self._segments.planes.gather(where)
+        if leaves is None:
+            leaves = self._gather_checked(where.numpy())
         self.bytes_read += sum(map(leaf_bytes, leaves))
         return leaves
 
-    def _gather_from_each(self, where: np.ndarray) -> tuple[list[Leaf], np.ndarray]:
-        parts = [Part(self._segments[number], where[at] & 0xFFFFFFFF, at) for number, at in by_segment(where)]
-        unchecked = [part.at[~part.segment.checked[part.rows]] for part in parts]
-        return join(self.leaves, parts), np.concatenate(unchecked)
+    def _gather_checked(self, where: np.ndarray) -> list[Leaf]:
+        """Rows that are read for the first time, or that are not on the planes."""
+        if not len(where):
+            return [_empty(spec) for spec in self.leaves]
+        where = self._segments.moved(where)
+        parts = [Part(self._segments[number], rows, at) for number, at, rows in self._segments.split(where)]
+        for part in parts:
+            self.verified_bytes += part.segment.check(part.rows)
+        leaves = self._segments.planes.gather(torch.from_numpy(where))
+        return join(self.leaves, parts) if leaves is None else leaves
 
     def prefetch(self, locations: np.ndarray | torch.Tensor) -> None:
-        where = _as_locations(locations)
-        self._segments.planes.will_need(where)
+        self._segments.planes.will_need(_as_locations(locations).numpy())
 
     # Writing
 
