@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -21,13 +22,14 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from faults.damage import (
     EVERYTHING,
@@ -61,7 +63,8 @@ from faults.truth import (
     write,
 )
 from faults.workers import Gathering, first, read_what_is_cut
-from torchrecycle.errors import StoreError
+from small import CUT, labels, pictures, residual
+from torchrecycle import DamagedRowError, RecycleWarning, Recycling, StoreError, recycle
 from torchrecycle.store import FolderStore, LeafSpec, Rows, open_store
 
 Figure = Callable[..., None]
@@ -758,3 +761,151 @@ def test_a_file_cut_under_a_map_ends_the_process_that_reads_it_and_harms_nobody_
     write(rows, range(300))
     check_all_right(open_rows(tmp_path), range(300))
     figure(ended_by=signal.Signals(-process.exitcode).name if process.exitcode else "an error in words")
+
+
+# The whole stack: a model in training over a store that fails
+
+
+X, Y = pictures(120), labels(120)
+BATCH = 16
+
+
+def attached(folder: Path, model: torch.nn.Module | None = None) -> tuple[torch.nn.Module, Recycling]:
+    """A model whose rows of 1 KB lie in segments of 16."""
+    model = residual() if model is None else model
+    return model, recycle(model, X[:2], cut=CUT, store=FolderStore(folder, segment_bytes=16 * 1024))
+
+
+def train_and_compare(model: torch.nn.Module, loader: Any, x: torch.Tensor, y: torch.Tensor) -> int:
+    """One epoch with gradients. Asserts that each output is what the whole model gives; how many objects came."""
+    seen = 0
+    for images, targets in loader:
+        outputs = model(images)
+        torch.nn.functional.cross_entropy(outputs, targets).backward()
+        part = slice(seen, seen + len(targets))
+        assert torch.equal(targets, y[part])
+        with torch.no_grad():
+            assert torch.allclose(outputs, whole_model()(x[part]), atol=1e-5)
+        seen += len(targets)
+    return seen
+
+
+def train_in_full(model: torch.nn.Module, recycling: Recycling, *, epochs: int = 1) -> None:
+    """Epochs over the whole data set with one loader, each compared."""
+    loader = recycling.loader(TensorDataset(X, Y), batch_size=BATCH)
+    for _ in range(epochs):
+        assert train_and_compare(model, loader, X, Y) == len(X)
+
+
+@functools.cache
+def whole_model() -> torch.nn.Module:
+    """The same model, recycled by nobody."""
+    return residual()
+
+
+NOT_MIXED = pytest.mark.xfail(reason="filling and reading do not go on yet without all rows", strict=True)
+
+
+@NOT_MIXED
+@pytest.mark.parametrize("room", [0, 3, 20, 60])
+def test_a_full_disk_ends_filling_with_one_warning_and_training_goes_on(tmp_path: Path, room: int, figure: Figure):
+    with small_disk(tmp_path / "disk") as disk:
+        Ballast(disk).leave_pages(room)
+        model, recycling = attached(disk / "store")
+        with pytest.warns(RecycleWarning, match=r"No space left on device") as caught:
+            train_in_full(model, recycling, epochs=2)
+        assert len(caught) == 1, [str(warning.message) for warning in caught]
+        figure(pages_free=room, hits=recycling.stats.hits, misses=recycling.stats.misses)
+        recycling.detach()
+
+
+@NOT_MIXED
+def test_a_read_only_store_serves_what_it_has_and_what_it_lacks_is_computed(tmp_path: Path, figure: Figure):
+    with small_disk(tmp_path / "disk") as disk:
+        _, first_one = attached(disk / "store")
+        first_one.fill(TensorDataset(X[:72], Y[:72]), batch_size=BATCH)
+        with read_only(disk):
+            model, recycling = attached(disk / "store")
+            with pytest.warns(RecycleWarning, match=r"Read-only file system") as caught:
+                train_in_full(model, recycling, epochs=2)
+            assert len(caught) == 1, [str(warning.message) for warning in caught]
+            assert recycling.stats.hits >= 2 * 72
+            figure(hits=recycling.stats.hits, misses=recycling.stats.misses)
+            recycling.detach()
+
+
+@NOT_MIXED
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_that_is_deleted_while_it_is_read_never_changes_what_the_model_gives(tmp_path: Path, workers: int):
+    model, recycling = attached(tmp_path)
+    recycling.fill(TensorDataset(X, Y), batch_size=BATCH)
+    arguments = {"multiprocessing_context": "spawn", "prefetch_factor": 1} if workers else {}
+    loader = recycling.loader(TensorDataset(X, Y), batch_size=BATCH, num_workers=workers, **arguments)
+
+    def deleting() -> Iterator[Any]:
+        for number, batch in enumerate(loader):
+            yield batch
+            if number == 1:
+                shutil.rmtree(tmp_path / recycling.fingerprint)
+
+    # An error in words or an epoch that goes on; then the next iteration fills anew.
+    with contextlib.suppress(StoreError):
+        assert train_and_compare(model, deleting(), X, Y) == len(X)
+    train_in_full(model, recycling)
+    assert len(recycling.source.rows) == len(X)
+
+
+def test_damage_found_in_training_is_an_error_that_verify_mends(tmp_path: Path):
+    attached(tmp_path)[1].fill(TensorDataset(X, Y), batch_size=BATCH)
+    model, recycling = attached(tmp_path)
+    path = sorted((tmp_path / recycling.fingerprint).glob("*-*.safetensors"))[2]
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 16
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(DamagedRowError, match="store verify"):
+        train_in_full(model, recycling)
+    assert recycling.source.rows.verify().damaged == (str(path),)
+    train_in_full(model, recycling)
+    assert recycling.stats.misses == 16
+
+
+def test_folders_of_two_models_that_have_changed_their_names_are_refused(tmp_path: Path):
+    folders = []
+    for seed in range(2):
+        _, recycling = attached(tmp_path, residual(seed))
+        recycling.fill(TensorDataset(X, Y))
+        folders.append(tmp_path / recycling.fingerprint)
+    swap(*folders)
+    with pytest.raises(StoreError, match=r"what it computes has changed|belongs to"):
+        train_in_full(*attached(tmp_path))
+
+
+@pytest.mark.xfail(reason="a manifest does not say yet which data set it is of", strict=True)
+def test_manifests_of_two_data_sets_that_have_changed_their_names_give_no_wrong_target(tmp_path: Path):
+    other = Y.clone()
+    other[1] = (other[1] + 1) % 4  # where a new loader does not look
+    _, recycling = attached(tmp_path)
+    for targets in (Y, other):
+        recycling.fill(TensorDataset(X, targets))
+    manifests = list((tmp_path / recycling.fingerprint / "manifests").iterdir())
+    swap(*manifests)
+    model, recycling = attached(tmp_path)
+    with contextlib.suppress(StoreError):
+        train_in_full(model, recycling)
+
+
+def test_a_data_set_that_grew_fills_what_is_new_and_another_order_or_a_subset_nothing(tmp_path: Path):
+    computed = []
+    for x, y in (
+        (X[:80], Y[:80]),
+        (X, Y),
+        (X.flip(0), Y.flip(0)),
+        (X[7:90:3], Y[7:90:3]),
+        (torch.cat([X[50:], X[:50]]), torch.cat([Y[50:], Y[:50]])),
+    ):
+        model, recycling = attached(tmp_path)  # as a new process would
+        computed.append(recycling.fill(TensorDataset(x, y), batch_size=BATCH).computed)
+        assert train_and_compare(model, recycling.loader(TensorDataset(x, y), batch_size=BATCH), x, y) == len(x)
+        recycling.detach()
+    assert computed == [80, 40, 0, 0, 0]
