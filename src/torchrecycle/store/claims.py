@@ -34,6 +34,7 @@ from pathlib import Path
 import blake3
 import numpy as np
 
+from torchrecycle.store.about import ABOUT
 from torchrecycle.store.contract import KEY_BYTES, Rows
 from torchrecycle.store.shelf import FolderShelf
 
@@ -44,6 +45,7 @@ CLAIMS = "claims"
 
 BEAT_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0
+ASK_SECONDS = 0.2
 OLD_SECONDS = 3600.0
 
 _NAME = re.compile(r"[0-9a-f]{16}")
@@ -192,7 +194,9 @@ class Claims:
     # Our own
 
     def _claim(self, keys: np.ndarray) -> None:
-        if self._silent:
+        assert self._parent is not None
+        # A folder with claims and without about.json would be taken for something else than a part of a store.
+        if self._silent or not (self._parent / ABOUT).is_file():
             return
         try:
             if self._own is None:
@@ -205,8 +209,7 @@ class Claims:
         assert self._parent is not None
         folder = self._parent / CLAIMS
         for _ in range(3):
-            # Not its parents: a folder with claims and without about.json would be no store. The last of the others
-            # to end removes the folder, maybe just now.
+            # The last of the others to end removes the folder, maybe just now.
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
             with contextlib.suppress(FileNotFoundError):
@@ -235,10 +238,15 @@ class _Other:
         self._head = b""
         self._seen: tuple[int, int] | None = None
         self._changed = time.monotonic()
+        self._ended = False
+        self._asked = 0.0
 
     @property
     def alive(self) -> bool:
-        return time.monotonic() - self._changed < PATIENCE_SECONDS and not self._has_ended()
+        now = time.monotonic()
+        if not self._ended and now - self._asked > ASK_SECONDS:
+            self._asked, self._ended = now, self._has_ended()
+        return not self._ended and now - self._changed < PATIENCE_SECONDS
 
     def read(self, descriptor: int) -> Iterator[set[bytes]]:
         """The keys that were claimed since, some at a time."""

@@ -175,8 +175,9 @@ class Rows(ABC):
     def append(self, keys: np.ndarray, leaves: Sequence[Leaf]) -> None:
         """Add rows; those whose key is already there, or comes twice, are skipped.
 
-        What is given is copied. The rows wait in memory, where no `lookup` finds them, until `publish`, which
-        this calls by itself once they fill a segment or the oldest has waited for half a minute.
+        What is given is copied. The rows wait in memory, where no `lookup` finds them, until they are
+        published: by `publish`, or by itself once they fill a segment or the oldest has waited for half a
+        minute. The latter may go on in a thread: then the rows are found from a later `append` or `publish` on.
 
         Args:
             keys: ``[n, 16]`` uint8.
@@ -184,7 +185,8 @@ class Rows(ABC):
 
         Raises:
             BatchError: The leaves are not of the form that this store keeps. Nothing was added.
-            StoreError: It was time to publish, and that failed: see `publish`.
+            StoreError: Publishing by itself, now or since the last call, has failed: see `publish`. What was
+                given waits with the others.
         """
 
     @abstractmethod
@@ -193,9 +195,15 @@ class Rows(ABC):
 
         Raises:
             StoreError: The disk is full, or writing is not allowed (`errno` says which). Nothing half-written
-                is left, and the rows still wait: free some space and publish again, or drop them with this
-                object.
+                is left, and the rows still wait: free some space and publish again, or `discard` them.
         """
+
+    def discard(self) -> int:
+        """Drop the rows that wait, after publishing has failed; how many they were.
+
+        A store in which rows never wait longer than `append` takes has nothing to drop.
+        """
+        return 0
 
     @abstractmethod
     def refresh(self) -> None:

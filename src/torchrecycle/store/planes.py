@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -208,13 +209,15 @@ class Planes:
                 _ask(column, offsets.numpy()[where] + first, offsets.numpy()[where + 1] + first)
 
     def _touch(self, nbytes: int) -> None:
+        """Count bytes that may have been mapped, and let go when they may be too many."""
         self._touched += nbytes
         if self._touched > resident_bytes():
-            self.release()
+            self._touched = 0
+            if _mapped_bytes() > resident_bytes():
+                self.release()
 
     def release(self) -> None:
         """Let go of all pages that were read."""
-        self._touched = 0
         for space in (self._rows, *self._steps):
             for column in space.columns:
                 if column.plane is not None:
@@ -236,18 +239,22 @@ def _ask(column: _Column, starts: np.ndarray, stops: np.ndarray) -> None:
         column.plane.will_need(start, stop)
 
 
-_RESIDENT: dict[int, int] = {}
-
-
+@cache
 def resident_bytes() -> int:
     """How many bytes of mapped files a process may hold: a quarter of the memory, shared among a loader's workers."""
-    pid = os.getpid()
-    if pid not in _RESIDENT:
-        worker = get_worker_info()
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        _RESIDENT.clear()
-        _RESIDENT[pid] = min(memory, _limit_of_group()) // 4 // (worker.num_workers if worker else 1)
-    return _RESIDENT[pid]
+    worker = get_worker_info()
+    memory = PAGE * os.sysconf("SC_PHYS_PAGES")
+    return min(memory, _limit_of_group()) // 4 // (worker.num_workers if worker else 1)
+
+
+if MAPS:
+    os.register_at_fork(after_in_child=resident_bytes.cache_clear)
+
+
+def _mapped_bytes() -> int:
+    """How many bytes of files are mapped into this process now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[2]) * PAGE
 
 
 def _limit_of_group() -> int:

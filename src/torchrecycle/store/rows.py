@@ -8,6 +8,7 @@ them when it is opened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,14 +27,17 @@ from torchrecycle.store.index import halves
 from torchrecycle.store.index_file import INDEX, IndexFile, Listed
 from torchrecycle.store.joining import Part, join
 from torchrecycle.store.looking import Lookup
+from torchrecycle.store.mapping import release
 from torchrecycle.store.numbered import Numbered, is_segment
-from torchrecycle.store.segment import Segment, leaf_bytes, pack_segment
+from torchrecycle.store.segment import Batch, Segment, leaf_bytes, pack_segment
 from torchrecycle.store.shelf import MANIFESTS, Shelf
 from torchrecycle.store.waiting import Waiting, copied, misfit
 
 PROBE = "probe.safetensors"
 SEGMENT_BYTES = 256 * 2**20
 PUBLISH_SECONDS = 30.0
+THREAD_BYTES = 2**20
+"""What fills a segment smaller than this is published at once, and not in a thread."""
 
 _FINGERPRINT = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _IDENTITY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -165,6 +169,8 @@ class ShelfRows(Rows):
         parts = [Part(self._segments[number], rows, at) for number, at, rows in self._segments.split(where)]
         for part in parts:
             self.verified_bytes += part.segment.check(part.rows)
+            # The rows themselves are read from the planes.
+            release(part.segment.data)
         leaves = self._segments.planes.gather(torch.from_numpy(where))
         return join(self.leaves, parts) if leaves is None else leaves
 
@@ -179,8 +185,10 @@ class ShelfRows(Rows):
         new = waiting.new(keys, self.lookup(keys) < 0)
         if len(new):
             waiting.add(np.ascontiguousarray(keys[new]), [copied(leaf, new) for leaf in leaves])
+        if not waiting.busy:
+            self._show_written()
         if waiting.nbytes >= self._segment_bytes or waiting.seconds() > self._publish_seconds:
-            self.publish()
+            self._publish_meanwhile()
 
     def _check_form(self, keys: np.ndarray, leaves: Sequence[Leaf]) -> None:
         halves(keys)
@@ -199,15 +207,45 @@ class ShelfRows(Rows):
 
     def publish(self) -> None:
         waiting = self._own_waiting()
+        self._show_written()
         if not waiting.nbytes:
             return
         write_about(self._shelf, self.leaves, self.about)
         name = waiting.next_name()
-        packed = pack_segment(self.leaves, waiting.batch())
-        self._shelf.write(name, packed)
-        self.bytes_written += packed.nbytes
+        nbytes = self._write(name, waiting.batch())
         waiting.clear()
+        self._show(name, nbytes)
+
+    def _publish_meanwhile(self) -> None:
+        """Publish in a thread where that takes long enough to be worth one."""
+        waiting = self._own_waiting()
+        if waiting.nbytes < THREAD_BYTES:
+            self.publish()
+            return
+        self._show_written()
+        write_about(self._shelf, self.leaves, self.about)
+        waiting.start(self._write)
+
+    def _write(self, name: str, batch: Batch) -> int:
+        packed = pack_segment(self.leaves, batch)
+        self._shelf.write(name, packed)
+        return packed.nbytes
+
+    def _show_written(self) -> None:
+        """Wait for the segment that a thread is writing, and let it be found."""
+        written = self._own_waiting().written()
+        if written is not None:
+            self._show(*written)
+
+    def _show(self, name: str, nbytes: int) -> None:
+        self.bytes_written += nbytes
         self._lookup.added(name)
+
+    def discard(self) -> int:
+        waiting = self._own_waiting()
+        with contextlib.suppress(StoreError):
+            self._show_written()
+        return waiting.clear()
 
     # Verifying
 

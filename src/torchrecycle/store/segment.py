@@ -240,6 +240,8 @@ def _carried(spec: LeafSpec, values: torch.Tensor) -> torch.Tensor:
 
 def uncarried(spec: LeafSpec, carried: torch.Tensor) -> torch.Tensor:
     """The values that these integers carry."""
+    if len(spec.shape) == 1 and spec.shape[0]:
+        return carried.view(spec.dtype)
     return carried.view(-1).view(spec.dtype).view(len(carried), *spec.shape)
 
 
