@@ -108,10 +108,11 @@ class Layout:
     def kept_in(self, dtype: torch.dtype) -> Layout:
         """The same leaf kept in another dtype, as far as that suits it.
 
-        Only floating point numbers change. Whole numbers with scales do not suit attention biases and masks, whose
-        minus infinities stand at places of two sequences, nor single numbers, nor what has 8 bits already.
+        Only floating point numbers change, and no masks, whose padded places are filled with the least number of their
+        own dtype. Whole numbers with scales do not suit attention biases, whose minus infinities stand at places of two
+        sequences, nor single numbers, nor what has 8 bits already.
         """
-        if not self.dtype.is_floating_point:
+        if not self.dtype.is_floating_point or self.fill is not None:
             return self
         unsuited = len(self.ragged_dims) > 1 or not (self.ragged or self.shape) or 0 in self.shape
         if dtype is torch.int8 and (unsuited or self.dtype.itemsize == 1):

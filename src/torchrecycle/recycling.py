@@ -313,10 +313,7 @@ class Recycling:
             assert self._options.level is not None
             self._cut = choose_cut(self.model, probes, self._options.level)
         self._precision = None if self._options.precision == "auto" else self._options.precision
-        scaled = self._precision == "int8"
-        plan = make_plan(probes, self._cut, precision=None if scaled else PRECISIONS.get(self._precision or ""))
-        if scaled:
-            plan.layouts = tuple(layout.kept_in(torch.int8) for layout in plan.layouts)
+        plan = make_plan(probes, self._cut)
         traced = probes.traces[0]
         self._level = level_of_plan(self.model, traced, plan)
         self._sequences = plan.sequences
@@ -325,6 +322,8 @@ class Recycling:
         self.bypass.attach(self)
         try:
             padding = self._prove()
+            if self._precision is not None:  # only now: rounded rows would look as if padding mattered to them
+                plan.layouts = tuple(layout.kept_in(PRECISIONS[self._precision]) for layout in plan.layouts)
             self.source = self._open(plan, padding)
             if self._options.precision == "auto":
                 self._choose_precision(plan, padding)
