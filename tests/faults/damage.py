@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from faults.truth import WORLDS, Reading, keys_of, open_rows, read_all, write
+from faults.truth import ABOUT, WORLDS, Reading, keys_of, open_rows, read_all, write
 from torchrecycle.errors import StoreError
 from torchrecycle.store import Rows, open_store
 
@@ -48,8 +48,8 @@ def _manifest(world: int, number: int) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def read_documents(rows: Rows, world: int) -> dict[str, int]:
-    """How many manifests and probes come right, how many wrong, and how many are refused."""
-    counts = {"right": 0, "wrong": 0, "refused": 0}
+    """How many manifests, probes and words about the model come right, how many wrong, and how many are refused."""
+    counts = {"right": 0, "wrong": int(rows.about != ABOUT[world]), "refused": 0}
     expected = {name: _manifest(world, number) for number, name in enumerate(MANIFESTS)}
     expected[""] = {"input": torch.arange(8.0) + world}, {"seed": str(world)}
     for name, (tensors, metadata) in expected.items():
@@ -214,6 +214,21 @@ def _swapped_probes(files: Files, draw: random.Random) -> str:
     return "probes swapped"
 
 
+def _swapped_abouts(files: Files, draw: random.Random) -> str:
+    names = [f"{world}/about.json" for world in WORLDS]
+    files[names[0]], files[names[1]] = files[names[1]], files[names[0]]
+    return "about.json of two models swapped"
+
+
+def _swapped_folders(files: Files, draw: random.Random) -> str:
+    before = dict(files)
+    files.clear()
+    for name, data in before.items():
+        folder, _, rest = name.partition("/")
+        files[f"{WORLDS[1 - WORLDS.index(folder)]}/{rest}"] = data
+    return "the folders of two models swapped"
+
+
 def _is_document(name: str) -> bool:
     return "/manifests/" in name or name.endswith("/probe.safetensors")
 
@@ -233,6 +248,8 @@ _KINDS: dict[str, Callable[[Files, random.Random], str]] = {
     "a segment of another model": _from_the_other_model,
     "two manifests swapped": _swapped_manifests,
     "probes swapped": _swapped_probes,
+    "about.json of two models swapped": _swapped_abouts,
+    "folders of two models swapped": _swapped_folders,
 }
 
 SHARES = {
@@ -247,9 +264,11 @@ SHARES = {
     "a segment renamed to another's name": 40,
     "two segments swapped": 40,
     "a segment copied to a second name": 20,
-    "a segment of another model": 40,
+    "a segment of another model": 20,
     "two manifests swapped": 10,
     "probes swapped": 10,
+    "about.json of two models swapped": 10,
+    "folders of two models swapped": 10,
 }
 """How many of a thousand are of each kind."""
 

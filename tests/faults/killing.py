@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def write_until(folder: str, step: int, told: Any) -> None:
     for number, act in enumerate(acts_of(rows)):
         act()
         told.send(number + 1)
-    sys.setprofile(None)
+    after_each_call(None)
     told.send(-counter.count)
 
 
@@ -87,7 +88,7 @@ class _Steps:
         self.count, self.last = 0, last
 
     def start(self) -> None:
-        sys.setprofile(self._seen)
+        after_each_call(self._seen)
 
     def _seen(self, frame: Any, event: str, called: Any) -> None:
         # What is there before a call is what is there after the one before.
@@ -95,6 +96,12 @@ class _Steps:
             self.count += 1
             if self.count == self.last:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after_each_call(seen: Callable[[Any, str, Any], None] | None) -> None:
+    """Let a function see each call in this thread, and in those that are started from now on."""
+    threading.setprofile(seen)
+    sys.setprofile(seen)
 
 
 LOOKING = {"fspath", "stat", "lstat", "getpid", "urandom", "scandir", "listdir", "fileno", "isatty", "read", "readinto"}

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.killing import is_of_the_system
+from faults.killing import after_each_call, is_of_the_system
 
 Listing = dict[str, int]
 """The names in a folder; each leads to a file or a folder by a number of our own."""
@@ -86,11 +85,11 @@ class Disk:
         originals = {name: getattr(os, name) for name in ("fsync", "fdatasync")}
         for name, original in originals.items():
             setattr(os, name, self._noting(original))
-        sys.setprofile(self._called)
+        after_each_call(self._called)
         try:
             yield
         finally:
-            sys.setprofile(None)
+            after_each_call(None)
             for name, original in originals.items():
                 setattr(os, name, original)
 

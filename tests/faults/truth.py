@@ -19,7 +19,7 @@ from torchrecycle.errors import StoreError
 from torchrecycle.store import FolderStore, Leaf, LeafSpec, Ragged, Rows
 
 SPECS = (LeafSpec((24,), False, torch.float32), LeafSpec((3,), True, torch.bfloat16))
-ABOUT = {"cut": "layer2", "model": "rows that follow from their number"}
+ABOUT = [{"cut": "layer2", "model": f"rows that follow from their number, world {world}"} for world in range(2)]
 WORLDS = ("0123456789abcdef0123456789abcdef", "fedcba9876543210fedcba9876543210")
 """The fingerprints of two models with rows of one form."""
 
@@ -47,7 +47,7 @@ def open_rows(folder: Path, world: int = 0, **arguments: float) -> Rows:
         world: Whose rows.
         **arguments: Of `FolderStore`.
     """
-    return FolderStore(folder, **arguments).rows(WORLDS[world], SPECS, ABOUT)  # type: ignore[arg-type]
+    return FolderStore(folder, **arguments).rows(WORLDS[world], SPECS, ABOUT[world])  # type: ignore[arg-type]
 
 
 def write(rows: Rows, numbers: Sequence[int], world: int = 0, step: int | None = None) -> None:
