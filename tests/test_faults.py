@@ -625,6 +625,22 @@ def test_files_that_change_their_names_while_a_process_runs_are_not_served_under
         shutil.rmtree(folder)
 
 
+@pytest.mark.xfail(reason="a file that was written over in place is not noticed under its map", strict=True)
+@pytest.mark.parametrize("read_before", [0, len(EVERYTHING)])
+def test_a_segment_written_over_in_place_is_not_served_after_a_refresh(tmp_path: Path, sound: Files, read_before: int):
+    put(tmp_path, sound)
+    rows = open_rows(tmp_path)
+    locations = rows.lookup(keys_of(EVERYTHING))
+    assert gather_all(rows, EVERYTHING[:read_before], locations[:read_before]).right == set(range(read_before))
+    one, other = [path for path in segments_of(tmp_path) if rows_of(path.read_bytes()) == SIZES[0]][:2]
+    time.sleep(0.02)  # a clock of files may be this coarse
+    with open(other, "r+b") as file:  # as `cp` does: no new file, and never shorter than its map
+        file.write(one.read_bytes())
+    rows.refresh()
+    assert not read_all(rows, EVERYTHING).wrong
+    assert not gather_all(rows, EVERYTHING, locations).wrong
+
+
 def test_spawned_workers_serve_no_other_row_when_files_are_swapped_cut_and_deleted_under_them(tmp_path: Path):
     folder, size = tmp_path / "store", 6
     numbers = list(range(12 * size))
