@@ -16,6 +16,7 @@ from typing import Any
 from torchrecycle.errors import StoreError
 from torchrecycle.store.about import ABOUT, read_form
 from torchrecycle.store.contract import LeafSpec, Store
+from torchrecycle.store.memory import MemoryShelf
 from torchrecycle.store.rows import (
     PUBLISH_SECONDS,
     SEGMENT_BYTES,
@@ -23,7 +24,7 @@ from torchrecycle.store.rows import (
     check_fingerprint,
     is_fingerprint,
 )
-from torchrecycle.store.shelf import FolderShelf, MemoryShelf, Shelf, in_words
+from torchrecycle.store.shelf import FolderShelf, Shelf, in_words
 
 _MEMORY = "memory://"
 
