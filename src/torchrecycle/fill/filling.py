@@ -1,9 +1,19 @@
-"""The pass itself: batches in, rows and manifests out."""
+"""The pass itself: batches in, rows and manifests out.
+
+Of 8,144 photos each is read and hashed once, for the manifest, and the prefix runs for those that have no row. Where
+eight processes fill at once, each claims a batch before it computes it and leaves to the others what they have claimed;
+what one of them did not publish after all is read again at the end, and computed.
+
+When the disk is full after 5,000, the pass goes on reading, since training needs all keys and targets, and computes no
+more: one warning says how many objects have rows. Rows that wait are dropped then, so that memory stays bounded.
+"""
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,15 +24,35 @@ from torch.utils.data import DataLoader
 
 from torchrecycle.bypass import Bypass, Inputs, first_difference, relative_difference, take_rows
 from torchrecycle.data import Manifest, RowSource, Template, absent_column, make_column
-from torchrecycle.errors import BatchError, CutError, RandomInputError
+from torchrecycle.errors import BatchError, CutError, RandomInputError, RecycleWarning, StoreError
 from torchrecycle.fill.reading import AbsentLeaf, Reading, Watched
 from torchrecycle.progress import progress
+from torchrecycle.store.claims import claims_of
 from torchrecycle.trace import random_state, set_random_state
 
 __all__ = ["FillReport", "Fillable", "fill_pass"]
 
 SAMPLES = 8
 """How many items are read twice before all are read: a flip of a coin passes with a chance of 1 in 256."""
+
+STUCK_SECONDS = 60.0
+"""How long rows that a living process has claimed are waited for while none of them is published; it publishes twice in
+that time."""
+
+MANY = 100_000
+"""From how many keys on those that have rows by now are forgotten."""
+
+REFUSALS = {
+    errno.ENOSPC: "is full",
+    errno.EDQUOT: "is full",
+    errno.EFBIG: "is full",
+    errno.EROFS: "cannot be written",
+    errno.EACCES: "cannot be written",
+    errno.EPERM: "cannot be written",
+    errno.EMFILE: "cannot be written",
+    errno.ENFILE: "cannot be written",
+}
+"""What a store that takes no more rows is, by the system's error. Any other error ends the pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +62,26 @@ class FillReport:
     objects: int
     """Items read."""
     found: int
-    """Items whose row was in the store already, or came twice."""
+    """Items whose row was in the store already, came twice, or was computed by another process meanwhile."""
     computed: int
-    """Items that the prefix ran for."""
+    """Items that the prefix ran for, without those whose row the store did not take."""
     bytes_written: int
     """Bytes added to the store."""
     seconds: float
     """Wall time of the pass."""
     prefix_seconds: float
     """The part of it that the prefix took."""
+    missing: int = 0
+    """Items that have no row: the store took no more, or lost it meanwhile."""
 
     def __str__(self) -> str:
-        if not self.computed:
+        if not self.computed and not self.missing:
             return f"nothing to fill: all {self.objects:,} objects are in the store ({self.seconds:.1f} s)"
-        return (
+        text = (
             f"filled {self.computed:,} of {self.objects:,} objects, {self.bytes_written / 1e6:,.1f} MB, in "
             f"{self.seconds:.1f} s ({self.prefix_seconds:.1f} s of it in the frozen layers)"
         )
+        return f"{text}; {self.missing:,} objects have no row" if self.missing else text
 
 
 class Fillable(Protocol):
@@ -80,7 +113,8 @@ def fill_pass(
 ) -> list[tuple[FillReport, Manifest]]:
     """Read a data set once; compute and keep the rows that are missing, for each of the recyclings.
 
-    Generators are as before afterwards. An interruption keeps what was computed.
+    Generators are as before afterwards. An interruption keeps what was computed. What other processes are computing at
+    the same time is left to them, and waited for at the end.
 
     Args:
         recyclings: of one model, or of models with the same weights before their cuts.
@@ -93,33 +127,46 @@ def fill_pass(
         loader_arguments: more for the `DataLoader`.
         title: what the progress bar says.
 
+    Returns:
+        For each recycling what was done, and the manifest of the data set: of all its items, also where the store took
+        no more rows, of which a `RecycleWarning` tells.
+
     Raises:
         BatchError: the data set's batches do not fit the example.
         RandomInputError: an item is different each time it is read.
+        StoreError: the store cannot be read, or not be written for another reason than want of space or permission.
     """
     state = random_state()
     absent = frozenset.intersection(*(r.source.absent for r in recyclings))
     some = frozenset().union(*(r.source.absent for r in recyclings))
     reading = Reading(collate_fn, recyclings[0].source.rule, some, absent, user_key, key_name)
+
+    def batches(indices: list[int] | None = None) -> Iterable[Any]:
+        arguments = (
+            dict(loader_arguments or {}) if indices is None else {**(loader_arguments or {}), "sampler": indices}
+        )
+        return DataLoader(
+            Watched(dataset), batch_size=batch_size, num_workers=num_workers, collate_fn=reading, **arguments
+        )
+
+    fill: _Pass | None = None
     try:
         _read_twice(dataset, reading, recyclings[0].source)
         fill = _Pass(recyclings, len(dataset))
-        loader = DataLoader(
-            Watched(dataset),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=reading,
-            **(loader_arguments or {}),
-        )
         with progress(title, len(dataset)) as shown:
             try:
-                for batch, template, at, leaves, user_keys in loader:
+                for batch, template, at, leaves, user_keys in batches():
                     fill.add(reading.rule(batch), template, at, leaves, user_keys)
                     shown.advance(len(leaves))
+                fill.take_over(
+                    lambda indices: ((reading.rule(batch), user) for batch, _, _, _, user in batches(indices))
+                )
             finally:
                 fill.publish()
         return fill.results()
     finally:
+        if fill is not None:
+            fill.close()
         set_random_state(state)
 
 
@@ -159,6 +206,14 @@ class _Pass:
         self.written = [r.source.rows.bytes_written for r in recyclings]
         self.keys: list[list[np.ndarray]] = [[] for _ in recyclings]
         self.pending: list[set[bytes]] = [set() for _ in recyclings]
+        """Keys that were computed, and may have no row yet."""
+        self.deferred: list[dict[bytes, int]] = [{} for _ in recyclings]
+        """Keys that another process has claimed, and an item that has each."""
+        self.forget_at = [MANY] * len(recyclings)
+        self.claims = [claims_of(r.source.rows) for r in recyclings]
+        self.refused: list[StoreError | None] = [None] * len(recyclings)
+        """Why a store takes no more rows."""
+        self.slowest = 0.0
         self.leaves: list[list[Any]] = []
         self.contents: dict[bytes, bytes] = {}
         self.template: Template | None = None
@@ -178,15 +233,15 @@ class _Pass:
         self._compare_arguments(inputs)
         if user_keys is not None:
             self._compare_contents(user_keys, self.recyclings[0].source.keys(inputs))
+        first = len(self.leaves)
         self.leaves.extend(leaves)
-        missing: list[list[int]] = []
-        for number, recycling in enumerate(self.recyclings):
-            keys = recycling.source.keys(inputs) if user_keys is None else user_keys
-            self.keys[number].append(keys)
-            missing.append(self._missing(number, recycling.source, keys))
-        wanted = sorted(set().union(*missing))
-        if wanted:
-            self._compute(inputs, wanted, missing)
+        keys = self._keys(inputs, user_keys)
+        for number, ours in enumerate(keys):
+            self.keys[number].append(ours)
+        self._compute(inputs, keys, [self._missing(number, ours, first) for number, ours in enumerate(keys)])
+
+    def _keys(self, inputs: Inputs, user_keys: np.ndarray | None) -> list[np.ndarray]:
+        return [r.source.keys(inputs) if user_keys is None else user_keys for r in self.recyclings]
 
     def _compare_arguments(self, inputs: Inputs) -> None:
         """Arguments that are no tensors are part of the fingerprint, as the example has them."""
@@ -208,18 +263,44 @@ class _Pass:
                     "row of the other. Give a key that tells every object from every other."
                 )
 
-    def _missing(self, number: int, source: RowSource, keys: np.ndarray) -> list[int]:
-        found = source.rows.lookup(keys)
-        pending = self.pending[number]
-        missing = []
-        for row in np.flatnonzero(found < 0).tolist():
+    def _missing(self, number: int, keys: np.ndarray, first: int) -> list[int]:
+        """Which rows of a batch are missing and ours to compute; `first` is the item that the batch begins with."""
+        if self.refused[number] is not None:
+            return []
+        pending, deferred = self.pending[number], self.deferred[number]
+        new: dict[bytes, int] = {}
+        for row in np.flatnonzero(self.recyclings[number].source.rows.lookup(keys) < 0).tolist():
             digest = keys[row].tobytes()
-            if digest not in pending:
-                pending.add(digest)
-                missing.append(row)
-        return missing
+            if digest not in pending and digest not in deferred:
+                new.setdefault(digest, row)
+        if not new:
+            return []
+        rows = np.fromiter(new.values(), dtype=np.int64, count=len(new))
+        ours, theirs = self.claims[number].take(keys[rows])
+        pending.update(keys[row].tobytes() for row in rows[ours])
+        deferred.update((keys[row].tobytes(), first + row) for row in rows[theirs].tolist())
+        self._forget_found(number)
+        return rows[ours].tolist()
 
-    def _compute(self, inputs: Inputs, wanted: list[int], missing: list[list[int]]) -> None:
+    def _forget_found(self, number: int) -> None:
+        """Of millions of keys, only those that have no row yet need to be remembered."""
+        if len(self.pending[number]) + len(self.deferred[number]) < self.forget_at[number]:
+            return
+        pending, deferred = self._without_row(number, self.pending[number]), self.deferred[number]
+        self.pending[number] = set(pending)
+        self.deferred[number] = {digest: deferred[digest] for digest in self._without_row(number, deferred)}
+        self.forget_at[number] = max(MANY, 2 * (len(self.pending[number]) + len(self.deferred[number])))
+
+    def _without_row(self, number: int, digests: Iterable[bytes]) -> list[bytes]:
+        listed = list(digests)
+        found = self.recyclings[number].source.rows.lookup(_as_keys(listed)) >= 0
+        return [digest for digest, there in zip(listed, found.tolist(), strict=True) if not there]
+
+    def _compute(self, inputs: Inputs, keys: list[np.ndarray], missing: list[list[int]]) -> None:
+        """Run the prefix for those rows of a batch that any of the recyclings misses."""
+        wanted = sorted(set().union(*missing))
+        if not wanted:
+            return
         if len(wanted) < inputs.batch():
             inputs = take_rows(inputs, wanted)
         began = time.perf_counter()
@@ -227,30 +308,18 @@ class _Pass:
         activations = self.deepest.run(on_device)
         for recycling, leaves in zip(self.recyclings, activations, strict=True):
             recycling.prove_count(on_device, leaves)
-        self.prefix_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.prefix_seconds += seconds
+        self.slowest = max(self.slowest, seconds)
         place = {row: i for i, row in enumerate(wanted)}
-        for number, recycling in enumerate(self.recyclings):
-            if missing[number]:
-                digests = self.keys[number][-1][missing[number]]
-                self._append(
-                    number,
-                    recycling,
-                    activations[number],
-                    inputs,
-                    [place[r] for r in missing[number]],
-                    digests,
-                )
+        for number, rows in enumerate(missing):
+            if rows:
+                self._append(number, activations[number], inputs, [place[row] for row in rows], keys[number][rows])
 
     def _append(
-        self,
-        number: int,
-        recycling: Fillable,
-        activation: list[torch.Tensor],
-        inputs: Inputs,
-        rows: list[int],
-        digests: np.ndarray,
+        self, number: int, activation: list[torch.Tensor], inputs: Inputs, rows: list[int], digests: np.ndarray
     ) -> None:
-        source = recycling.source
+        source = self.recyclings[number].source
         if len(rows) < inputs.batch():
             index = torch.tensor(rows)
             dims = [layout.batch_dim for layout in source.layouts]
@@ -258,21 +327,131 @@ class _Pass:
                 leaf.index_select(dim, index.to(leaf.device)) for leaf, dim in zip(activation, dims, strict=True)
             ]
             inputs = take_rows(inputs, rows)
-        source.rows.append(digests, source.encode(activation, inputs))
         self.computed[number] += len(rows)
+        leaves = source.encode(activation, inputs)
+        self._write(number, lambda: source.rows.append(digests, leaves))
+
+    # -- the store takes no more ---------------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        for recycling in self.recyclings:
-            recycling.source.rows.publish()
+        for number, recycling in enumerate(self.recyclings):
+            self._write(number, recycling.source.rows.publish)
+
+    def _write(self, number: int, write: Callable[[], None]) -> None:
+        """Append or publish. A store that takes no more gets no more."""
+        if self.refused[number] is not None:
+            return
+        try:
+            write()
+        except StoreError as error:
+            if error.errno not in REFUSALS:
+                raise
+            self.refused[number] = error
+            self.computed[number] -= self.recyclings[number].source.rows.discard()
+            self.pending[number].clear()
+            self.deferred[number].clear()
+            self.claims[number].close()  # others may have more room
+
+    def close(self) -> None:
+        """Take back what was claimed. The rows that wait are published before, or others would compute them again."""
+        for claims in self.claims:
+            claims.close()
+
+    # -- several processes ---------------------------------------------------------------------------------------------
+
+    def take_over(self, read: Callable[[list[int]], Iterable[tuple[Inputs, np.ndarray | None]]]) -> None:
+        """Wait for the rows that others had claimed; compute those that they have not published after all.
+
+        Args:
+            read: the batches of these items once more: inputs, and the user's keys.
+        """
+        waited, left, pause = time.monotonic(), -1, 0.02
+        while True:
+            self.publish()
+            taken = [self._take(number) for number in range(len(self.recyclings))]
+            indices = sorted({index for ours in taken for index in ours.values()})
+            for inputs, user_keys in read(indices) if indices else ():
+                self._compute_taken(inputs, user_keys, taken)
+            if not any(self.deferred):
+                return
+            if indices:
+                continue
+            now, count = time.monotonic(), sum(map(len, self.deferred))
+            if count != left:
+                waited, left, pause = now, count, 0.02
+            elif now - waited > max(STUCK_SECONDS, 4 * self.slowest):
+                for claims, deferred in zip(self.claims, self.deferred, strict=True):
+                    claims.disregard(_as_keys(list(deferred)))
+            time.sleep(pause)
+            pause = min(0.5, 1.5 * pause)
+
+    def _take(self, number: int) -> dict[bytes, int]:
+        """Claim of the deferred keys those that have no row and whose process has ended, with an item of each."""
+        deferred = self.deferred[number]
+        if not deferred:
+            return {}
+        self.recyclings[number].source.rows.refresh()
+        listed = list(deferred)
+        ours, theirs = self.claims[number].take(_as_keys(listed))
+        self.deferred[number] = {listed[at]: deferred[listed[at]] for at in np.flatnonzero(theirs).tolist()}
+        return {listed[at]: deferred[listed[at]] for at in np.flatnonzero(ours).tolist()}
+
+    def _compute_taken(self, inputs: Inputs, user_keys: np.ndarray | None, taken: list[dict[bytes, int]]) -> None:
+        """Of items that were read again, compute what was taken. Of an item that is another by now, nothing is."""
+        self._compare_arguments(inputs)
+        if user_keys is not None:
+            self._compare_contents(user_keys, self.recyclings[0].source.keys(inputs))
+        keys = self._keys(inputs, user_keys)
+        missing: list[list[int]] = []
+        for number, ours in enumerate(keys):
+            digests = [key.tobytes() for key in ours]
+            missing.append([row for row, digest in enumerate(digests) if taken[number].pop(digest, None) is not None])
+            if self.refused[number] is not None:
+                missing[-1] = []
+        self._compute(inputs, keys, missing)
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
 
     def results(self) -> list[tuple[FillReport, Manifest]]:
+        """Reports and manifests, after the last row was published."""
         seconds = time.perf_counter() - self.began
-        return [(self._report(n, r, seconds), self._manifest(n, r)) for n, r in enumerate(self.recyclings)]
+        manifests = [self._manifest(number, recycling) for number, recycling in enumerate(self.recyclings)]
+        reports = [self._report(number, manifest, seconds) for number, manifest in enumerate(manifests)]
+        self._warn_of_refusal(reports)
+        return list(zip(reports, manifests, strict=True))
 
-    def _report(self, number: int, recycling: Fillable, seconds: float) -> FillReport:
-        computed = self.computed[number]
-        written = recycling.source.rows.bytes_written - self.written[number]
-        return FillReport(self.objects, self.objects - computed, computed, written, seconds, self.prefix_seconds)
+    def _report(self, number: int, manifest: Manifest, seconds: float) -> FillReport:
+        rows, computed = self.recyclings[number].source.rows, self.computed[number]
+        written = rows.bytes_written - self.written[number]
+        if self.refused[number] is not None:
+            rows.refresh()
+        missing = int((rows.lookup(manifest.keys) < 0).sum())
+        found = max(0, self.objects - computed - missing)
+        return FillReport(self.objects, found, computed, written, seconds, self.prefix_seconds, missing)
+
+    def _warn_of_refusal(self, reports: Sequence[FillReport]) -> None:
+        full = [number for number, error in enumerate(self.refused) if error is not None and reports[number].missing]
+        if not full:
+            return
+        error = self.refused[full[0]]
+        assert error is not None
+        assert error.errno is not None
+        state = REFUSALS[error.errno]
+        what = ", ".join(
+            f"{report.objects - report.missing:,} of {report.objects:,} objects of '{self._cut(number)}' have rows"
+            for number, report in ((number, reports[number]) for number in full)
+        )
+        missing = max(reports[number].missing for number in full)
+        step = "Free some space" if state == "is full" else "Make it writable"
+        warnings.warn(
+            f"the store {state}, and filling has ended: {what}; the {missing:,} others are computed each time they are "
+            f"used. {step}, or give store= another place, and fill again. ({error})",
+            RecycleWarning,
+            stacklevel=4,
+        )
+
+    def _cut(self, number: int) -> str:
+        return ", ".join(cut.name for cut in self.recyclings[number].bypass.plan.cuts)
 
     def _manifest(self, number: int, recycling: Fillable) -> Manifest:
         assert self.template is not None
@@ -286,6 +465,10 @@ class _Pass:
                 columns.append(make_column(leaves, where))
         keys = np.concatenate(self.keys[number])
         return Manifest(keys, self.template, tuple(columns), dict(self.inputs_at))
+
+
+def _as_keys(digests: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16)
 
 
 def _form(leaf: Any) -> tuple[tuple[int, ...], torch.dtype]:
