@@ -64,6 +64,8 @@ class Precision(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    int8 = "int8"
+    auto = "auto"
 
 
 Model = Annotated[
@@ -110,7 +112,10 @@ Search = Annotated[
 ]
 PrecisionOption = Annotated[
     Precision | None,
-    typer.Option(help="How numbers are kept; float16 takes half the room. The model's own if not given."),
+    typer.Option(
+        help="How numbers are kept: float16 takes half the room, int8 a quarter; auto takes the smallest that loses "
+        "less than another batch size does. The model's own if not given."
+    ),
 ]
 StoreOption = Annotated[
     Path | None,
