@@ -38,6 +38,27 @@ def read_only(disk: Path) -> Iterator[None]:
         _mount("-o", "remount,rw", str(disk))
 
 
+@contextlib.contextmanager
+def without_rights(folder: Path) -> Iterator[None]:
+    """Within this context this process may read a folder and write nothing in it, also if it is root's otherwise."""
+    folders = [path for path in (folder, *folder.rglob("*")) if path.is_dir()]
+    for path in folders:
+        path.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in folders:
+            path.chmod(0o755)
+
+
+NOBODY = 65534
+
+
 def _mount(*arguments: str) -> None:
     try:
         done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
