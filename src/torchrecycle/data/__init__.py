@@ -5,10 +5,12 @@ from torchrecycle.data.dataset import Fetched, RecycledDataset
 from torchrecycle.data.known import KnownManifests
 from torchrecycle.data.loader import RecycledCollate, RecycledLoader
 from torchrecycle.data.manifest import Manifest, identity_of
+from torchrecycle.data.order import BlockShuffleSampler, draws_at_once, in_blocks
 from torchrecycle.data.source import RowSource
 from torchrecycle.data.state import generators_of, state_of
 
 __all__ = [
+    "BlockShuffleSampler",
     "Column",
     "Fetched",
     "KnownManifests",
@@ -19,8 +21,10 @@ __all__ = [
     "RowSource",
     "Template",
     "absent_column",
+    "draws_at_once",
     "generators_of",
     "identity_of",
+    "in_blocks",
     "make_column",
     "state_of",
 ]

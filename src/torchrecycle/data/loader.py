@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader, default_collate
 
 from torchrecycle.data.dataset import Fetched, RecycledDataset
+from torchrecycle.data.order import ReadAhead, draws_at_once
 from torchrecycle.data.source import RowSource
 from torchrecycle.errors import BatchError
 
@@ -60,7 +61,14 @@ class RecycledCollate:
 
 
 class RecycledLoader(DataLoader[Any]):
-    """A `DataLoader` over a `RecycledDataset`, which renews it at each iteration."""
+    """A `DataLoader` over a `RecycledDataset`, which renews it at each iteration and reads ahead."""
+
+    @property
+    def _index_sampler(self) -> Any:
+        sampler, dataset = super()._index_sampler, self.dataset
+        if isinstance(dataset, RecycledDataset) and dataset.source is not None and draws_at_once(sampler):
+            return ReadAhead(sampler, dataset)
+        return sampler
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore
         dataset = self.dataset

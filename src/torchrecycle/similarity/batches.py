@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from torchrecycle.data import draws_at_once
 from torchrecycle.similarity.loaders import (
     GroupBatches,
     SimilarityDataLoader,
@@ -168,21 +169,12 @@ class BatchLoader(DataLoader[Any]):
         """The same batches as `DataLoader` gives without workers, with fewer questions to the store."""
         sampler: Any = self.batch_sampler
         drawn, left = iter(sampler), len(sampler)
-        ahead = max(1, AT_ONCE // sampler.batch_size) if _draws_at_once(sampler) else 1
+        ahead = max(1, AT_ONCE // sampler.batch_size) if draws_at_once(sampler) else 1
         # The last batch is drawn when it is asked for: a sampler that comes to its end draws from its generator again.
         while batches := list(itertools.islice(drawn, max(1, min(left - 1, ahead)))):
             left -= len(batches)
             for batch in dataset.many(batches):
                 yield pin_memory(batch) if self.pin_memory else batch
-
-
-def _draws_at_once(batch_sampler: Any) -> bool:
-    """Whether all random numbers of an epoch are drawn with its first batch, so that some may be drawn ahead."""
-    if type(batch_sampler) is not BatchSampler:
-        return False
-    sampler = batch_sampler.sampler
-    kinds = (SequentialSampler, DistributedSampler)
-    return type(sampler) in kinds or (type(sampler) is RandomSampler and not sampler.replacement)
 
 
 def loader_over(batches: SampleBatches, loader: SimilarityDataLoader) -> BatchLoader:

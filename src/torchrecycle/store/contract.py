@@ -164,10 +164,12 @@ class Rows(ABC):
         """
 
     def prefetch(self, locations: np.ndarray | torch.Tensor) -> None:
-        """Ask for rows that `gather` will soon be asked for, without waiting for them. May do nothing.
+        """Have rows read from the disk that `gather` will soon be asked for: to be called in a thread.
+
+        May do nothing.
 
         Args:
-            locations: ``[n]`` int64, from `lookup`; neighbours are asked for in one piece.
+            locations: ``[n]`` int64, from `lookup`; neighbours are read in one piece.
         """
         return
 

@@ -17,6 +17,7 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ MAPS = sys.platform == "linux" and sys.maxsize > 2**32 and PAGE == 4096
 
 _NO_ACCESS = 0
 _MAY_MOVE, _MOVE_TO = 1, 2
-_WILL_NEED, _DONT_NEED = 3, 4
+_WILL_NEED, _DONT_NEED, _POPULATE = 3, 4, 22
+_PIECE = 512 * 1024
 
 
 def _c_library() -> Any:
@@ -135,8 +137,13 @@ class Plane:
         assert _C is not None
         _C.madvise(self._mapped.address, self._mapped.nbytes, _DONT_NEED)
 
-    def will_need(self, start: int, stop: int) -> None:
-        """Ask the disk for these bytes, without waiting for them. Where nothing was shown, nothing happens."""
+    def read(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Have these bytes read from the disk, all at once, and wait for them; but for those that were not shown."""
         assert _C is not None
-        first = start // PAGE * PAGE
-        _C.madvise(self._mapped.address + first, stop - first, _WILL_NEED)
+        pages = [(self._mapped.address + start // PAGE * PAGE, self._mapped.address + stop) for start, stop in ranges]
+        for start, stop in pages:
+            # The system forgets what is more than its disk takes at a time.
+            for piece in range(start, stop, _PIECE):
+                _C.madvise(piece, min(_PIECE, stop - piece), _WILL_NEED)
+        for start, stop in pages:
+            _C.madvise(start, stop - start, _POPULATE)

@@ -182,6 +182,12 @@ class Numbered:
             parts.append((number, at, rows))
         return parts
 
+    def prefetch(self, where: np.ndarray) -> None:
+        """Have the rows at these locations read from the disk."""
+        for number, _, _ in self.split(where):
+            self[number]
+        self.planes.read(where)
+
     def moved(self, where: np.ndarray) -> np.ndarray:
         """The locations, those in segments that were merged into others replaced by where their rows are now.
 

@@ -193,20 +193,22 @@ class Planes:
         self._touch(len(where) * (self._row_bytes + _AROUND * len(self._specs)))
         return leaves
 
-    def will_need(self, where: np.ndarray) -> None:
-        """Ask the disk for the rows at these locations of segments that are shown, neighbours in one piece."""
+    def read(self, where: np.ndarray) -> None:
+        """Have the rows at these locations of shown segments read from the disk, neighbours in one piece."""
         shown = self._shown
         if shown is None or not len(where):
             return
-        where = np.sort(where)
+        where = np.unique(where)
+        where = where[where < len(shown.sound)]
         number = np.searchsorted(shown.firsts, where, side="right") - 1
+        where, number = where[number >= 0], number[number >= 0]
         for at, column in enumerate(shown.columns):
             if at < self._count:
-                _ask(column, where, where + 1)
+                self._touch(_read(column, where, where + 1))
             else:
                 offsets, _, steps = shown.ragged[at - self._count]
-                first = steps[number]
-                _ask(column, offsets.numpy()[where] + first, offsets.numpy()[where + 1] + first)
+                first, bounds = steps[number], offsets.numpy()
+                self._touch(_read(column, bounds[where] + first, bounds[where + 1] + first))
 
     def _touch(self, nbytes: int) -> None:
         """Count bytes that may have been mapped, and let go when they may be too many."""
@@ -230,13 +232,16 @@ def _begins_at_pages(segment: Segment) -> bool:
     return all(data.data_ptr() % PAGE == 0 for data in columns)
 
 
-def _ask(column: _Column, starts: np.ndarray, stops: np.ndarray) -> None:
-    """Ask for ascending ranges of units, those that touch as one."""
+def _read(column: _Column, starts: np.ndarray, stops: np.ndarray) -> int:
+    """Read ascending ranges of units, those that touch as one. How many bytes that is."""
+    if not len(starts):
+        return 0
     assert column.plane is not None
     starts, stops = starts * column.nbytes, stops * column.nbytes
     new = np.flatnonzero(starts[1:] > stops[:-1] + PAGE) + 1
-    for start, stop in zip(starts[np.r_[0, new]].tolist(), stops[np.r_[new - 1, -1]].tolist(), strict=True):
-        column.plane.will_need(start, stop)
+    starts, stops = starts[np.r_[0, new]], stops[np.r_[new - 1, -1]]
+    column.plane.read(list(zip(starts.tolist(), stops.tolist(), strict=True)))
+    return int((stops - starts).sum())
 
 
 @cache

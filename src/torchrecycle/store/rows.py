@@ -175,7 +175,7 @@ class ShelfRows(Rows):
         return join(self.leaves, parts) if leaves is None else leaves
 
     def prefetch(self, locations: np.ndarray | torch.Tensor) -> None:
-        self._segments.planes.will_need(_as_locations(locations).numpy())
+        self._segments.prefetch(_as_locations(locations).numpy())
 
     # Writing
 
