@@ -1,9 +1,13 @@
 """Who computes which rows, where several processes fill the same ones at once: claims, which are advice and no locks.
 
 Eight processes start on the same 8,144 photos. Before a process computes a batch it appends the 64 keys to a file of
-its own, ``<fingerprint>/claims/<writer>``, and reads what the others have appended to theirs; what a living process has
-claimed it leaves to that one, and looks at the end whether it was published. Two that claim a key in the same moment
-see each other when they look once more: the one whose name comes first goes on.
+its own, ``<fingerprint>/claims/<writer>``, and reads what the others have appended to theirs. What a living process has
+claimed it leaves to that one, and looks at the end whether it was published.
+
+Two may claim a key in the same moment. So each looks once more after it has claimed: whoever appended last sees the
+other. The one whose name comes last takes its claim back, and computes none of it. The other waits for that, a
+twentieth of a second at most, and takes its own back if it does not come, since then its rival had not seen it and
+computes. Of two claims one is always taken back, so that no row is computed twice while both live.
 
 Nothing rests on it. A row that is computed twice is skipped by the index; a claim that is lost, torn or made up costs
 some work or some waiting, and never a row. So nothing is waited for without an end:
@@ -15,8 +19,9 @@ some work or some waiting, and never a row. So nothing is waited for without an 
   killed and is started again does not wait for itself.
 * a writer that lives and publishes none of what it has claimed is passed over: see `Claims.disregard`.
 
-Each writer has its own file since no file system promises that two can append to one. A file is 64 bytes that say whose
-it is, and then keys of 16 bytes. It is removed at the end of the fill; that of a killed process by a later fill.
+Each writer has its own file since no network file system promises that two can append to one. A file is 64 bytes that
+say whose it is, and then records of 17: ``+`` or ``-``, and a key. It is removed at the end of the fill; that of a
+killed process by a later fill.
 """
 
 from __future__ import annotations
@@ -46,12 +51,17 @@ CLAIMS = "claims"
 BEAT_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0
 ASK_SECONDS = 0.2
+"""How often it is asked whether a process still runs."""
+YIELD_PAUSES = (0.0, 0.001, 0.003, 0.006, 0.01, 0.03)
+"""Seconds between looks whether another takes its claim back."""
 OLD_SECONDS = 3600.0
 
 _NAME = re.compile(r"[0-9a-f]{16}")
 _MAGIC = b"torchrecycle claims 1\n\0\0"
 _HEAD_BYTES = 64
-_READ_BYTES = 2**20
+_RECORD_BYTES = 1 + KEY_BYTES
+_READ_RECORDS = 2**16
+_CLAIMED, _TAKEN_BACK = ord("+"), ord("-")
 _NOWHERE = bytes(16)
 
 
@@ -99,12 +109,32 @@ class Claims:
         held = self._held(keys)
         missing = self._rows.lookup(keys) < 0
         ours = missing & ~held
-        if ours.any():
-            self._claim(keys[ours])
-            if self._look():
-                missing = self._rows.lookup(keys) < 0
-            ours &= ~self._held(keys, before=self.writer)
+        if ours.any() and self._append(_CLAIMED, keys[ours]):
+            self._look()
+            kept = ours & ~self._contested(keys, ours)
+            missing = self._rows.lookup(keys) < 0
+            kept &= missing
+            self._append(_TAKEN_BACK, keys[ours & ~kept])
+            ours = kept
         return ours & missing, ~ours & missing
+
+    def _contested(self, keys: np.ndarray, ours: np.ndarray) -> np.ndarray:
+        """Which of our keys others have claimed in the same moment, and do not take back."""
+        contested = np.zeros(len(keys), dtype=bool)
+        contested[ours] = self._held(keys[ours])
+        if not contested.any():
+            return contested
+        lost = contested.copy()
+        lost[contested] = self._held(keys[contested], before=self.writer)
+        # At once: whoever comes before us waits for it.
+        self._append(_TAKEN_BACK, keys[lost])
+        for pause in YIELD_PAUSES:
+            if not (contested & ~lost).any():
+                break
+            time.sleep(pause)
+            self._look()
+            contested[contested] = self._held(keys[contested])
+        return contested | lost
 
     def disregard(self, keys: np.ndarray) -> None:
         """Pass over whoever has claimed these keys, from now on: they live, but nothing comes of it."""
@@ -139,22 +169,20 @@ class Claims:
         found = (any(key in held for held in holders) for key in (row.tobytes() for row in keys))
         return np.fromiter(found, dtype=bool, count=len(keys))
 
-    def _look(self) -> bool:
-        """Read what was claimed since. True if rows may have been published since: then they are looked up anew."""
+    def _look(self) -> None:
+        """Read what was claimed since; where rows may have been published, let them be found."""
         names = self._names()
         ended = [name for name in self._others if name not in names]
         for name in ended:
             del self._others[name]
         stamp = _changed_at(self._parent)
-        news = bool(ended) or stamp != self._stamp
-        if news:
+        if ended or stamp != self._stamp:
             self._stamp = stamp
             self._rows.refresh()
             for other in self._others.values():
                 other.keys = self._missing_of(other.keys)
         for name in names:
             self._read(name)
-        return news
 
     def _names(self) -> set[str]:
         assert self._parent is not None
@@ -178,8 +206,9 @@ class Claims:
         with contextlib.suppress(OSError):
             descriptor = os.open(self._parent / CLAIMS / name, flags)
             try:
-                for keys in other.read(descriptor):
-                    other.keys |= self._missing_of(keys)
+                for records in other.read(descriptor):
+                    claimed = {key for kind, key in records if kind == _CLAIMED}
+                    other.apply(records, self._missing_of(claimed))
             finally:
                 os.close(descriptor)
 
@@ -193,17 +222,19 @@ class Claims:
 
     # Our own
 
-    def _claim(self, keys: np.ndarray) -> None:
+    def _append(self, kind: int, keys: np.ndarray) -> bool:
+        """Write something down; whether others can read it."""
         assert self._parent is not None
         # A folder with claims and without about.json would be taken for something else than a part of a store.
-        if self._silent or not (self._parent / ABOUT).is_file():
-            return
+        if self._silent or not len(keys) or not (self._parent / ABOUT).is_file():
+            return False
         try:
             if self._own is None:
                 self._own = self._opened()
-            self._own.append(keys)
+            self._own.append(kind, keys)
         except OSError:
             self._silent = True
+        return not self._silent
 
     def _opened(self) -> _OwnFile:
         assert self._parent is not None
@@ -248,8 +279,8 @@ class _Other:
             self._asked, self._ended = now, self._has_ended()
         return not self._ended and now - self._changed < PATIENCE_SECONDS
 
-    def read(self, descriptor: int) -> Iterator[set[bytes]]:
-        """The keys that were claimed since, some at a time."""
+    def read(self, descriptor: int) -> Iterator[list[tuple[int, bytes]]]:
+        """What was written down since, some at a time: kind and key."""
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             return
@@ -260,14 +291,23 @@ class _Other:
             self._head = os.read(descriptor, _HEAD_BYTES)
         if not self._head.startswith(_MAGIC):
             return
-        while found.st_size - self._offset >= KEY_BYTES:
+        while found.st_size - self._offset >= _RECORD_BYTES:
             os.lseek(descriptor, self._offset, os.SEEK_SET)
-            data = os.read(descriptor, min(_READ_BYTES, found.st_size - self._offset))
-            whole = len(data) // KEY_BYTES * KEY_BYTES
+            whole = min(_READ_RECORDS, (found.st_size - self._offset) // _RECORD_BYTES) * _RECORD_BYTES
+            data = os.read(descriptor, whole)
+            whole = len(data) // _RECORD_BYTES * _RECORD_BYTES
             if not whole:
                 return
             self._offset += whole
-            yield {data[start : start + KEY_BYTES] for start in range(0, whole, KEY_BYTES)}
+            yield [(data[at], data[at + 1 : at + _RECORD_BYTES]) for at in range(0, whole, _RECORD_BYTES)]
+
+    def apply(self, records: list[tuple[int, bytes]], missing: set[bytes]) -> None:
+        """Remember, of the keys that have no row, those that are claimed and not taken back."""
+        for kind, key in records:
+            if kind == _TAKEN_BACK:
+                self.keys.discard(key)
+            elif key in missing:
+                self.keys.add(key)
 
     def _has_ended(self) -> bool:
         """Whether its process is known to be no more."""
@@ -302,8 +342,8 @@ class _OwnFile:
             raise
         threading.Thread(target=self._beat, name="torchrecycle claims", daemon=True).start()
 
-    def append(self, keys: np.ndarray) -> None:
-        self._write(np.ascontiguousarray(keys).tobytes())
+    def append(self, kind: int, keys: np.ndarray) -> None:
+        self._write(np.insert(keys, 0, kind, axis=1).tobytes())
 
     def _write(self, data: bytes) -> None:
         if os.write(self._descriptor, data) != len(data):
