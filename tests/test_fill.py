@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import signal
 import subprocess
@@ -16,8 +18,20 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from faults.disks import Ballast, read_only, small_disk
 from small import CUT, SIDE, Counted, Residual, labels, pictures, residual, write_pictures
-from torchrecycle import BatchError, CutError, RandomInputError, Recycling, fill_many, recycle
+from torchrecycle import (
+    BatchError,
+    CutError,
+    RandomInputError,
+    RecycleWarning,
+    Recycling,
+    StoreError,
+    fill_many,
+    recycle,
+)
+from torchrecycle.data import Manifest
+from torchrecycle.fill import fill_pass
 from torchrecycle.store import FolderStore
 
 X, Y = pictures(30), labels(30)
@@ -102,6 +116,7 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import torch
+from faults.disks import Ballast, read_only, small_disk
 from small import CUT, pictures, residual
 from torchrecycle import recycle
 from torchrecycle.store import FolderStore
@@ -138,6 +153,117 @@ def test_a_killed_fill_resumes(tmp_path):
     assert report.computed == 30 - report.found
     assert recycling.check((X, Y)).ok
     assert recycling.check((X, Y)).found == 30
+
+
+# -- the store takes no more -------------------------------------------------------------------------------------------
+
+MANY = TensorDataset(pictures(120), labels(120))
+
+
+def kept_in(folder: Path, cut: str = CUT) -> Recycling:
+    """Rows of 1 KB at `CUT` and of 8 KB at the stem, in segments of 16 KB; with a probe."""
+    recycling = recycle(residual(), X[:2], cut=cut, store=FolderStore(folder, segment_bytes=16 * 1024))
+    recycling._write_probe()
+    return recycling
+
+
+def with_row(recycling: Recycling, manifest: Manifest) -> int:
+    return int((recycling.source.rows.lookup(manifest.keys) >= 0).sum())
+
+
+@pytest.mark.parametrize("room", [0, 3, 20])
+def test_a_full_disk_ends_filling_with_one_warning_and_a_whole_manifest(room, tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        made = kept_in(disk / "store")
+        ballast = Ballast(disk)
+        ballast.leave_pages(room)
+        counter = Counter(made.model.get_submodule("stem"))
+        with pytest.warns(RecycleWarning, match=r"store is full.*objects of 'stages.1' have rows.*No space") as caught:
+            [(report, manifest)] = fill_pass([made], MANY, batch_size=4)
+        ran = counter.calls
+        assert len(caught) == 1
+        assert report.missing == 120 - with_row(made, manifest) == 120 - report.computed
+        assert (report.missing == 120) == (room < 5)
+        assert report.found == 0
+        assert f"; {report.missing} objects have no row" in str(report)
+        assert f"{report.computed} of 120 objects" in str(caught[0].message)
+        # Batches of four that were computed, those of a segment that found no room, and the proof of a size.
+        assert ran <= report.computed // 4 + 8 + 2
+        assert manifest.columns[1].values.tolist() == labels(120).tolist()
+        assert made.source.rows.discard() == 0
+        assert not list(disk.glob("store/*/*.tmp-*"))
+        assert not list(disk.glob("store/*/claims"))
+        # With room again, what is missing is filled.
+        ballast.free()
+        [(again, _)] = fill_pass([made], MANY, batch_size=4)
+        assert (again.found, again.computed, again.missing) == (report.computed, report.missing, 0)
+        assert made.check((X, Y)).ok
+        made.detach()
+
+
+def test_a_store_that_cannot_be_written_ends_filling_too(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        made = kept_in(disk / "store")
+        fill_pass([made], Subset(MANY, range(40)), batch_size=4)
+        with read_only(disk), pytest.warns(RecycleWarning, match=r"cannot be written.*40 of 120.*Read-only") as caught:
+            [(report, manifest)] = fill_pass([made], MANY, batch_size=4)
+        assert len(caught) == 1
+        assert (report.found, report.computed, report.missing) == (40, 0, 80)
+        assert with_row(made, manifest) == 40
+        made.detach()
+
+
+def test_a_fill_of_what_is_there_says_nothing_of_a_store_that_cannot_be_written(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        made = kept_in(disk / "store")
+        fill_pass([made], MANY)
+        with read_only(disk):
+            [(report, _)] = fill_pass([made], MANY)
+        assert (report.found, report.computed, report.missing) == (120, 0, 0)
+        made.detach()
+
+
+def test_several_cuts_on_a_full_disk_give_one_warning_that_names_each(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        model = residual()
+        both = [
+            recycle(model, X[:2], cut=cut, store=FolderStore(disk / "store", segment_bytes=16 * 1024))
+            for cut in ("stem", CUT)
+        ]
+        for made in both:
+            made._write_probe()
+        Ballast(disk).leave_pages(30)
+        with pytest.warns(RecycleWarning, match=r"'stem' have rows, \d+ of 120 objects of 'stages.1'") as caught:
+            results = fill_pass(both, MANY, batch_size=4)
+        assert len(caught) == 1
+        for made, (report, manifest) in zip(both, results, strict=True):
+            assert 0 < report.missing == 120 - with_row(made, manifest)
+            made.detach()
+
+
+def test_another_error_of_the_disk_is_an_error(tmp_path, monkeypatch):
+    made = kept_in(tmp_path)
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(StoreError, match="Input/output error"):
+        fill_pass([made], MANY)
+
+
+def test_a_store_that_fails_in_its_thread_ends_filling_too(tmp_path):
+    """Segments of 1 MB and more are written in a thread, whose error comes out at the next batch."""
+    with small_disk(tmp_path / "disk", pages=3 * 256 + 64) as disk:
+        store = FolderStore(disk / "store", segment_bytes=2**20 + 2**19)
+        made = recycle(residual(), X[:2], cut="stem", store=store)
+        made._write_probe()
+        many = TensorDataset(pictures(900), labels(900))
+        with pytest.warns(RecycleWarning, match="store is full"):
+            [(report, manifest)] = fill_pass([made], many, batch_size=30)
+        # Rows of 8 KB: the first segment fitted, the second did not.
+        assert 180 <= report.computed == with_row(made, manifest) == 900 - report.missing < 400
+        made.detach()
 
 
 # -- another process ---------------------------------------------------------------------------------------------------
