@@ -179,12 +179,12 @@ class FolderShelf(Shelf):
         """A descriptor of a file, to read it. No link is followed, but those above this shelf's folder."""
         folder, _, own = name.rpartition("/")
         with self._opened(folder) as place:
-            at = {"path": own, "dir_fd": place} if _BY_DESCRIPTOR else {"path": self._folder / name}
+            path, at = (own, place) if _BY_DESCRIPTOR else (self._folder / name, None)
             try:
                 # Reading it to verify or to merge is no use of it, and must not be taken for one.
-                return os.open(**at, flags=os.O_RDONLY | _NO_LINKS | _QUIETLY)
+                return os.open(path, os.O_RDONLY | _NO_LINKS | _QUIETLY, dir_fd=at)
             except PermissionError:  # somebody else's file
-                return os.open(**at, flags=os.O_RDONLY | _NO_LINKS)
+                return os.open(path, os.O_RDONLY | _NO_LINKS, dir_fd=at)
 
     @contextlib.contextmanager
     def _opened(self, folder: str = "") -> Iterator[Any]:
