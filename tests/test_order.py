@@ -24,6 +24,7 @@ from torchrecycle import Recycling, recycle
 from torchrecycle.data import BlockShuffleSampler, draws_at_once
 from torchrecycle.data.order import ReadAhead, _Reading
 from torchrecycle.errors import BatchError
+from torchrecycle.store.rows import ShelfRows
 
 CLASSES, EACH = 16, 64
 COUNT = CLASSES * EACH
@@ -115,7 +116,7 @@ def test_a_block_lies_together_on_the_disk(attached: tuple[Recycling, TensorData
 def test_what_is_no_recycled_data_set_has_no_blocks(attached: tuple[Recycling, TensorDataset]):
     made, data = attached
     with pytest.raises(BatchError, match=r"a TensorDataset has none: give what recycling.dataset"):
-        BlockShuffleSampler(data)  # pyright: ignore
+        BlockShuffleSampler(data)  # pyright: ignore[reportArgumentType]
     with pytest.raises(BatchError, match="window=0"):
         BlockShuffleSampler(made.dataset(data), window=0)
     with pytest.raises(BatchError, match="shuffle='bloks' is none of True, False and 'blocks'"):
@@ -149,7 +150,7 @@ def test_random_numbers_are_drawn_when_they_would_be_without_us():
 
     def epochs(ahead: bool) -> list[Any]:
         generator = torch.Generator().manual_seed(3)
-        sampler = BatchSampler(RandomSampler(range(100), generator=generator), 8, False)
+        sampler = BatchSampler(RandomSampler(objects(), num_samples=100, generator=generator), 8, False)
         batches = ReadAhead(sampler, Unread(100)) if ahead else sampler  # pyright: ignore
         return [[(batch, int(torch.randint(1000, (), generator=generator))) for batch in batches] for _ in range(3)]
 
@@ -169,8 +170,10 @@ def test_a_sampler_that_draws_as_it_goes_is_not_read_ahead(attached: tuple[Recyc
 def test_rows_that_were_dropped_from_memory_are_read_before_they_are_gathered(attached: tuple[Recycling, Any]):
     made, data = attached
     wrapped = made.dataset(data)
-    wrapped.source.rows.gather(wrapped.locations)
+    assert wrapped.source is not None
     rows = wrapped.source.rows
+    assert isinstance(rows, ShelfRows)
+    rows.gather(wrapped.locations)
     rows._segments.planes.release()
     for path in Path(rows.url).glob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)

@@ -147,7 +147,8 @@ class ReadAhead:
         drawn, left = iter(self._batches), len(self._batches)
         reading = _Reading(self._dataset)
         ahead: deque[tuple[list[Sequence[int]], Future[int] | None]] = deque()
-        portion, largest = 1, self._batches_in_portion()
+        largest = self._batches_in_portion()
+        portion = largest if isinstance(self._batches.sampler, BlockShuffleSampler) else 1
         while ahead or left:
             # The last batch is drawn when it is asked for: a sampler that comes to its end draws again.
             while (left > 1 and len(ahead) < 2) or (left and not ahead):
