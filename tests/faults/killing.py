@@ -68,34 +68,41 @@ def acts_of(rows: Rows, *, start: int = 0, world: int = 0) -> list[Callable[[], 
 def write_until(folder: str, step: int, told: Any) -> None:
     """Do `acts_of`; killed after one call of the system, or never if `step` is 0.
 
-    Told: how many acts have returned, after each; at the end, minus the number of calls.
+    Told: how many acts have returned, after each; at the end, after which calls the files were not what they were
+    before.
     """
     torch.set_num_threads(1)
     rows = open_rows(Path(folder))
-    counter = _Steps(step)
-    counter.start()
+    steps = _Steps(step, Path(folder))
+    after_each_call(steps.seen)
     for number, act in enumerate(acts_of(rows)):
         act()
         told.send(number + 1)
     after_each_call(None)
-    told.send(-counter.count)
+    told.send(steps.changing)
 
 
 class _Steps:
     """Counts the returns of calls of the system."""
 
-    def __init__(self, last: int) -> None:
-        self.count, self.last = 0, last
+    def __init__(self, last: int, folder: Path) -> None:
+        self.changing: list[int] = []
+        """The calls after which a kill leaves what it leaves after no other."""
+        self._count, self._last = 0, last
+        self._folder, self._files = folder, [("", 0)]
 
-    def start(self) -> None:
-        after_each_call(self._seen)
-
-    def _seen(self, frame: Any, event: str, called: Any) -> None:
+    def seen(self, frame: Any, event: str, called: Any) -> None:
         # What is there before a call is what is there after the one before.
-        if event == "c_return" and is_of_the_system(called):
-            self.count += 1
-            if self.count == self.last:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if event != "c_return" or not is_of_the_system(called):
+            return
+        self._count += 1
+        if self._count == self._last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not self._last:
+            files = sorted((str(path), path.lstat().st_size) for path in self._folder.rglob("*"))
+            if files != self._files:
+                self._files = files
+                self.changing.append(self._count)
 
 
 def after_each_call(seen: Callable[[Any, str, Any], None] | None) -> None:
