@@ -162,6 +162,11 @@ class Numbered:
         first = self._firsts[number]
         return np.arange(first, first + self.listed[number].rows, dtype=np.int64)
 
+    def names_of(self, where: np.ndarray) -> list[str]:
+        """The names of the segments that some locations are in."""
+        numbers = np.searchsorted(np.array(self._firsts, dtype=np.int64), where, side="right") - 1
+        return [self.listed[number].name for number in np.unique(numbers).tolist()]
+
     def split(self, where: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """Which segments some locations are in; for each, which of the locations, and their rows.
 

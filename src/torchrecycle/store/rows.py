@@ -146,7 +146,9 @@ class ShelfRows(Rows):
         return self._lookup.nbytes
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
-        return self._lookup.find(keys)
+        found = self._lookup.find(keys)
+        self._shelf.touch(self._segments.names_of(found[found >= 0]))
+        return found
 
     def refresh(self) -> None:
         self._lookup.refresh()
