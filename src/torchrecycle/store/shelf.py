@@ -120,6 +120,10 @@ class Shelf(ABC):
     def _touch(self, name: str) -> None:
         """Write down that a file is used now."""
 
+    @abstractmethod
+    def date(self, name: str, used: float) -> None:
+        """Let a file count as written and last used at some time, if that can be written down."""
+
     def _before_writing(self, name: str, nbytes: int) -> None:
         """To be called by `write` with a file's size."""
         if self.room is not None:
@@ -145,9 +149,11 @@ class FolderShelf(Shelf):
 
     maps = MAPS
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, told: Callable[[str], None] | None = None) -> None:
         self.url = str(folder)
         self._folder = folder
+        self._told = told
+        """Called with the name of each file that is read: for showing how far something is."""
 
     def names(self) -> list[str]:
         with in_words(f"cannot list {self.url}"):
@@ -156,6 +162,8 @@ class FolderShelf(Shelf):
 
     def read(self, name: str) -> torch.Tensor | None:
         path = self._folder / name
+        if self._told is not None:
+            self._told(name)
         with in_words(f"cannot read {path}"):
             try:
                 # A link could lead out of the folder, and opening a pipe would wait for ever.
@@ -307,6 +315,10 @@ class FolderShelf(Shelf):
             found = os.stat(path, follow_symlinks=False)
             if now - found.st_atime_ns >= TOUCH_SECONDS * 1e9 and stat.S_ISREG(found.st_mode):
                 os.utime(path, ns=(now, found.st_mtime_ns))
+
+    def date(self, name: str, used: float) -> None:
+        with contextlib.suppress(OSError):
+            os.utime(self._folder / name, (used, used), follow_symlinks=False)
 
 
 def _no_file(path: Path) -> DamagedRowError:

@@ -9,33 +9,45 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchrecycle.errors import StoreError
 from torchrecycle.store.about import ABOUT, read_form
 from torchrecycle.store.contract import LeafSpec, Store
+from torchrecycle.store.holdings import OLD_SECONDS
+from torchrecycle.store.index_file import INDEX
 from torchrecycle.store.memory import MemoryShelf
+from torchrecycle.store.numbered import is_segment
+from torchrecycle.store.room import Room
 from torchrecycle.store.rows import (
+    PROBE,
     PUBLISH_SECONDS,
     SEGMENT_BYTES,
     ShelfRows,
     check_fingerprint,
     is_fingerprint,
 )
-from torchrecycle.store.shelf import FolderShelf, Shelf, in_words
+from torchrecycle.store.shelf import MANIFESTS, FolderShelf, Shelf, in_words
+from torchrecycle.store.sizes import parse_bytes
+from torchrecycle.store.upkeep import ShelfStore
 
 _MEMORY = "memory://"
+_REMOVED = ".removed-"
 
 
-class FolderStore(Store):
-    """A store in a folder. Opening and reading it write nothing.
+class FolderStore(ShelfStore):
+    """A store in a folder. Opening and reading it write nothing, but when rows were last used.
 
     Args:
         folder: Where. It need not be there yet.
         segment_bytes: How many bytes of rows are gathered before they are published as one segment.
         publish_seconds: How long an appended row waits at most, if others are appended after it.
+        max_bytes: How many bytes all files together may take: a number, or ``"200 GB"``. Publishing evicts what is
+            least recently used, and is an error (``ENOSPC``) where what is there is in use.
 
     Raises:
         StoreError: There is something else than a store.
@@ -47,27 +59,58 @@ class FolderStore(Store):
         *,
         segment_bytes: int = SEGMENT_BYTES,
         publish_seconds: float = PUBLISH_SECONDS,
+        max_bytes: int | str | None = None,
     ) -> None:
         # Absolute, so that a worker or a later `chdir` still finds it.
         self._folder = Path(folder).expanduser().absolute()
         self.url = str(self._folder)
-        self._segment_bytes = segment_bytes
+        self.segment_bytes = segment_bytes
         self._publish_seconds = publish_seconds
+        self.max_bytes = None if max_bytes is None else parse_bytes(max_bytes)
         with in_words(f"cannot open {self.url} as a store"):
             _refuse_other_things(self._folder)
 
     def rows(self, fingerprint: str, leaves: Sequence[LeafSpec], about: Mapping[str, Any]) -> ShelfRows:
-        shelf = FolderShelf(self._folder / check_fingerprint(fingerprint))
-        return ShelfRows(shelf, leaves, about, segment_bytes=self._segment_bytes, publish_seconds=self._publish_seconds)
+        shelf = self._limited(check_fingerprint(fingerprint))
+        return ShelfRows(shelf, leaves, about, segment_bytes=self.segment_bytes, publish_seconds=self._publish_seconds)
 
     def existing(self, fingerprint: str) -> ShelfRows:
-        return _existing(FolderShelf(self._folder / check_fingerprint(fingerprint)))
+        return _existing(self._limited(check_fingerprint(fingerprint)))
 
     def fingerprints(self) -> list[str]:
+        return [name for name in self._names() if _is_of_a_store(self._folder / name)]
+
+    def _names(self) -> list[str]:
         if not self._folder.is_dir():
             return []
         with in_words(f"cannot list {self.url}"):
-            return sorted(path.name for path in self._folder.iterdir() if _is_of_a_store(path))
+            return sorted(path.name for path in self._folder.iterdir() if _may_be_of_a_store(path))
+
+    def _shelf(self, fingerprint: str, told: Callable[[str], None] | None = None) -> FolderShelf:
+        return FolderShelf(self._folder / fingerprint, told=told)
+
+    def _limited(self, fingerprint: str) -> FolderShelf:
+        shelf = self._shelf(fingerprint)
+        if self.max_bytes is not None:
+            shelf.room = Room(self.url, self._shelves, self.max_bytes)
+        return shelf
+
+    def _shelves(self) -> dict[str, Shelf]:
+        return {name: self._shelf(name) for name in self.fingerprints()}
+
+    def _sweep(self) -> None:
+        if not self._folder.is_dir():
+            return
+        with in_words(f"cannot remove what was left in {self.url}"):
+            for path in self._folder.glob(f"{_REMOVED}*"):
+                if not path.is_symlink() and time.time() - path.stat().st_ctime > OLD_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _refuse_foreign(self, name: str) -> None:
+        folder = self._folder / name
+        foreign = [] if folder.is_symlink() else _not_ours(folder)
+        if foreign:
+            raise StoreError(f"{folder} is no fingerprint's folder: it holds {_some(foreign)}. Nothing was removed")
 
     def __repr__(self) -> str:
         return f"FolderStore({self.url!r})"
@@ -82,7 +125,15 @@ def _existing(shelf: Shelf) -> ShelfRows:
 
 
 def _is_of_a_store(folder: Path) -> bool:
-    return is_fingerprint(folder.name) and (folder / ABOUT).is_file()
+    # A link could lead out of the store.
+    return is_fingerprint(folder.name) and not folder.is_symlink() and (folder / ABOUT).is_file()
+
+
+def _may_be_of_a_store(folder: Path) -> bool:
+    """Also of a damaged one: a fingerprint's folder in which nothing is somebody else's, or a link in its place."""
+    if not is_fingerprint(folder.name):
+        return False
+    return folder.is_symlink() or (folder.is_dir() and ((folder / ABOUT).exists() or not _not_ours(folder)))
 
 
 def _refuse_other_things(folder: Path) -> None:
@@ -91,23 +142,39 @@ def _refuse_other_things(folder: Path) -> None:
     if not folder.is_dir():
         raise StoreError(f"{folder} is a file, and a store is a folder: give another path, or move that file away")
     foreign = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    if any(_is_of_a_store(folder / name) for name in foreign):
+    if any(is_fingerprint(name) and (folder / name / ABOUT).is_file() for name in foreign):
         return
-    # A writer that was killed in its first moments leaves folders without about.json.
-    foreign = [name for name in foreign if not _is_barely_begun(folder / name)]
+    # A writer that was killed in its first moments, or who writes while this is removed, leaves no about.json.
+    foreign = [name for name in foreign if not (folder / name).is_dir() or _not_ours(folder / name)]
     if foreign:
-        some = ", ".join(map(repr, foreign[:3])) + " ..." * (len(foreign) > 3)
         raise StoreError(
-            f"{folder} is no store: it holds {some}, and "
+            f"{folder} is no store: it holds {_some(foreign)}, and "
             f"no <fingerprint>/{ABOUT}. Give an empty or a new folder, such as {folder / 'activations'}"
         )
 
 
-def _is_barely_begun(folder: Path) -> bool:
-    return folder.is_dir() and all(".tmp-" in path.name for path in folder.iterdir())
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + " ..." * (len(names) > 3)
 
 
-class MemoryStore(Store):
+_OURS = frozenset({ABOUT, INDEX, PROBE, MANIFESTS, "claims"})
+
+
+def _not_ours(folder: Path) -> list[str]:
+    """What is in a folder that this package does not write there."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if not (
+            path.name.startswith(".")
+            or ".tmp-" in path.name
+            or is_segment(path.name.removesuffix(".damaged"))
+            or path.name.removesuffix(".damaged") in _OURS
+        )
+    )
+
+
+class MemoryStore(ShelfStore):
     """A store in memory: it ends with the process.
 
     Workers read it: forked ones share its memory, spawned ones once it was moved to shared memory, which
@@ -117,6 +184,7 @@ class MemoryStore(Store):
         url: What it is called in messages.
         segment_bytes: How many bytes of rows are gathered before they are published as one segment.
         publish_seconds: How long an appended row waits at most, if others are appended after it.
+        max_bytes: See `FolderStore`.
     """
 
     def __init__(
@@ -125,23 +193,36 @@ class MemoryStore(Store):
         *,
         segment_bytes: int = SEGMENT_BYTES,
         publish_seconds: float = PUBLISH_SECONDS,
+        max_bytes: int | str | None = None,
     ) -> None:
         self.url = url or f"{_MEMORY}unnamed-{secrets.token_hex(4)}"
         self._shelves: dict[str, MemoryShelf] = {}
-        self._segment_bytes = segment_bytes
+        self.segment_bytes = segment_bytes
         self._publish_seconds = publish_seconds
+        self.max_bytes = None if max_bytes is None else parse_bytes(max_bytes)
 
     def rows(self, fingerprint: str, leaves: Sequence[LeafSpec], about: Mapping[str, Any]) -> ShelfRows:
         name = check_fingerprint(fingerprint)
-        shelf = self._shelves.setdefault(name, MemoryShelf(f"{self.url}/{name}"))
-        return ShelfRows(shelf, leaves, about, segment_bytes=self._segment_bytes, publish_seconds=self._publish_seconds)
+        shelf = self._shelves.setdefault(name, self._new_shelf(name))
+        return ShelfRows(shelf, leaves, about, segment_bytes=self.segment_bytes, publish_seconds=self._publish_seconds)
 
     def existing(self, fingerprint: str) -> ShelfRows:
-        name = check_fingerprint(fingerprint)
-        return _existing(self._shelves.get(name) or MemoryShelf(f"{self.url}/{name}"))
+        return _existing(self._shelf(check_fingerprint(fingerprint)))
 
     def fingerprints(self) -> list[str]:
         return sorted(name for name, shelf in self._shelves.items() if ABOUT in shelf.files)
+
+    def _names(self) -> list[str]:
+        return sorted(name for name, shelf in self._shelves.items() if shelf.files)
+
+    def _shelf(self, fingerprint: str, told: Callable[[str], None] | None = None) -> MemoryShelf:
+        return self._shelves.get(fingerprint) or self._new_shelf(fingerprint)
+
+    def _new_shelf(self, fingerprint: str) -> MemoryShelf:
+        shelf = MemoryShelf(f"{self.url}/{fingerprint}")
+        if self.max_bytes is not None:
+            shelf.room = Room(self.url, lambda: self._shelves, self.max_bytes)
+        return shelf
 
     def __repr__(self) -> str:
         return f"MemoryStore({self.url!r})"
@@ -150,13 +231,14 @@ class MemoryStore(Store):
 _NAMED: dict[str, MemoryStore] = {}
 
 
-def open_store(where: str | os.PathLike[str] | Store) -> Store:
+def open_store(where: str | os.PathLike[str] | Store, max_bytes: int | str | None = None) -> Store:
     """The store at some place.
 
     Args:
         where: A folder, which need not be there yet; ``memory://name``, the same for everybody in this
-        process;
-            ``memory://``, a new one each time; or a `Store`, which is given back.
+            process; ``memory://``, a new one each time; or a `Store`, which is given back.
+        max_bytes: How many bytes it may take, such as ``"200 GB"``: see `FolderStore`. Of a store that is open
+            already, it cannot be said here.
 
     Raises:
         StoreError: There is something else than a store, or the place is of a kind that is not known.
@@ -173,12 +255,21 @@ def open_store(where: str | os.PathLike[str] | Store) -> Store:
     [tensor([[3., 4.]])]
     """
     if isinstance(where, Store):
+        _refuse_limit(where, max_bytes)
         return where
     text = os.fspath(where)
     if text == _MEMORY:
-        return MemoryStore()
+        return MemoryStore(max_bytes=max_bytes)
+    if text in _NAMED:
+        _refuse_limit(_NAMED[text], max_bytes)
+        return _NAMED[text]
     if text.startswith(_MEMORY):
-        return _NAMED.setdefault(text, MemoryStore(text))
+        return _NAMED.setdefault(text, MemoryStore(text, max_bytes=max_bytes))
     if "://" in text:
         raise StoreError(f"cannot open {text!r}: a store is a folder, or 'memory://name'")
-    return FolderStore(text)
+    return FolderStore(text, max_bytes=max_bytes)
+
+
+def _refuse_limit(store: Store, max_bytes: int | str | None) -> None:
+    if max_bytes is not None and parse_bytes(max_bytes) != getattr(store, "max_bytes", None):
+        raise StoreError(f"{store.url} is open already: give max_bytes={max_bytes!r} when it is made")
