@@ -7,12 +7,13 @@ and answer. Weights come from the packages of the extra ``demo``; ``zstandard`` 
 middle of EfficientNet-Lite0 (50 and 75 %) and of MiniLM (50 %), the benchmark measures in one run
 
 * bytes of a row, reading speed (random batches of 64, warm, decoded into what the model gets), relative error;
-* what scales should be for: a whole row, a token or place, a channel, or neighbours in memory;
+* what scales should be for: a whole row, a token or place, a channel, or neighbours in memory, by the error of the row
+  and by how far the embedding of the pretrained model moves;
 * what zstd saves of 16-bit rows, with and without the bytes of each half side by side, and how quickly it gives them
   back;
 * the quality of the same trainings, with the same seeds, on rows of each precision.
 
-Results are kept under ``benchmarks/results/``.
+Results are kept under ``benchmarks/results/``; ``--only rows`` and ``--only quality`` renew a part of them.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from torchrecycle import Recycling, fill_many, recycle
 from torchrecycle.codec import PRECISIONS
 from torchrecycle.demo.weights import lite0_state, package_folder
 from torchrecycle.files import find_pairs, find_pictures
-from torchrecycle.store import leaf_bytes
+from torchrecycle.store import Ragged, leaf_bytes
 from torchrecycle.sweep import Settings, Task, load_trunk, pair_task, picture_task
+from torchrecycle.sweep.build import What
 from torchrecycle.sweep.environment import machine, versions
 from torchrecycle.sweep.estimates import estimate
 from torchrecycle.sweep.fit import fit
@@ -51,7 +53,7 @@ NAMES = [name for name in PRECISIONS if name != "float32"]
 # -- the two tasks -----------------------------------------------------------------------------------------------------
 
 
-def cars(folder: Path, given: argparse.Namespace) -> Task:
+def cars(folder: Path, given: argparse.Namespace, what: What = "similarity") -> Task:
     with tempfile.TemporaryDirectory() as place:
         weights = Path(place) / "lite0.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in lite0_state().items()}, weights)
@@ -60,7 +62,7 @@ def cars(folder: Path, given: argparse.Namespace) -> Task:
         folder / "images.tar", labels=folder / "labels.csv", label_column="class_id", skip_bad=True
     )
     settings = Settings(fraction=given.fraction, epochs=given.epochs, search=False, skip_bad=True)
-    return picture_task(pictures, trunk, "similarity", settings)
+    return picture_task(pictures, trunk, what, settings)
 
 
 def questions(file: Path, given: argparse.Namespace) -> Task:
@@ -86,8 +88,8 @@ class Side:
         }
         self.cut = self.recyclings["float32"].cut
 
-    def fill(self) -> None:
-        for split in (self.task.train, self.task.test):
+    def fill(self, *, tested: bool) -> None:
+        for split in (self.task.train, self.task.test) if tested else (self.task.train,):
             fill_many(list(self.recyclings.values()), split.dataset, name=split.name, **self.task.eval_arguments())
 
     def locations(self, recycling: Recycling) -> torch.Tensor:
@@ -190,8 +192,9 @@ def of_tokens_without(values: torch.Tensor, outliers: int) -> torch.Tensor:
     return back
 
 
-def of_scales(rows: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Relative error of ways to share scales, over all rows; and how uneven channels are."""
+def of_scales(side: Side, count: int) -> dict[str, Any]:
+    """Of ways to share scales the error, over all rows and in what the model makes of them; how uneven channels are."""
+    rows, moved = own_rows(side, count), Moved(side)
     is_map = rows[0].dim() == 3
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "row": lambda row: rounded(row, list(range(row.dim()))),
@@ -202,11 +205,39 @@ def of_scales(rows: Sequence[torch.Tensor]) -> dict[str, Any]:
     }
     if not is_map:
         ways |= {f"token, {n} channels in 16 bits": lambda row, n=n: of_tokens_without(row, n) for n in (4, 8)}
+    ways |= {"bfloat16": lambda row: row.bfloat16().float(), "float16": lambda row: row.half().float()}
     channels = torch.stack([row.abs().amax([1, 2] if is_map else 0) for row in rows]).amax(0)
-    return {
-        "largest_of_a_channel": {"median": channels.median().item(), "most": channels.topk(3).values.tolist()},
-        "relative_error": {name: relative(rows, [way(row) for row in rows]) for name, way in ways.items()},
+    errors = {
+        name: {"relative_error": relative(rows, [way(row) for row in rows]), "embedding_moves": moved.by(way)}
+        for name, way in ways.items()
     }
+    largest = {"median": channels.median().item(), "most": channels.topk(3).values.tolist()}
+    return {"largest_of_a_channel": largest, "ways": errors}
+
+
+class Moved:
+    """How far the pretrained model's embeddings, made of length one, move when rows do."""
+
+    def __init__(self, side: Side) -> None:
+        positions = next(side.batches(1))
+        self.recycling = side.recyclings["float32"]
+        source = self.recycling.source
+        self.inputs = source.rule(side.raw(positions.tolist()))
+        (self.leaf,) = source.rows.gather(side.locations(self.recycling)[positions])
+        self.before = self.embeddings(lambda row: row)
+
+    def embeddings(self, way: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        source, leaf = self.recycling.source, self.leaf
+        if isinstance(leaf, torch.Tensor):
+            kept: Any = torch.stack([way(row) for row in leaf])
+        else:
+            kept = Ragged(torch.cat([way(row) for row in leaf.values.split(leaf.lengths.tolist())]), leaf.lengths)
+        with torch.no_grad():
+            leaves = source.to_model(source.padded([kept], self.inputs))
+            return torch.nn.functional.normalize(self.recycling.bypass.suffix(self.inputs, leaves), dim=1)
+
+    def by(self, way: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        return (self.embeddings(way) - self.before).norm(dim=1).mean().item()
 
 
 def relative(rows: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
@@ -300,11 +331,11 @@ def of_quality(side: Side, seeds: int) -> dict[str, Any]:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def measure(task: Task, level: float, seeds: int, rounds: int) -> dict[str, Any]:
+def measure(task: Task, level: float, given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         side = Side(task, level, Path(folder), stack)
         began = time.perf_counter()
-        side.fill()
+        side.fill(tested=given.only != "rows")
         print(f"{task.model} cut at {side.cut}: filled in {time.perf_counter() - began:.0f} s", flush=True)
         rows = own_rows(side, 512)
         found = {
@@ -312,12 +343,26 @@ def measure(task: Task, level: float, seeds: int, rounds: int) -> dict[str, Any]
             "cut": side.cut,
             "objects": {"train": len(task.train), "test": len(task.test)},
             "row": list(rows[0].shape),
-            "rows": of_rows(side, rounds),
-            "scales": of_scales(rows),
-            "zstd": without_loss(rows),
         }
-        print(json.dumps(found, indent=1), flush=True)
-        return {**found, "quality": of_quality(side, seeds)}
+        if given.only != "quality":
+            parts = {"rows": of_rows(side, given.rounds), "scales": of_scales(side, 512), "zstd": without_loss(rows)}
+            print(json.dumps(parts, indent=1), flush=True)
+            found |= parts
+        return found if given.only == "rows" else {**found, "quality": of_quality(side, given.seeds)}
+
+
+def keep(about: dict[str, Any], results: dict[str, dict[str, Any]], where: str) -> None:
+    """In the day's file, where they replace the same parts of an earlier run with the same settings."""
+    slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
+    path = RESULTS / f"precision-{slug}-{about['date']}.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["about"]["settings"] == about["settings"]:
+            names = before["results"] | results
+            results = {name: before["results"].get(name, {}) | results.get(name, {}) for name in names}
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n", encoding="utf-8")
+    print(f"kept as {path.relative_to(Path(__file__).parents[1])}")
 
 
 def main() -> None:
@@ -330,6 +375,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--only", choices=("rows", "quality"), help="measure this part alone")
     parser.add_argument("--no-results", action="store_true", help="only print")
     given = parser.parse_args()
     if given.cars is None and given.faq is None:
@@ -338,19 +384,15 @@ def main() -> None:
     if given.cars is not None:
         task = cars(given.cars, given)
         for level in (0.5, 0.75):
-            results[f"cars, {level:.0%} recycled"] = measure(task, level, given.seeds, given.rounds)
+            results[f"cars, {level:.0%} recycled"] = measure(task, level, given)
     if given.faq is not None:
-        results["questions, 50% recycled"] = measure(questions(given.faq, given), 0.5, given.seeds, given.rounds)
+        results["questions, 50% recycled"] = measure(questions(given.faq, given), 0.5, given)
     settings = {name: getattr(given, name) for name in ("fraction", "epochs", "seeds", "size", "tokens", "rounds")}
     where = machine(torch.device("cpu"))
     about = {"date": f"{date.today():%Y-%m-%d}", "machine": where, "versions": versions(), "settings": settings}
     print(json.dumps(results, indent=2))
     if not given.no_results:
-        slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
-        path = RESULTS / f"precision-{slug}-{about['date']}.json"
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n", encoding="utf-8")
-        print(f"kept as {path.relative_to(Path(__file__).parents[1])}")
+        keep(about, results, where)
 
 
 if __name__ == "__main__":
