@@ -11,16 +11,18 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench bench-machinery bench-similarity bench-sweeps zoo clean
+.PHONY: help demo test test-slow fuzz check format bench bench-machinery bench-similarity bench-sweeps bench-store zoo clean
 
 help:
 	@echo "make demo    compare the levels of recycling on images and texts (ARGS=--quick: in 90 seconds)"
 	@echo "make test    run the tests"
+	@echo "make fuzz ARGS='--count 200000'   open so many hostile stores; a failure is made small and its files are kept"
 	@echo "make check   format, lint, types and tests"
 	@echo "make bench   measure against the same suffix trained from RAM tensors, by hand"
 	@echo "make bench-machinery   microseconds that a recycled step adds, and where they go"
 	@echo "make bench-similarity   training through Lightning's trainer, and evaluating 20,000 objects"
 	@echo "make bench-sweeps ARGS='--cars DIR --faq FILE'   two sweeps on real data (an hour on two cores)"
+	@echo "make bench-store   the store against RAM, the disk and five others, with 4 GB each (ARGS=--quick: in a minute)"
 	@echo "make zoo     cut some 750 models of five libraries and judge each (hours; ARGS=--sample: in three minutes)"
 	@echo "make clean   remove the virtual environment and what the demo keeps"
 	@echo "make PYTHON=python3.12 demo   with another interpreter"
@@ -47,6 +49,9 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
+fuzz: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/store.py $(ARGS)
+
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -69,6 +74,11 @@ bench-similarity: $(VENV)/.installed-test
 
 bench-sweeps: $(VENV)/.installed-demo
 	@$(BIN)/python benchmarks/sweeps.py $(ARGS)
+
+bench-store: $(VENV)/.installed-bench
+	@$(BIN)/python benchmarks/keys.py $(filter --quick --no-results,$(ARGS))
+	@$(BIN)/python benchmarks/store.py $(ARGS)
+	@$(BIN)/python benchmarks/filling.py $(filter --no-results,$(ARGS)) $(if $(filter --quick,$(ARGS)),--objects 256 --rounds 1)
 
 zoo: $(VENV)/.installed-zoo
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo/run.py --table docs/zoo.md $(ARGS)
