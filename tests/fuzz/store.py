@@ -875,7 +875,7 @@ class Fuzzing:
                     self.open(dict(sample.files), sample, way, collections.Counter())
                 counted = collections.Counter[str]()
                 self.open(dict(sample.files), sample, way, counted)
-                if counted["refused"] or counted["served"] < 2 * sample.rows:
+                if counted["refused"] or counted["served"] < sample.rows:
                     raise Failure(f"the store {sample.name!r} is not sound to begin with: {counted}")
 
     def one(self, draw: random.Random) -> None:
