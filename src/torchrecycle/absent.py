@@ -7,9 +7,10 @@ stops the run with `AbsentRead`, which names the skipped calls that it came from
 unsound: integers have none, and ``where``, ``topk`` or ``masked_fill`` swallow it.
 
 A `RecycledTensor` is what a batch carries across the user's loop in place of 64 photos: a tensor with the shape, dtype
-and device of the photos, which holds the 64 kept rows and no pixels. It survives what trainers do to a batch (moves,
-slices, ``cat``, pinning, pickling through workers); whatever would read its values is an error that says so, unless the
-real value is small and came along (token ids).
+and device of the photos, which holds the 64 kept rows and no pixels. Where 3 of the rows are not kept, it holds 61 rows
+and the pixels of 3 photos. It survives what trainers do to a batch (moves, slices, ``cat``, pinning, pickling through
+workers); whatever would read its values is an error that says so, unless the real value is small and came along (token
+ids).
 """
 
 from __future__ import annotations
@@ -279,11 +280,15 @@ class RecycledTensor(torch.Tensor):
     Args:
         shape: of the model input that it stands for: ``[batch, ...]``, or of one object if `locations` is a scalar.
         dtype: of the model input.
-        locations: int64 ``[batch]`` on the CPU: where the store has each row.
+        locations: int64 ``[batch]`` on the CPU: where the store has each row. Negative for an object without a row, and
+            then a number that is the object's own, so that objects can be told apart.
         fingerprint: of the recycling that the rows belong to.
         input_name: of the model input that it stands for; a forward refuses it in another place.
-        leaves: the activation's leaves, each ``[batch, ...]``; None as long as they have not been gathered.
+        leaves: the activation's leaves, each ``[batch, ...]``, with anything at the places of objects without a row;
+            None as long as they have not been gathered.
         value: the real input, if it came along.
+        missing: if it did not, the real input of the objects without a row, ``[objects without a row, ...]`` in their
+            order; None if all have one.
         witnesses: other model inputs that the rows were found under, by name; a forward compares them with what it is
             given, so that rows are never used beside another mask.
         device: of the model input.
@@ -294,6 +299,7 @@ class RecycledTensor(torch.Tensor):
     input_name: str
     leaves: tuple[torch.Tensor, ...] | None
     value: torch.Tensor | None
+    missing: torch.Tensor | None
     witnesses: dict[str, torch.Tensor]
 
     @staticmethod
@@ -307,6 +313,7 @@ class RecycledTensor(torch.Tensor):
         input_name: str = "",
         leaves: Sequence[torch.Tensor] | None = None,
         value: torch.Tensor | None = None,
+        missing: torch.Tensor | None = None,
         witnesses: Mapping[str, torch.Tensor] | None = None,
         device: torch.device | str = "cpu",
     ) -> RecycledTensor:
@@ -316,6 +323,7 @@ class RecycledTensor(torch.Tensor):
         made.input_name = input_name
         made.leaves = None if leaves is None else tuple(leaves)
         made.value = value
+        made.missing = missing
         made.witnesses = dict(witnesses or {})
         return made
 
@@ -324,9 +332,51 @@ class RecycledTensor(torch.Tensor):
         """How many objects it stands for."""
         return self.locations.numel()
 
+    @property
+    def misses(self) -> torch.Tensor:
+        """Which of its objects have no row, by number, ascending: int64 on the CPU."""
+        return (self.locations.reshape(-1) < 0).nonzero()[:, 0]
+
+    def at_hand(self) -> torch.Tensor | None:
+        """The input itself, if all of it is at hand."""
+        if self.value is not None or self.missing is None or len(self.missing) < self.rows:
+            return self.value
+        missing = self.missing.to(self.dtype)
+        return missing if self.locations.dim() else missing[0]
+
+    def _moved(
+        self,
+        move: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        value: torch.Tensor | None = None,
+        locations: torch.Tensor | None = None,
+    ) -> RecycledTensor:
+        """The same objects, with `move` applied to all that it holds."""
+        missing = None if self.missing is None else move(self.missing)
+        return self._with(move, missing, dtype=dtype, device=device, value=value, locations=locations)
+
+    def _chosen(
+        self,
+        choose: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        shape: Sequence[int] | None = None,
+    ) -> RecycledTensor:
+        """Some of its objects: `choose` takes them out of a tensor that has an entry for each."""
+        missing = self.missing
+        if missing is not None:
+            numbers = torch.full_like(self.locations, -1).reshape(-1)
+            numbers[self.misses] = torch.arange(len(missing))
+            chosen = choose(numbers.reshape(self.locations.shape)).reshape(-1)
+            chosen = chosen[chosen >= 0]
+            missing = missing.index_select(0, chosen.to(missing.device)) if len(chosen) else None
+        return self._with(choose, missing, shape=shape)
+
     def _with(
         self,
-        per_row: Callable[[torch.Tensor], torch.Tensor],
+        function: Callable[[torch.Tensor], torch.Tensor],
+        missing: torch.Tensor | None,
         *,
         shape: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
@@ -334,17 +384,18 @@ class RecycledTensor(torch.Tensor):
         value: torch.Tensor | None = None,
         locations: torch.Tensor | None = None,
     ) -> RecycledTensor:
-        """The same, with `per_row` applied to all that it holds."""
+        """The same, with `function` applied to what has an entry for each object."""
         own = self.value
         return RecycledTensor(  # pyright: ignore
             self.shape if shape is None else shape,
             dtype or self.dtype,
-            locations=per_row(self.locations) if locations is None else locations,
+            locations=function(self.locations) if locations is None else locations,
             fingerprint=self.fingerprint,
             input_name=self.input_name,
-            leaves=None if self.leaves is None else [per_row(leaf) for leaf in self.leaves],
-            value=value if value is not None else None if own is None else per_row(own),
-            witnesses={name: per_row(witness) for name, witness in self.witnesses.items()},
+            leaves=None if self.leaves is None else [function(leaf) for leaf in self.leaves],
+            value=value if value is not None else None if own is None else function(own),
+            missing=missing,
+            witnesses={name: function(witness) for name, witness in self.witnesses.items()},
             device=device or self.device,
         )
 
@@ -378,28 +429,35 @@ class RecycledTensor(torch.Tensor):
             "input_name": self.input_name,
             "leaves": self.leaves,
             "value": self.value,
+            "missing": self.missing,
             "witnesses": self.witnesses,
         }
 
     def _refuse(self, what: str) -> NoReturn:
         raise BatchError(_unreadable(what, self))
 
+    def _readable(self, what: str) -> torch.Tensor:
+        real = self.at_hand()
+        return self._refuse(what) if real is None else real
+
     def tolist(self) -> Any:
-        return self.value.tolist() if self.value is not None else self._refuse("tolist()")
+        return self._readable("tolist()").tolist()
 
     def numpy(self, **kwargs: Any) -> Any:
-        return self.value.numpy(**kwargs) if self.value is not None else self._refuse("numpy()")
+        return self._readable("numpy()").numpy(**kwargs)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.value.__array__(*args, **kwargs) if self.value is not None else self._refuse("NumPy")
+        return self._readable("NumPy").__array__(*args, **kwargs)
 
     def data_ptr(self) -> int:
-        return self.value.data_ptr() if self.value is not None else self._refuse("data_ptr()")
+        return self._readable("data_ptr()").data_ptr()
 
     def __repr__(self, **kwargs: Any) -> str:  # pyright: ignore
+        misses = len(self.misses)
+        without = f", and {misses} objects without a row" if misses else ""
         return (
-            f"RecycledTensor({list(self.shape)}, {self.dtype}, {self.device}: {self.rows} kept rows of "
-            f"{self.fingerprint[:12]}{'' if self.value is None else ', with its value'})"
+            f"RecycledTensor({list(self.shape)}, {self.dtype}, {self.device}: {self.rows - misses} kept rows of "
+            f"{self.fingerprint[:12]}{without}{'' if self.value is None else ', with its value'})"
         )
 
 
@@ -425,20 +483,21 @@ def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
     def value_of(leaf: Any) -> Any:
         if not isinstance(leaf, RecycledTensor):
             return leaf
-        if leaf.value is None:
+        real = leaf.at_hand()
+        if real is None:
             raise BatchError(_unreadable(func, leaf))
-        return leaf.value
+        return real
 
     args, kwargs = pytree.tree_map(value_of, (args, kwargs))
     return func(*args, **kwargs)
 
 
 def _same_rows(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0]._with(lambda part: func(part, *args[1:], **kwargs))
+    return args[0]._moved(lambda part: func(part, *args[1:], **kwargs))
 
 
 def _detach(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0]._with(lambda part: part)
+    return args[0]._moved(lambda part: part)
 
 
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
@@ -446,7 +505,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     device = torch.device(kwargs.get("device") or tensor.device)
     non_blocking = kwargs.get("non_blocking", False)
     value = None if tensor.value is None else func(tensor.value, *args[1:], **kwargs)
-    return tensor._with(
+    return tensor._moved(
         lambda part: part.to(device, non_blocking=non_blocking),
         dtype=kwargs.get("dtype"),
         device=device,
@@ -466,14 +525,10 @@ def _along_batch(func: Any, args: Any, kwargs: Any) -> Any:
     kwargs = {name: 0 if name == "dim" else value for name, value in kwargs.items()}
     nominal = func(_nominal(tensor), *rest, **kwargs)
     if isinstance(nominal, torch.Tensor):
-        return tensor._with(
-            lambda part: func(part, *_moved(rest, part), **kwargs),
-            shape=nominal.shape,
-            locations=func(tensor.locations, *_moved(rest, tensor.locations), **kwargs),
-        )
+        return tensor._chosen(lambda part: func(part, *_beside(rest, part), **kwargs), shape=nominal.shape)
     pieces = len(nominal)
     return [
-        tensor._with(lambda part, i=i: func(part, *rest, **kwargs)[i], shape=nominal[i].shape) for i in range(pieces)
+        tensor._chosen(lambda part, i=i: func(part, *rest, **kwargs)[i], shape=nominal[i].shape) for i in range(pieces)
     ]
 
 
@@ -488,7 +543,7 @@ _DIM_AT = {
 """Where each of these has the dimension among its arguments after the tensor."""
 
 
-def _moved(rest: list[Any], part: torch.Tensor) -> list[Any]:
+def _beside(rest: list[Any], part: torch.Tensor) -> list[Any]:
     return [r.to(part.device) if isinstance(r, torch.Tensor) else r for r in rest]
 
 
@@ -501,7 +556,7 @@ def _flip(func: Any, args: Any, kwargs: Any) -> Any:
     tensor, dims = args
     if [dim % tensor.dim() for dim in dims] != [0] or tensor.locations.dim() == 0:
         return NotImplemented
-    return tensor._with(lambda part: part.flip(0))
+    return tensor._chosen(lambda part: part.flip(0))
 
 
 def _index(func: Any, args: Any, kwargs: Any) -> Any:
@@ -516,7 +571,7 @@ def _index(func: Any, args: Any, kwargs: Any) -> Any:
             raise IndexError(f"a mask of {len(index)} for a recycled batch of {len(tensor)} objects")
         index = index.nonzero()[:, 0]
     index = torch.where(index < 0, index + len(tensor), index)
-    return tensor._with(
+    return tensor._chosen(
         lambda part: part.index_select(0, index.to(part.device)),
         shape=(len(index), *tensor.shape[1:]),
     )
@@ -550,6 +605,7 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
         return func(parts, 0)
 
     values = [t.value for t in tensors]
+    missing = [t.missing for t in tensors if t.missing is not None]
     return RecycledTensor(
         shape,
         first.dtype,
@@ -560,13 +616,15 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
         if first.leaves is None
         else [join(list(parts)) for parts in zip(*(t.leaves for t in tensors), strict=True)],  # pyright: ignore
         value=None if any(v is None for v in values) else join(values),  # pyright: ignore
+        missing=torch.cat(missing) if missing else None,
         witnesses={name: join([t.witnesses[name] for t in tensors]) for name in first.witnesses},
         device=first.device,
     )
 
 
 def _is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
-    parts = [part for part in (args[0].leaves or ())]
+    tensor = args[0]
+    parts = [*(tensor.leaves or ()), *([] if tensor.missing is None else [tensor.missing])]
     return bool(parts) and all(part.is_pinned() for part in parts)
 
 
@@ -574,7 +632,7 @@ _ROW_WISE: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _detach,
     aten.alias.default: _detach,
     aten.lift_fresh.default: _detach,
-    aten.clone.default: lambda func, args, kwargs: args[0]._with(torch.clone),
+    aten.clone.default: lambda func, args, kwargs: args[0]._moved(torch.clone),
     aten._pin_memory.default: _same_rows,
     aten.is_pinned.default: _is_pinned,
     aten._to_copy.default: _to_copy,

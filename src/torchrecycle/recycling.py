@@ -58,8 +58,17 @@ from torchrecycle.data import (
     RowSource,
     in_blocks,
 )
+from torchrecycle.data.collate import MixedCollate
 from torchrecycle.data.known import items_of
-from torchrecycle.errors import BatchError, CutError, RecycleError, RecycleWarning, StaleActivationError, StoreError
+from torchrecycle.errors import (
+    BatchError,
+    CutError,
+    GoneRowsError,
+    RecycleError,
+    RecycleWarning,
+    StaleActivationError,
+    StoreError,
+)
 from torchrecycle.fill import FillReport, fill_pass
 from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
@@ -89,7 +98,7 @@ class Stats:
     hits: int = 0
     """Objects whose row came from the store."""
     misses: int = 0
-    """Objects that the prefix ran for, at fill or in a raw batch."""
+    """Objects that the prefix ran for: at fill, in a raw batch, or in one of which some rows were missing."""
     bytes_read: int = 0
     """Bytes of rows handed to the model."""
     bytes_written: int = 0
@@ -732,18 +741,52 @@ class Recycling:
             raise BatchError("a single item came where a batch was expected: collate items into a batch first")
         given = inputs.replace({n: v.value if v.value is not None else _absent(n, v) for n, v in carriers.items()})
         self._prove_count_of_rows(main.rows)
+        misses = main.misses
+        hits = main.rows - len(misses)
         rows = main.leaves
-        if rows is None:
+        if rows is None and (hits or not len(misses)):
             rows = tuple(leaf.to(main.device) for leaf in self.source.gather(main.locations, given))
         self._compare_witnesses(main, given)
         self._prove_signature(given, lambda: self._example_like(given))
+        if rows is not None:
+            self.stats.bytes_read += sum(leaf.numel() * leaf.itemsize for leaf in rows) * hits // max(1, main.rows)
+        if len(misses):
+            rows = self.source.merged(rows, misses, self._rows_of_misses(misses, given, carriers))
+        assert rows is not None
         leaves = self.source.to_model(rows)
         began = time.perf_counter()
         output = self.bypass.suffix(given, leaves)
         self.stats.suffix_seconds += time.perf_counter() - began
-        self.stats.hits += main.rows
-        self.stats.bytes_read += sum(leaf.numel() * leaf.itemsize for leaf in rows)
+        self.stats.hits += hits
+        self.stats.misses += len(misses)
         return output
+
+    def _rows_of_misses(
+        self, misses: torch.Tensor, given: Inputs, carriers: Mapping[str, RecycledTensor]
+    ) -> list[torch.Tensor]:
+        """The rows of a batch's objects that have none, computed, as the store would have given them.
+
+        Args:
+            misses: which objects, ascending.
+            given: the call, with absent tensors for inputs that did not come along.
+            carriers: these, with what came of them.
+        """
+        came = {name: value.missing for name, value in carriers.items() if value.value is None}
+        objects = take_rows(given, misses.tolist()).replace(came)
+        count = len(misses)
+        if any(value is None or len(value) != count for value in came.values()):
+            raise BatchError(
+                f"a batch has {count} objects without a row, and not what the prefix reads of them: collate the items "
+                "of recycling.dataset(...) with recycling.collate(...)"
+            )
+        if count == 1:  # as one of two: a forward may take another way for a single object
+            objects = take_rows(objects, [0, 0])
+        self._prove_signature(objects, lambda: take_rows(objects, range(min(4, objects.batch()))))
+        began = time.perf_counter()
+        leaves = self.bypass.prefix(objects)
+        self.stats.prefix_seconds += time.perf_counter() - began
+        self.prove_count(objects, leaves)
+        return [rows[:count] for rows in self.source.encoded(leaves, objects)]
 
     def _compare_carriers(self, carriers: Mapping[str, RecycledTensor]) -> RecycledTensor:
         """The one that carries the rows. All must stand for the same objects, each for its own input."""
@@ -977,7 +1020,7 @@ class Recycling:
 
     def collate(self, collate_fn: Callable[[Sequence[Any]], Any] | None = None) -> RecycledCollate:
         """The collate function for items of `dataset`; the user's own is called inside of it."""
-        return RecycledCollate(collate_fn, None if self.off else self.source)
+        return MixedCollate(collate_fn, None if self.off else self.source)
 
     def loader(self, dataset: Any, *, name: str | None = None, **arguments: Any) -> RecycledLoader:
         """A `DataLoader` whose batches hold rows: same type, keys and order as without us, for the same seed.
@@ -1045,8 +1088,8 @@ class Recycling:
             )
         if self._options.key is not None:
             raise BatchError("with key=, a batch does not tell the keys of its objects; use verify_every=")
-        locations = self.source.rows.lookup(self.source.keys(inputs))
-        found = np.flatnonzero(locations >= 0)
+        located = self.source.find(self.source.keys(inputs), inputs)
+        found = np.flatnonzero(located[0] >= 0) if located is not None else np.empty(0, dtype=np.int64)
         leaves = self._fresh_leaves(inputs)
         fresh = self.source.as_kept(leaves, inputs)
         alone = [self._fresh_rows(take_rows(inputs, [row])) for row in range(inputs.batch())]
@@ -1059,11 +1102,13 @@ class Recycling:
             default=0.0,
         )
         difference = 0.0
-        if len(found):
-            gathered = self.source.gather(torch.from_numpy(locations[found]), take_rows(inputs, found.tolist()))
+        if located is not None:
             index = torch.from_numpy(found)
-            kept = self.source.decode(gathered)
-            difference = max(relative_difference(a.index_select(0, index), b) for a, b in zip(fresh, kept, strict=True))
+            kept = self.source.decode(located[1])
+            difference = max(
+                relative_difference(a.index_select(0, index), b.index_select(0, index))
+                for a, b in zip(fresh, kept, strict=True)
+            )
         precision = max(map(relative_difference, fresh, self.source.rounded(leaves, inputs)), default=0.0)
         return CheckReport(inputs.batch(), len(found), difference, composition, precision)
 
@@ -1088,13 +1133,7 @@ class Recycling:
             return
         self._renew_prefix()
         known = self._manifests.of(dataset, lambda: self._fill(dataset), made=made)
-        if (
-            dataset.manifest is known.manifest
-            and dataset.source is self.source
-            and bool((dataset.locations >= 0).all())
-        ):
-            return
-        dataset.renew(known.manifest, torch.from_numpy(known.locations), self.source)
+        dataset.renew(known.manifest, known.locations, self.source)
 
     def _renew_prefix(self) -> None:
         """Divide the model anew if its prefix is not what it was."""
@@ -1167,10 +1206,17 @@ class Recycling:
             yield batch
 
     def _canary(self, dataset: RecycledDataset, index: int) -> None:
+        if dataset.locations[index] < 0:  # computed afresh in any case
+            return
         with self._manifests.reading(dataset.base):
             collate_fn = dataset.fill_arguments.get("collate_fn") or default_collate
             inputs = self._rule(collate_fn(items_of(dataset.base, [index])))
-        kept = self.source.decode(self.source.gather(dataset.locations[index : index + 1], inputs))
+        try:
+            gathered = self.source.gather(dataset.locations[index : index + 1], inputs)
+        except GoneRowsError:
+            dataset.look_again()
+            return
+        kept = self.source.decode(gathered)
         fresh = self._fresh_rows(inputs)
         for layout, a, b in zip(self.bypass.plan.layouts, fresh, kept, strict=True):
             difference = relative_difference(a, b)

@@ -3,11 +3,14 @@
 `RecycledDataset` stands for the user's data set in any `DataLoader` or trainer. Asked for a batch of indices
 (``__getitems__``), it hands out a `Fetched`: a sequence of items in which absent inputs are stand-ins, and which our
 collate function turns into a batch at once, without making the items. The user's data set is not read.
+
+Where 3 rows of a batch of 64 are missing (the disk was full, or rows were evicted meanwhile), those 3 items are read,
+and their stand-ins hold what was read. Where all are missing, the items are the user's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -15,8 +18,9 @@ import torch
 from torch.utils.data import Dataset
 
 from torchrecycle.absent import RecycledTensor
+from torchrecycle.data.columns import Column
 from torchrecycle.data.manifest import Manifest
-from torchrecycle.data.source import RowSource
+from torchrecycle.data.source import RowSource, own_numbers
 from torchrecycle.errors import StaleActivationError
 
 __all__ = ["Fetched", "RecycledDataset"]
@@ -35,23 +39,52 @@ class RecycledDataset(Dataset[Any]):
         self._owner = owner
         self.manifest: Manifest | None = None
         self.locations = torch.empty(0, dtype=torch.int64)
+        """Where the row of each item is, ``[items]`` int64; -1 for those without one."""
         self.source: RowSource | None = None
         self.generation = 0
         """How often it was given other rows: workers that were started before have the old ones."""
         self._raw = False
         self.name: str | None = None
         self.fill_arguments: dict[str, Any] = {}
+        self._given: np.ndarray | None = None
+        self._losses = torch.zeros(1, dtype=torch.int64)
+        self._losses_seen = 0
 
     @property
     def owner(self) -> Any:
         """The recycling; None in a worker."""
         return self._owner
 
-    def renew(self, manifest: Manifest, locations: torch.Tensor, source: RowSource) -> None:
-        """Take these rows from now on."""
+    def renew(self, manifest: Manifest, locations: np.ndarray, source: RowSource) -> None:
+        """Take these rows from now on, if they are others.
+
+        Args:
+            manifest: of the data set.
+            locations: where the row of each item is; the array that is given tells whether it is another one.
+            source: of the rows.
+        """
+        if self.manifest is manifest and self.source is source and self._given is locations:
+            return
         self.generation += 1
-        self.manifest, self.source = manifest, source
-        self.locations = locations.share_memory_() if len(locations) else locations
+        self.manifest, self.source, self._given = manifest, source, locations
+        shared = torch.from_numpy(locations)
+        self.locations = shared.share_memory_() if len(shared) else shared
+        if not self._losses.is_shared():
+            self._losses.share_memory_()
+
+    def look_again(self) -> None:
+        """Look all keys up again, for this process, since rows have left the store."""
+        assert self.manifest is not None
+        assert self.source is not None
+        self._losses += 1
+        self.source.rows.refresh()
+        # Not where the others look: locations are those of this process.
+        self.locations = torch.from_numpy(self.source.rows.lookup(self.manifest.keys))
+
+    def takes_losses(self) -> bool:
+        """Whether rows were found to have left since this was last asked, here or in a worker."""
+        before, self._losses_seen = self._losses_seen, int(self._losses)
+        return self._losses_seen != before
 
     def __len__(self) -> int:
         return len(self.base)
@@ -68,19 +101,41 @@ class RecycledDataset(Dataset[Any]):
     def __deepcopy__(self, memo: Any) -> RecycledDataset:
         return self.__copy__()
 
+    @property
+    def _is_off(self) -> bool:
+        owner = self.owner
+        return self.manifest is None or (self._raw if owner is None else owner.off)
+
     def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])[0]
+        return self.read([index])[0] if self._is_off else self._fetched(self._positions([index]))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
-        """Items for a batch: a `Fetched`, or the raw items where the recycling is off or a row is missing."""
-        owner = self.owner
-        if self.manifest is not None and not (self._raw if owner is None else owner.off):
-            index = self._positions(indices)
-            locations = self.locations[index]
-            if bool((locations >= 0).all()):
-                return Fetched(self, index, locations)
+        """Items for a batch: a `Fetched`, or the raw items where the recycling is off or no item has a row."""
+        return self.read(indices) if self._is_off else self.fetch(self._positions(indices))
+
+    def read(self, indices: Sequence[int]) -> Sequence[Any]:
+        """Items of the user's data set."""
         fetch = getattr(self.base, "__getitems__", None)
         return fetch(list(indices)) if fetch else [self.base[i] for i in indices]
+
+    def fetch(self, places: torch.Tensor) -> Sequence[Any]:
+        """The items at these places, ``[batch]`` int64; the raw ones where none has a row."""
+        if bool((self.locations[places] < 0).all()):
+            return self.read(places.tolist())
+        return self._fetched(places)
+
+    def _fetched(self, places: torch.Tensor) -> Fetched:
+        locations = self.locations[places]
+        at = (locations < 0).nonzero()[:, 0]
+        if not len(at):
+            return Fetched(self, places, locations)
+        assert self.manifest is not None
+        missing = places[at]
+        locations[at] = own_numbers(self.manifest.keys[missing.numpy()])
+        # Where no input is left out, the manifest has all of an item.
+        whole = all(column.kind != "absent" for column in self.manifest.columns)
+        raw = {} if whole else dict(zip(at.tolist(), self.read(missing.tolist()), strict=True))
+        return Fetched(self, places, locations, raw)
 
     def _positions(self, indices: Sequence[Any]) -> torch.Tensor:
         count = len(self.locations)
@@ -97,10 +152,24 @@ class RecycledDataset(Dataset[Any]):
 
 
 class Fetched(Sequence[Any]):
-    """The items of one batch, made when somebody looks at them."""
+    """The items of one batch, made when somebody looks at them.
 
-    def __init__(self, dataset: RecycledDataset, index: torch.Tensor, locations: torch.Tensor) -> None:
-        self.dataset, self.places, self.locations = dataset, index, locations
+    Args:
+        dataset: of which they are.
+        index: where in it, ``[batch]`` int64.
+        locations: of the rows, ``[batch]`` int64; negative for items without one.
+        raw: of items without a row, what the user's data set gives, by place in the batch. None of them where the
+            manifest has all of an item.
+    """
+
+    def __init__(
+        self,
+        dataset: RecycledDataset,
+        index: torch.Tensor,
+        locations: torch.Tensor,
+        raw: Mapping[int, Any] | None = None,
+    ) -> None:
+        self.dataset, self.places, self.locations, self.raw = dataset, index, locations, raw or {}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -112,23 +181,32 @@ class Fetched(Sequence[Any]):
     def __getitem__(self, at: int | slice) -> Any:
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
-        manifest, source = self.dataset.manifest, self.dataset.source
+        manifest = self.dataset.manifest
         assert manifest is not None
-        assert source is not None
-        item, location = int(self.places[at]), self.locations[at]
+        at = range(len(self))[at]
+        own = manifest.template.split(self.raw[at]) if at in self.raw else None
+        item = int(self.places[at])
         leaves = []
         for position, column in enumerate(manifest.columns):
-            leaf = column[item]
             if column.kind == "absent":
-                leaf = RecycledTensor(  # pyright: ignore[reportCallIssue]
-                    leaf,
-                    getattr(torch, column.dtype),
-                    locations=location,
-                    fingerprint=source.fingerprint,
-                    input_name=manifest.inputs[position],
-                )
+                leaf = self._stand_in(at, column, manifest.inputs[position], None if own is None else own[position])
+            else:
+                leaf = column[item] if own is None else own[position]
             leaves.append(leaf)
         return manifest.template.join(leaves)
+
+    def _stand_in(self, at: int, column: Column, name: str, real: Any) -> RecycledTensor:
+        source = self.dataset.source
+        assert source is not None
+        missing = None if real is None else torch.as_tensor(real)
+        return RecycledTensor(  # pyright: ignore[reportCallIssue]
+            column[int(self.places[at])] if missing is None else missing.shape,
+            getattr(torch, column.dtype) if missing is None else missing.dtype,
+            locations=self.locations[at],
+            fingerprint=source.fingerprint,
+            input_name=name,
+            missing=None if missing is None else missing[None],
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -138,6 +216,8 @@ class Fetched(Sequence[Any]):
 
         Vectorised: no item is made.
         """
+        if self.raw:
+            return None
         manifest, source = self.dataset.manifest, self.dataset.source
         assert manifest is not None
         assert source is not None
@@ -152,7 +232,7 @@ class Fetched(Sequence[Any]):
             leaves.append(leaf)
         return manifest.template.join(leaves, collated=True)
 
-    def _stand_ins(self, column: Any, source: RowSource, name: str) -> RecycledTensor | None:
+    def _stand_ins(self, column: Column, source: RowSource, name: str) -> RecycledTensor | None:
         shapes = column.values.index_select(0, self.places)
         if bool((shapes != shapes[:1]).any()):
             return None

@@ -46,6 +46,15 @@ class Known:
     state: str
     manifest: Manifest
     locations: np.ndarray
+    """Where the row of each item is; -1 for those without one. Replaced by another array where it changes."""
+    left_out: np.ndarray | None = None
+    """Which items had no row after the last pass over them in this process: the store took no more."""
+
+    @property
+    def lacks(self) -> bool:
+        """Whether rows are missing that a pass might make."""
+        missing = self.locations < 0
+        return bool((missing if self.left_out is None else missing & ~self.left_out).any())
 
 
 def items_of(base: Any, indices: list[int]) -> list[Any]:
@@ -90,19 +99,31 @@ class KnownManifests:
             if known is None:
                 fill()
                 known = self._found(dataset)
-        if bool((known.locations < 0).any()):
-            known.locations = self._lookup(known.manifest)
-        if bool((known.locations < 0).any()):
+        lost = dataset.takes_losses()
+        if lost or made or bool((known.locations < 0).any()):
+            self._look_again(known, anew=lost)
+        if known.lacks:
             fill()
             known = self._found(dataset)
         return known
 
     def keep(self, base: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> None:
-        """Remember what was read of a data set, in this process and, if its identity allows, beside the rows."""
-        self._add(base, name, collate_fn, manifest)
+        """Remember what was read of a data set, in this process and, if its identity allows, beside the rows.
+
+        Rows may be missing: where the store took no more of them, filling has said so, and the same pass would end the
+        same way.
+        """
+        known = self._add(base, name, collate_fn, manifest)
+        known.left_out = known.locations < 0
         identity = self._identity(base, name, collate_fn)
-        if identity is not None and manifest.template.is_plain:
+        if identity is None or not manifest.template.is_plain:
+            return
+        try:
             self.source.rows.write_manifest(identity, *manifest.to_tensors())
+        except StoreError as error:
+            if error.errno is None:
+                raise
+            # The disk is full or read-only: the next process reads the items once more.
 
     @contextmanager
     def reading(self, base: Any) -> Iterator[None]:
@@ -131,9 +152,22 @@ class KnownManifests:
 
     def _found(self, dataset: RecycledDataset) -> Known:
         known = self._find(dataset)
-        if known is None or bool((known.locations < 0).any()):
-            raise StoreError(f"rows that were just written are not found in {self.source.rows.url}")
+        if known is None:
+            raise StoreError(f"a data set that was just read is not known in {self.source.rows.url}")
         return known
+
+    def _look_again(self, known: Known, *, anew: bool) -> None:
+        """Where the rows are now. Those that came after all, and have left again, may be made once more.
+
+        Args:
+            known: of the data set.
+            anew: whether locations are to be given to data sets also if they are the same.
+        """
+        locations = self._lookup(known.manifest)
+        if anew or not np.array_equal(locations, known.locations):
+            known.locations = locations
+        if known.left_out is not None:
+            known.left_out &= locations < 0
 
     def _add(self, base: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> Known:
         collate_state = state_of(collate_fn)

@@ -1,7 +1,9 @@
 """From a batch to its rows: keys, places in the store, leaves.
 
 `RowSource` is what workers need of a recycling, and pickles without the model: how inputs make keys, where the rows
-lie, how padding is put back. `place` turns a batch of 64 texts into the same batch with a `RecycledTensor` in it.
+lie, how padding is put back. `place` turns a batch of 64 texts into the same batch with a `RecycledTensor` in it. Of
+3 texts without a row that tensor holds what the prefix reads, and the model's next call computes them: what
+`encoded` makes of these activations is what the store would have given, to the bit.
 """
 
 from __future__ import annotations
@@ -17,11 +19,24 @@ from torchrecycle.absent import RecycledTensor
 from torchrecycle.bypass import BatchRule, Inputs, Padding, Sequences, positions
 from torchrecycle.codec import Layout
 from torchrecycle.data.batches import path_of, with_leaf
-from torchrecycle.errors import BatchError
+from torchrecycle.errors import BatchError, GoneRowsError
 from torchrecycle.keys import tensor_row_keys
 from torchrecycle.store import Leaf, Ragged, Rows
 
-__all__ = ["RowSource"]
+__all__ = ["RowSource", "own_numbers"]
+
+TRIES = 3
+"""How often keys are looked up again when rows leave the store at that very moment; then objects are read."""
+
+
+def own_numbers(keys: np.ndarray) -> torch.Tensor:
+    """What stands for the location of an object without a row: negative, and the object's own.
+
+    Args:
+        keys: ``[n, 16]`` uint8.
+    """
+    first = np.ascontiguousarray(keys[:, :8]).view(np.int64).reshape(-1)
+    return torch.from_numpy(first | np.iinfo(np.int64).min)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +92,16 @@ class RowSource:
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def encode(self, leaves: Sequence[torch.Tensor], inputs: Inputs) -> list[Leaf]:
-        """The activation of a batch as rows. `gather` and `to_model` are the inverse."""
+        """The activation of a batch as rows, on the CPU. `gather` and `to_model` are the inverse."""
+        return self._encode(leaves, inputs, torch.device("cpu"))
+
+    def _encode(self, leaves: Sequence[torch.Tensor], inputs: Inputs, device: torch.device) -> list[Leaf]:
         kept = self.positions(inputs)
         rows: list[Leaf] = []
         for layout, leaf in zip(self.layouts, leaves, strict=True):
-            dense = layout.to_rows(leaf).cpu()
+            dense = layout.to_rows(leaf).to(device)
             if layout.ragged:
-                values, lengths = layout.trim(dense, *self._masks(layout, kept, dense.shape))
+                values, lengths = layout.trim(dense, *self._masks(layout, kept, dense.shape, device))
                 parts = layout.quantise(values, lengths) if layout.scaled else (values,)
                 rows.append(Ragged(parts[0], lengths))
             else:
@@ -91,20 +109,40 @@ class RowSource:
                 rows.append(parts[0])
             rows.extend(parts[1:])
             if layout.sized:
-                sizes = torch.tensor(dense.shape[1 : 1 + len(layout.ragged_dims)])
+                sizes = torch.tensor(dense.shape[1 : 1 + len(layout.ragged_dims)], device=device)
                 rows.append(sizes.expand(len(dense), -1).contiguous())
         return rows
+
+    def encoded(self, leaves: Sequence[torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
+        """The activation of a batch as `gather` would give it, without the store and on its own device."""
+        return self.padded(self._encode(leaves, inputs, leaves[0].device), inputs)
 
     def gather(self, locations: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
         """The rows at these places, ``[batch, (ragged,)* ...]`` in kept dtype, padded as the batch is.
 
-        Of scaled leaves the whole numbers, and after them their scales: see `decode`.
-        """
-        return self.padded(self.rows.gather(locations), inputs)
+        Of scaled leaves the whole numbers, and after them their scales: see `decode`. Zeros where a location is
+        negative; one at least is not.
 
-    def padded(self, rows: Sequence[Leaf], inputs: Inputs) -> list[torch.Tensor]:
-        """Rows as the store has them, or as `encode` gives them, padded as the batch is."""
+        Raises:
+            GoneRowsError: a row has left the store: look the keys up again.
+        """
+        at = (locations >= 0).nonzero()[:, 0]
+        if len(at) == len(locations):
+            return self.padded(self.rows.gather(locations), inputs)
+        found = self.padded(self.rows.gather(locations[at]), inputs, at)
+        return [leaf.new_zeros((len(locations), *leaf.shape[1:])).index_copy_(0, at, leaf) for leaf in found]
+
+    def padded(self, rows: Sequence[Leaf], inputs: Inputs, at: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Rows as the store has them, or as `encode` gives them, padded as the batch is.
+
+        Args:
+            rows: of the batch's objects.
+            inputs: of the batch.
+            at: which of its objects they are of, if not of all.
+        """
         kept = self.positions(inputs)
+        if at is not None:
+            kept = [None if mask is None else mask.index_select(0, at.to(mask.device)) for mask in kept]
         gathered = iter(rows)
         dense = []
         for layout in self.layouts:
@@ -118,11 +156,35 @@ class RowSource:
                         "been computed at one padded length"
                     )
                 shape = (len(sizes), *(sizes[0].tolist() if len(sizes) else ()))
-                leaf = layout.pad(leaf.values, leaf.lengths, *self._masks(layout, kept, shape))
+                masks = self._masks(layout, kept, shape, leaf.values.device)
+                leaf = layout.pad(leaf.values, leaf.lengths, *masks)
             dense.append(leaf)
             if layout.scaled:
                 dense.append(next(gathered))
         return dense
+
+    def merged(
+        self, gathered: Sequence[torch.Tensor] | None, at: torch.Tensor, others: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """What `gather` gave, with what `encoded` gave at the places of objects without a row.
+
+        Args:
+            gathered: of the batch; None if none of its objects has a row.
+            at: which objects have none, ascending.
+            others: of these.
+        """
+        if gathered is None:
+            return others
+        for rows, other in zip(gathered, others, strict=True):
+            if rows.shape[1:] != other.shape[1:]:
+                raise BatchError(
+                    f"the rows of this batch are {list(rows.shape[1:])}, and what is computed for the objects without "
+                    f"one is {list(other.shape[1:])}: objects of one batch must have been computed at one padded length"
+                )
+        return [
+            rows.index_copy(0, at.to(rows.device), other.to(rows.device))
+            for rows, other in zip(gathered, others, strict=True)
+        ]
 
     def decode(self, gathered: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What `gather` gives, one for each leaf of the activation: whole numbers times their scales."""
@@ -147,12 +209,14 @@ class RowSource:
             whole = replace(layout, kept=leaf.dtype)
             rows = whole.to_rows(leaf).cpu()
             if layout.ragged:
-                masks = self._masks(layout, kept, rows.shape)
+                masks = self._masks(layout, kept, rows.shape, rows.device)
                 rows = whole.pad(*whole.trim(rows, *masks), *masks)
             dense.append(rows)
         return dense
 
-    def _masks(self, layout: Layout, kept: Sequence[torch.Tensor | None], shape: Sequence[int]) -> list[torch.Tensor]:
+    def _masks(
+        self, layout: Layout, kept: Sequence[torch.Tensor | None], shape: Sequence[int], device: torch.device
+    ) -> list[torch.Tensor]:
         """Per ragged dimension, which of its places are kept: all of them, where it follows by no known law."""
         masks = []
         for at, by in enumerate(layout.ragged_by):
@@ -161,17 +225,20 @@ class RowSource:
                 raise BatchError(
                     f"the batch has no '{self.sequences.masks[by]}', without which the padding of its rows is unknown"
                 )
-            masks.append(mask.cpu())
+            masks.append(mask.to(device))
         return masks
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def place(self, batch: Any, locations: torch.Tensor | None = None) -> Any:
-        """The batch with its rows in place of its inputs; the batch itself where a row is missing.
+        """The batch with its rows in place of its inputs; the batch itself where none of its objects has a row.
 
         Args:
             batch: as the user's collate function gives it.
             locations: where the rows are, if that is known; else found by stand-ins or by content.
+
+        Raises:
+            GoneRowsError: rows have left the store since they were found, if that was not now.
         """
         inputs = self.rule(batch)
         if locations is not None:
@@ -182,21 +249,48 @@ class RowSource:
             locations = stand_ins[0].locations
             if any(not torch.equal(t.locations, locations) for t in stand_ins[1:]):
                 raise BatchError("the collate function ordered the inputs of a batch in different ways")
-        else:
-            if self.user_keys:
-                return batch
-            locations = torch.from_numpy(self.rows.lookup(self.keys(inputs)))
-            if bool((locations < 0).any()):
-                return batch
-        return self.fill_in(batch, inputs, locations)
+            return self.fill_in(batch, inputs, locations)
+        if self.user_keys:
+            return batch
+        found = self.find(self.keys(inputs), inputs)
+        return batch if found is None else self.fill_in(batch, inputs, *found)
 
-    def fill_in(self, batch: Any, inputs: Inputs, locations: torch.Tensor) -> Any:
-        """The batch with these rows in it."""
+    def find(self, keys: np.ndarray, inputs: Inputs) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """Locations and rows of a batch by its keys, as of `gather`; None where no object has a row."""
+        for _ in range(TRIES):
+            found = self.rows.lookup(keys)
+            locations = torch.from_numpy(np.where(found < 0, own_numbers(keys).numpy(), found))
+            if not (found >= 0).any():
+                return None
+            try:
+                return locations, self.gather(locations, inputs)
+            except GoneRowsError:
+                self.rows.refresh()
+        return None
+
+    def fill_in(
+        self, batch: Any, inputs: Inputs, locations: torch.Tensor, leaves: list[torch.Tensor] | None = None
+    ) -> Any:
+        """The batch with these rows in it.
+
+        Args:
+            batch: as the user's collate function gives it.
+            inputs: of the batch.
+            locations: where the rows are, ``[batch]`` int64; negative for objects without one.
+            leaves: the rows, as of `gather`, if they have been gathered.
+        """
         tensors = inputs.tensors()
-        leaves = self.gather(locations, inputs)
+        misses = (locations < 0).nonzero()[:, 0]
+        if leaves is None and len(misses) < len(locations):
+            leaves = self.gather(locations, inputs)
         for name in [self.carrier, *sorted(self.absent - {self.carrier})]:
             given = tensors[name]
-            value = given.value if isinstance(given, RecycledTensor) else None if name in self.absent else given
+            if isinstance(given, RecycledTensor):
+                value, missing = given.value, given.missing
+            elif name in self.absent:
+                value, missing = None, given.index_select(0, misses) if len(misses) else None
+            else:
+                value, missing = given, None
             recycled = RecycledTensor(  # pyright: ignore[reportCallIssue]
                 given.shape,
                 given.dtype,
@@ -205,6 +299,7 @@ class RowSource:
                 input_name=given.input_name if isinstance(given, RecycledTensor) else name,
                 leaves=leaves if name == self.carrier else None,
                 value=value,
+                missing=missing,
                 witnesses=self.witnesses(tensors) if name == self.carrier else None,
                 device=given.device,
             )

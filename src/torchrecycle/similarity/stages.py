@@ -27,7 +27,8 @@ from torch.utils.data import Dataset
 
 from torchrecycle.data import RecycledDataset, RowSource, Template
 from torchrecycle.data.dataset import Fetched
-from torchrecycle.errors import BatchError
+from torchrecycle.data.source import TRIES
+from torchrecycle.errors import BatchError, GoneRowsError
 from torchrecycle.fingerprint import OF_ANY_MODULE
 from torchrecycle.keys import key
 from torchrecycle.recycling import Recycling, recycle
@@ -398,17 +399,29 @@ class StageRows:
         """Called at the beginning of each iteration; not in workers."""
 
     def fetch(self, positions: Tensor) -> Any:
-        """The rows of some objects, or None if some are missing or recycling is off."""
+        """The rows of some objects, or None if they are to be read: recycling is off, or rows are missing.
+
+        Of an encoder that is cut within, objects without a row are read here, as long as one has a row.
+        """
+        for _ in range(TRIES):
+            try:
+                return self._kept(positions)
+            except GoneRowsError:  # evicted or deleted since they were looked up
+                self.recycled.look_again()
+        return None
+
+    def _kept(self, positions: Tensor) -> Any:
         recycled = self.recycled
         owner = recycled.owner
         if recycled.manifest is None or recycled.source is None or (recycled._raw if owner is None else owner.off):
             return None
+        source = recycled.source
+        if not self.whole:
+            fetched = recycled.fetch(positions)
+            return self._within(source, fetched) if isinstance(fetched, Fetched) else None
         locations = recycled.locations.index_select(0, positions)
         if bool((locations < 0).any()):
             return None
-        source = recycled.source
-        if not self.whole:
-            return self._within(source, Fetched(recycled, positions, locations))
         if self.waiting is not None:
             return KeptRows(source.fingerprint, positions, self.waiting)
         (rows,) = source.rows.gather(locations)
@@ -559,7 +572,8 @@ class EncoderStage:
     def wait(self, rows: StageRows, device: torch.device) -> None:
         """Bring all rows of a data set to a device, and have batches hold places only.
 
-        The rows of one that has them there already are brought again only if they are others.
+        The rows of one that has them there already are brought again only if they are others. Where rows are missing,
+        none are brought.
         """
         recycled = rows.recycled
         if not self.whole or recycled.source is None:
@@ -569,7 +583,14 @@ class EncoderStage:
             return
         if rows.waiting is not None:
             del self._waiting[rows.waiting]
-        (everything,) = recycled.source.rows.gather(recycled.locations)
+            rows.waiting = None
+        if bool((recycled.locations < 0).any()):
+            return
+        try:
+            (everything,) = recycled.source.rows.gather(recycled.locations)
+        except GoneRowsError:
+            recycled.look_again()
+            return
         assert isinstance(everything, Tensor)
         self._waiting[name] = everything.to(device)
         rows.waiting = name

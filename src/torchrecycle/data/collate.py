@@ -1,0 +1,47 @@
+"""Batches of which some rows are missing, or leave while they are read.
+
+A batch of 64 whose items all have rows is collated as ever. If 3 rows leave the store between looking up and gathering
+(another process has evicted them), the keys are looked up again, these 3 items are read, and the batch holds 61 rows
+and 3 photos: the epoch goes on, in a worker as in the main process. A collate function of the user's that does not run
+on stand-ins gets the items themselves, since a batch with misses may have come from a store that never was filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchrecycle.data.dataset import Fetched
+from torchrecycle.data.loader import RecycledCollate
+from torchrecycle.data.source import TRIES
+from torchrecycle.errors import GoneRowsError, StoreError
+
+__all__ = ["MixedCollate"]
+
+
+class MixedCollate(RecycledCollate):
+    """Items to a batch with rows in it, and with raw inputs for the objects that have none.
+
+    Args:
+        collate_fn: the user's; None for ``default_collate``.
+        source: of the rows; None while recycling is off.
+    """
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        for _ in range(TRIES):
+            if not isinstance(items, Fetched):
+                break
+            try:
+                return super().__call__(items)
+            except GoneRowsError:
+                items.dataset.look_again()
+                items = items.dataset.fetch(items.places)
+            except StoreError:
+                raise
+            except Exception:
+                if not items.raw:
+                    raise
+                items = items.dataset.read(items.places.tolist())
+        if isinstance(items, Fetched):
+            items = items.dataset.read(items.places.tolist())
+        return super().__call__(items)
