@@ -64,7 +64,7 @@ from faults.truth import (
     segments_of,
     write,
 )
-from faults.workers import Gathering, first, read_what_is_cut
+from faults.workers import Gathering, first, read_in_threads, read_very_many, read_what_is_cut
 from small import CUT, labels, pictures, residual
 from torchrecycle import DamagedRowError, RecycleWarning, Recycling, StoreError, recycle
 from torchrecycle.store import FolderStore, LeafSpec, Rows, open_store
@@ -426,6 +426,29 @@ def test_hundreds_of_segments_are_read_with_eight_free_file_descriptors_and_none
     figure(segments=SEGMENTS, descriptors_kept_open=more)
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(reason="a segment takes ten maps, and a process may have 65,530", strict=True)
+def test_seven_thousand_small_segments_leave_maps_for_the_rest_of_the_process(
+    tmp_path: Path, forkserver: Any, figure: Figure
+):
+    count, at_once = 7000, 500
+    folder = tmp_path / WORLDS[0]
+    folder.mkdir()
+    for begin in range(0, count, at_once):  # apart, since a writer looks at all segments that are there
+        part = tmp_path / "part"
+        write(open_rows(part), range(begin, begin + at_once), step=1)
+        for path in [*segments_of(part), part / WORLDS[0] / "about.json"]:
+            path.rename(folder / path.name)
+        shutil.rmtree(part)
+    process, reader = start(forkserver, read_very_many, str(tmp_path), count)
+    told = all_told(reader)
+    process.join()
+    assert process.exitcode == 0
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    assert told[0] < limit / 2
+    figure(segments=count, maps=told[0], of_at_most=limit)
+
+
 # Damage
 
 
@@ -750,6 +773,18 @@ def test_what_was_checked_once_is_not_checked_again(tmp_path: Path, figure: Figu
         passes.append(time.perf_counter() - began)
     share = (passes[0] - min(passes)) / seconds[0]
     figure(percent_of_the_first_epoch=round(100 * share, 2), bytes_checked=verified[0], in_later_epochs=0)
+
+
+def test_threads_gather_while_another_publishes_refreshes_and_verifies(tmp_path: Path, forkserver: Any, figure: Figure):
+    process, reader = start(forkserver, read_in_threads, str(tmp_path))
+    told = all_told(reader)
+    process.join()
+    assert process.exitcode == 0
+    ((batches, wrong, errors),) = told
+    assert not errors
+    assert batches > 100
+    assert wrong == 0
+    figure(batches=batches)
 
 
 # Links

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from faults.truth import Reading, check_all_right, gather_all, keys_of, open_rows
+from faults.truth import Reading, check_all_right, gather_all, keys_of, open_rows, write
 from torchrecycle.store import Rows
 
 
@@ -32,6 +35,49 @@ class Gathering(Dataset[Any]):
 
 def first(items: list[Any]) -> Any:
     return items[0]
+
+
+def read_very_many(folder: str, count: int, told: Any) -> None:
+    """Read and verify a store of one row per segment. Told: how many maps of memory the process then has."""
+    rows = open_rows(Path(folder))
+    check_all_right(rows, range(count))
+    assert rows.verify().rows == count
+    check_all_right(rows, range(count))
+    told.send(len(Path("/proc/self/maps").read_text().splitlines()))
+
+
+def read_in_threads(folder: str, told: Any) -> None:
+    """Gather in three threads while this one publishes, refreshes and verifies. Told: batches read, rows wrong."""
+    torch.set_num_threads(1)
+    rows = open_rows(Path(folder))
+    write(rows, range(100), step=10)
+    locations = rows.lookup(keys_of(range(100)))
+    ended, answers, errors = threading.Event(), [], []
+
+    def gather(seed: int) -> None:
+        draw = random.Random(seed)
+        try:
+            while not ended.is_set():
+                numbers = draw.sample(range(100), 16)
+                answers.append(gather_all(rows, numbers, locations[numbers]))
+                time.sleep(0.001)
+        except BaseException as error:
+            errors.append(repr(error))
+
+    threads = [threading.Thread(target=gather, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    other = open_rows(Path(folder))
+    for start in range(100, 220, 4):
+        write(rows if start % 8 else other, range(start, start + 4))
+        rows.refresh()
+        if start % 40 == 0:
+            rows.verify()
+    ended.set()
+    for thread in threads:
+        thread.join()
+    check_all_right(rows, range(220))
+    told.send((len(answers), sum(len(answer.right) != 16 for answer in answers), errors))
 
 
 def read_what_is_cut(folder: str, count: int, told: Any) -> None:
