@@ -70,8 +70,6 @@ class Source:
 
     name: str
     segment: Segment
-    nbytes: int
-    """The size of its file."""
     used: float
     """When it was last used."""
     keep: np.ndarray
@@ -90,7 +88,7 @@ class Source:
     @property
     def kept_bytes(self) -> int:
         """About how many bytes they take."""
-        return self.nbytes * self.kept // max(len(self.keep), 1)
+        return self.segment.nbytes * self.kept // max(len(self.keep), 1)
 
 
 def _number(name: str) -> int:
@@ -108,7 +106,7 @@ def open_sources(shelf: Shelf, specs: Sequence[LeafSpec]) -> list[Source]:
         data = shelf.read(name) if is_segment(name) else None
         if data is not None:
             segment = Segment(f"{shelf.url}/{name}", data, specs)
-            found.append(Source(name, segment, stat.nbytes, stat.used, np.ones(segment.rows, dtype=np.bool_)))
+            found.append(Source(name, segment, stat.used, np.ones(segment.rows, dtype=np.bool_)))
     return sorted(found, key=lambda source: (-source.generation, source.name))
 
 
@@ -161,7 +159,7 @@ def _groups(sources: Sequence[Source], segment_bytes: int) -> Iterator[list[Sour
     group: list[Source] = []
     for source in sources:
         doubles = len(source.keep) - source.kept
-        small = source.nbytes * 2 < segment_bytes
+        small = source.segment.nbytes * 2 < segment_bytes
         if not small and doubles < max(1, DOUBLE_SHARE * len(source.keep)):
             continue
         if group and sum(one.kept_bytes for one in group) + source.kept_bytes > segment_bytes:

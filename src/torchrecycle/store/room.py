@@ -71,7 +71,7 @@ def evict_shelves(shelves: Mapping[str, Shelf], max_bytes: int) -> EvictReport:
     """Remove what is least recently used until all files together take no more than so many bytes."""
     stats = {fingerprint: shelf.stats() for fingerprint, shelf in shelves.items()}
     before = _total(stats)
-    chosen = _chosen([*_dead(stats), *_segments(stats)], before - max_bytes)
+    chosen, _ = _chosen([*_dead(stats), *_segments(stats)], stats, before - max_bytes)
     emptied = _drop(shelves, stats, chosen)
     after = _total({fingerprint: shelf.stats() for fingerprint, shelf in shelves.items()}) if chosen else before
     segments = tuple(f"{file.fingerprint}/{file.name}" for file in chosen if is_segment(file.name))
@@ -103,15 +103,27 @@ def _segments(stats: Mapping[str, Mapping[str, FileStat]]) -> list[_File]:
     return sorted(found, key=lambda file: (file.stat.used, file.fingerprint, file.name))
 
 
-def _chosen(files: Iterable[_File], excess: int) -> list[_File]:
-    """The first of these files that take so many bytes; all of them if they do not."""
+def _chosen(
+    files: Iterable[_File], stats: Mapping[str, Mapping[str, FileStat]], excess: int, keep: str = ""
+) -> tuple[list[_File], int]:
+    """The first of these files with which so many bytes go, and how many are missing if they do not do.
+
+    With the last segment of a fingerprint goes all the rest of it, except of `keep`; with any segment the index.
+    """
+    left = {fingerprint: {name: stat.nbytes for name, stat in of.items()} for fingerprint, of in stats.items()}
     found = []
     for file in files:
         if excess <= 0:
             break
         found.append(file)
-        excess -= file.stat.nbytes
-    return found
+        here = left[file.fingerprint]
+        excess -= here.pop(file.name)
+        if is_segment(file.name):
+            excess -= here.pop(INDEX, 0)
+            if file.fingerprint != keep and not any(map(is_segment, here)):
+                excess -= sum(here.values())
+                here.clear()
+    return found, max(0, excess)
 
 
 def _drop(
@@ -175,10 +187,10 @@ class Room:
         free = [file for file in _segments(stats) if (file.fingerprint, file.name) not in kept]
         others = [file for file in free if shelves[file.fingerprint].url not in together]
         of_these = [file for file in free if shelves[file.fingerprint].url in together]
-        chosen = _chosen([*_dead(stats), *others, *of_these], excess)
-        if sum(file.stat.nbytes for file in chosen) < excess:
-            raise self._full(nbytes)
         mine = next((fingerprint for fingerprint, shelf in shelves.items() if shelf.url == own.url), "")
+        chosen, missing = _chosen([*_dead(stats), *others, *of_these], stats, excess, keep=mine)
+        if missing:
+            raise self._full(nbytes)
         _drop(shelves, stats, chosen, keep=mine)
 
     def _written_together(self, own: Shelf) -> set[str]:
