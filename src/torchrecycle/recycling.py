@@ -491,7 +491,7 @@ class Recycling:
             "key inputs": self._settings["inputs"],
             "covers": "class, extra_repr, plain attributes, and dtype, shape and bytes of every parameter and buffer "
             "of these modules, and of every other parameter and constant that they read",
-            "parts": dict(self._fingerprint.parts),
+            **self._fingerprint.to_about(),
         }
         rows = self.store.rows(self._fingerprint.hex, specs, about)
         self._compare_probe(rows)
