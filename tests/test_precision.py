@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +86,15 @@ def test_int8_batches_are_cut_and_joined_as_others_are(tmp_path):
     with torch.no_grad():
         turned = torch.cat([x[8:], x[:8]])
         assert torch.equal(recycling.model(turned), recycling.model(x).roll(-8, 0))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_batch_of_which_only_some_rows_are_kept_gives_nearly_the_same_outputs(precision, tmp_path):
+    recycling = made(tmp_path, precision)
+    recycling.fill(TensorDataset(X[:16], Y[:16]))
+    with torch.no_grad():
+        got = recycling.model(recycling.source.place((X[8:], Y[8:]))[0])
+        assert away(got, recycling.model(X[8:])) < max(LOSS[precision], 1e-6)
 
 
 @pytest.mark.parametrize("precision", SMALLER)
@@ -432,3 +443,16 @@ def test_auto_is_chosen_anew_where_the_cut_moves(tmp_path):
     recycling = recycle(model, torch.randn(4, 6), cut="0", store=tmp_path, precision="auto")
     assert recycling.precision == "float32"
     assert recycling.recut("2").precision == "float16"
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_on_the_page_of_precisions_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "precision.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    space: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/precision.md", "exec"), space)
