@@ -31,7 +31,7 @@ from torchrecycle.store.mapping import release
 from torchrecycle.store.numbered import Numbered, is_segment
 from torchrecycle.store.segment import Batch, Segment, leaf_bytes, pack_segment
 from torchrecycle.store.shelf import MANIFESTS, Shelf
-from torchrecycle.store.waiting import Waiting, copied, misfit
+from torchrecycle.store.waiting import Waiting, misfit
 
 PROBE = "probe.safetensors"
 SEGMENT_BYTES = 256 * 2**20
@@ -186,7 +186,7 @@ class ShelfRows(Rows):
         waiting = self._own_waiting()
         new = waiting.new(keys, self.lookup(keys) < 0)
         if len(new):
-            waiting.add(np.ascontiguousarray(keys[new]), [copied(leaf, new) for leaf in leaves])
+            waiting.add(keys, leaves, new)
         if not waiting.busy:
             self._show_written()
         if waiting.nbytes >= self._segment_bytes or waiting.seconds() > self._publish_seconds:

@@ -6,6 +6,9 @@ ones gather: so two segments at most are in memory. If writing fails they wait a
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 import os
 import secrets
 import time
@@ -17,6 +20,9 @@ import torch
 from torchrecycle.store.contract import Leaf, LeafSpec, Ragged
 from torchrecycle.store.publisher import Publisher
 from torchrecycle.store.segment import Batch, leaf_bytes, ranges
+
+BLOCK_BYTES = 32 * 2**20
+_ALIGNED = 64
 
 
 class Waiting:
@@ -31,6 +37,7 @@ class Waiting:
         self._flying: tuple[str, Batch, set[bytes]] | None = None
         """Name, rows and keys of the segment that is being written in a thread."""
         self._keys: list[torch.Tensor] = []
+        self._arena = Arena()
         self.clear()
 
     def clear(self) -> int:
@@ -39,6 +46,7 @@ class Waiting:
         self.nbytes = 0
         self._since: float | None = None
         self._seen: set[bytes] = set()
+        self._arena.release()
         self._keys = []
         self._pieces: list[list[Leaf]] = [[] for _ in range(self._leaves)]
         return rows
@@ -57,14 +65,15 @@ class Waiting:
                 found.setdefault(key, number)
         return np.fromiter(found.values(), dtype=np.int64, count=len(found))
 
-    def add(self, keys: np.ndarray, leaves: Sequence[Leaf]) -> None:
-        """Add rows, which are ours to keep."""
+    def add(self, keys: np.ndarray, leaves: Sequence[Leaf], rows: np.ndarray) -> None:
+        """Add copies of these rows, given by their numbers in ascending order."""
+        keys, copies = np.ascontiguousarray(keys[rows]), [copied(leaf, rows, self._arena) for leaf in leaves]
         self._since = time.monotonic() if self._since is None else self._since
         self._seen.update(key.tobytes() for key in keys)
         self._keys.append(torch.from_numpy(keys))
-        for pieces, leaf in zip(self._pieces, leaves, strict=True):
+        for pieces, leaf in zip(self._pieces, copies, strict=True):
             pieces.append(leaf)
-        self.nbytes += keys.nbytes + sum(map(leaf_bytes, leaves))
+        self.nbytes += keys.nbytes + sum(map(leaf_bytes, copies))
 
     def batch(self) -> Batch:
         """All rows, to be written."""
@@ -143,20 +152,65 @@ def _misfit(tensor: torch.Tensor, spec: LeafSpec, rows: int) -> str | None:
     return None
 
 
-def copied(leaf: Leaf, rows: np.ndarray) -> Leaf:
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+class Arena:
+    """Memory for copies of rows, in maps of its own and apart from the heap.
+
+    On the heap they would take the places that a prefix's large intermediates have left and come back for: a ResNet at
+    batch 64 then faulted 200,000 pages in for each batch, in place of 90,000, and the holes between what was published
+    stayed with the process. A map goes back to the system when the last tensor in it goes.
+    """
+
+    def __init__(self) -> None:
+        self._block: mmap.mmap | None = None
+        self._used = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor that nobody else has, with anything in it."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not nbytes:
+            return torch.empty(tuple(shape), dtype=dtype)
+        if self._block is None or self._used + nbytes > len(self._block):
+            self._block, self._used = _block(max(nbytes, BLOCK_BYTES)), 0
+        flat = torch.frombuffer(self._block, dtype=torch.uint8, count=nbytes, offset=self._used)
+        self._used += -(-nbytes // _ALIGNED) * _ALIGNED
+        return flat.view(dtype).view(tuple(shape))
+
+    def release(self) -> None:
+        """Use no more of the block that was begun."""
+        self._block = None
+
+
+def _block(nbytes: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes)
+    # Private, or a forked worker would hold on to it, and its pages would be no anonymous memory.
+    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def copied(leaf: Leaf, rows: np.ndarray, arena: Arena) -> Leaf:
     """Copies of some rows, in ascending order, contiguous and on the CPU."""
     if not isinstance(leaf, Ragged):
-        return _copied(leaf, rows)
+        return _copied(leaf, rows, arena)
     lengths = leaf.lengths.detach().cpu().numpy()
     starts = np.cumsum(lengths) - lengths
     steps = ranges(starts[rows], lengths[rows])
-    return Ragged(_copied(leaf.values, steps), torch.from_numpy(lengths[rows]))
+    return Ragged(_copied(leaf.values, steps, arena), torch.from_numpy(lengths[rows]))
 
 
-def _copied(tensor: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+def _copied(tensor: torch.Tensor, rows: np.ndarray, arena: Arena) -> torch.Tensor:
+    tensor = tensor.detach()
+    out = arena.empty((len(rows), *tensor.shape[1:]), tensor.dtype)
     if len(rows) == len(tensor):
-        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    flat = tensor.cpu().contiguous().view(len(tensor), -1).view(torch.uint8) if tensor.numel() else tensor
-    picked = flat.index_select(0, torch.from_numpy(rows))
-    return picked.view(tensor.dtype).view(len(rows), *tensor.shape[1:])
+        return out.copy_(tensor)
+    if out.numel():
+        # As bytes, since not every dtype can be picked from.
+        flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().view(len(tensor), -1).view(torch.uint8)
+        torch.index_select(flat, 0, torch.from_numpy(rows), out=out.view(len(rows), -1).view(torch.uint8))
+    return out
