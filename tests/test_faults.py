@@ -922,11 +922,10 @@ def whole_model() -> torch.nn.Module:
     return residual()
 
 
-NOT_MIXED = pytest.mark.xfail(reason="filling and reading do not go on yet without all rows", strict=True)
+NO_PROBE = pytest.mark.xfail(reason="a probe for which there is no room is an error", strict=True)
 
 
-@NOT_MIXED
-@pytest.mark.parametrize("room", [0, 3, 20, 60])
+@pytest.mark.parametrize("room", [pytest.param(0, marks=NO_PROBE), pytest.param(3, marks=NO_PROBE), 20, 40])
 def test_a_full_disk_ends_filling_with_one_warning_and_training_goes_on(tmp_path: Path, room: int, figure: Figure):
     with small_disk(tmp_path / "disk") as disk:
         Ballast(disk).leave_pages(room)
@@ -938,7 +937,6 @@ def test_a_full_disk_ends_filling_with_one_warning_and_training_goes_on(tmp_path
         recycling.detach()
 
 
-@NOT_MIXED
 def test_a_read_only_store_serves_what_it_has_and_what_it_lacks_is_computed(tmp_path: Path, figure: Figure):
     with small_disk(tmp_path / "disk") as disk:
         _, first_one = attached(disk / "store")
@@ -953,7 +951,6 @@ def test_a_read_only_store_serves_what_it_has_and_what_it_lacks_is_computed(tmp_
             recycling.detach()
 
 
-@NOT_MIXED
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_store_that_is_deleted_while_it_is_read_never_changes_what_the_model_gives(tmp_path: Path, workers: int):
     model, recycling = attached(tmp_path)
@@ -967,11 +964,20 @@ def test_a_store_that_is_deleted_while_it_is_read_never_changes_what_the_model_g
             if number == 1:
                 shutil.rmtree(tmp_path / recycling.fingerprint)
 
-    # An error in words or an epoch that goes on; then the next iteration fills anew.
+    # An error in words, or an epoch that goes on.
     with contextlib.suppress(StoreError):
         assert train_and_compare(model, deleting(), X, Y) == len(X)
     train_in_full(model, recycling)
+
+
+@pytest.mark.xfail(reason="a fill does not look whether the rows that it knows of are still there", strict=True)
+def test_what_was_deleted_under_a_loader_is_filled_anew(tmp_path: Path):
+    model, recycling = attached(tmp_path)
+    train_in_full(model, recycling)
+    shutil.rmtree(tmp_path / recycling.fingerprint)
+    train_in_full(model, recycling, epochs=2)
     assert len(recycling.source.rows) == len(X)
+    assert len(recycle(residual(), X[:2], cut=CUT, store=tmp_path).source.rows) == len(X)
 
 
 def test_damage_found_in_training_is_an_error_that_verify_mends(tmp_path: Path):
