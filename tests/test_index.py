@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -339,6 +340,28 @@ def test_rows_without_a_successor_are_gone_in_words(folder: Path):
         path.unlink()
     with pytest.raises(GoneRowsError, match=r"no longer there.*Look the keys up again"):
         pickle.loads(pickle.dumps(reader)).gather(locations)
+
+
+def test_after_verifying_the_file_that_is_there_is_read_and_not_an_earlier_one(folder: Path):
+    """A damaged file that was mapped, and a sound copy of it that took its name: only the copy was verified."""
+    reader = rows_in(folder)
+    locations = reader.lookup(keys_of(range(60)))
+    reader.gather(locations[:1])
+    copies = {path: path.read_bytes() for path in segments(folder)}
+    for path, data in copies.items():
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        at = 8 + int.from_bytes(data[:8], "little") + header["leaf.0"]["data_offsets"][0]
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(b"\xff" * 64)
+    for path, data in copies.items():
+        path.unlink()
+        path.write_bytes(data)
+    assert reader.verify().ok
+    assert_holds(reader, range(60))
+    for number in range(60):
+        pictures, _ = reader.gather(locations[number : number + 1])
+        assert torch.equal(pictures, leaves_of([number])[0])  # pyright: ignore
 
 
 # -- planes ------------------------------------------------------------------------------------------------------------

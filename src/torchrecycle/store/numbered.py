@@ -91,7 +91,7 @@ class Numbered:
             if segment is None:
                 return None
             number = self.expect(Listed(name, segment.digest, segment.rows, segment.nbytes))
-            self._keep(number, segment)
+            self.open(number, segment)
         return number
 
     def read(self, name: str) -> Segment | None:
@@ -103,7 +103,8 @@ class Numbered:
         data = self._shelf.read(name)
         return None if data is None else Segment(f"{self._shelf.url}/{name}", data, self._specs)
 
-    def _keep(self, number: int, segment: Segment) -> None:
+    def open(self, number: int, segment: Segment) -> None:
+        """Read this segment where that number is asked for, instead of any that was opened before."""
         self._opened[number] = segment
         self.planes.show(self._firsts[number], segment)
 
@@ -119,7 +120,7 @@ class Numbered:
             return found
         with self._opening:
             if number not in self._opened:
-                self._keep(number, self._open_again(number))
+                self.open(number, self._open_again(number))
             return self._opened[number]
 
     def _open_again(self, number: int) -> Segment:

@@ -69,7 +69,7 @@ class _Space:
             self._grow(max(first + count, SLOT) * 4)
         for column, of_column in zip(self.columns, data, strict=True):
             column.show(of_column, first)
-        self.shown.append((first, data))
+        self.shown = [*(known for known in self.shown if known[0] != first), (first, data)]
 
     def _grow(self, capacity: int) -> None:
         grown = [_Column(column.dtype, column.width, blank=column._blank) for column in self.columns]
@@ -132,7 +132,8 @@ class Planes:
             # Addresses are limited (`ulimit -v`): what is there already stays.
             self._usable = False
             return
-        self._segments = sorted([*self._segments, (first, steps)])
+        others = [known for known in self._segments if known[0] != first]
+        self._segments = sorted([*others, (first, steps)])
         self._shown = self._now()
 
     def _show_steps(self, number: int, values: torch.Tensor) -> int:

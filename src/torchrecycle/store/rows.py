@@ -289,7 +289,8 @@ class ShelfRows(Rows):
         if number is not None and self._segments.listed[number].digest != segment.digest:
             self._segments.forget(name)
         elif number is not None and number not in self._segments.hidden:
-            self._segments[number].checked[:] = True
+            # What is mapped may be an earlier file of that name, of which nothing is known now.
+            self._segments.open(number, segment)
         return segment
 
     # Manifests and the probe
