@@ -49,7 +49,7 @@ from faults.damage import (
     write_store,
 )
 from faults.disks import Ballast, read_only, small_disk, without_rights
-from faults.killing import MANIFEST, PART, acts_of, write_for_ever, write_until
+from faults.killing import MANIFEST, PART, SCENARIOS, act_until, acts_of, write_for_ever
 from faults.power import Disk
 from faults.truth import (
     WORLDS,
@@ -156,36 +156,39 @@ def test_writers_killed_at_100_random_moments_lose_only_what_they_had_not_publis
     figure(kills=KILLS, rows_published_before=published, of_them_lost=0, published_but_not_yet_said=unsaid)
 
 
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_a_writer_killed_at_any_call_of_the_system_leaves_all_of_a_file_or_nothing(
-    tmp_path: Path, forkserver: Any, figure: Figure
+    tmp_path: Path, forkserver: Any, name: str, figure: Figure
 ):
-    process, reader = start(forkserver, write_until, str(tmp_path / "whole"), 0)
+    process, reader = start(forkserver, act_until, str(tmp_path / "whole"), name, 0)
     process.join()
     steps = all_told(reader)[-1]
-    assert len(steps) > 25
+    assert len(steps) > 15
     for step in steps:
         folder = tmp_path / "killed"
-        process, reader = start(forkserver, write_until, str(folder), step)
+        process, reader = start(forkserver, act_until, str(folder), name, step)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        done = max([0, *all_told(reader)])
-        rows = open_rows(folder)
-        assert rows.verify().ok, f"killed at step {step}"
-        check_all_right(rows, published_of(done))
-        # Of the publish that was under way, all rows are there or none.
-        reading = read_all(rows, range(2 * PART))
-        assert not reading.wrong | reading.refused, f"killed at step {step}: {reading}"
-        assert len(reading.right) % PART == 0
-        check_version(rows, done)
-        write(rows, range(2 * PART))
-        check_all_right(open_rows(folder), range(2 * PART))
+        check_what_is_left(folder, name, done=max([0, *all_told(reader)]))
         shutil.rmtree(folder, ignore_errors=True)
     figure(kills=len(steps))
 
 
-def published_of(done: int) -> range:
-    """The rows that so many of `acts_of` have published."""
-    return range(PART * min(2, (done + 1) // 2))
+def check_what_is_left(folder: Path, name: str, done: int) -> None:
+    """Assert that a scenario that was stopped after so many acts has lost nothing that was published."""
+    published = SCENARIOS[name].published
+    rows = open_rows(folder)
+    report = rows.verify()
+    assert report.ok, report
+    check_all_right(rows, range(published[done]))
+    # Of the publish that was under way, all rows are there or none.
+    reading = read_all(rows, range(max(published)))
+    assert not reading.wrong | reading.refused, reading
+    assert len(reading.right) % PART == 0
+    if name == "writing":
+        check_version(rows, done)
+    write(rows, range(max(published)))
+    check_all_right(open_rows(folder), range(max(published)))
 
 
 def check_version(rows: Rows, done: int) -> None:
@@ -198,33 +201,24 @@ def check_version(rows: Rows, done: int) -> None:
 # Power cuts
 
 
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_a_power_cut_keeps_of_what_was_not_synced_only_unpublished_rows_are_lost(
-    tmp_path: Path, figure: Figure
+    tmp_path: Path, name: str, figure: Figure
 ):
     draw = random.Random(9)
     root = tmp_path / "written"
     root.mkdir()
     disk = Disk(root)
     with disk.watched():
-        for act in acts_of(open_rows(root)):
+        for act in SCENARIOS[name].acts(root):
             act()
             disk.done += 1
-    assert disk.done == 5
     states = 0
-    for number, moment in enumerate(disk.moments):
-        for how in ("synced", "named", "drawn", "drawn", "drawn"):
-            folder = tmp_path / f"{number}-{states}"
+    for moment in disk.moments:
+        for how in ("synced", "named", "drawn", "drawn"):
+            folder = tmp_path / f"{states}"
             moment.left(folder, how, draw)
-            rows = open_rows(folder)
-            report = rows.verify()
-            assert report.ok, f"moment {number}, {how}: {report}"
-            check_all_right(rows, published_of(moment.done))
-            reading = read_all(rows, range(2 * PART))
-            assert not reading.wrong | reading.refused, f"moment {number}, {how}: {reading}"
-            assert len(reading.right) % PART == 0
-            check_version(rows, moment.done)
-            write(rows, range(2 * PART))
-            check_all_right(open_rows(folder), range(2 * PART))
+            check_what_is_left(folder, name, moment.done)
             states += 1
             shutil.rmtree(folder)
     # The test of the test: many moments have something that is written and not yet safe.
@@ -294,6 +288,27 @@ def error_of(act: Callable[[], Any]) -> StoreError | None:
     except StoreError as error:
         return error
     return None
+
+
+def test_merging_segments_on_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path):
+    with small_disk(tmp_path / "disk") as disk:
+        write(open_rows(disk), range(60), step=6)
+        ballast, store = Ballast(disk), FolderStore(disk)
+        room, refusals = 0, 0
+        while len(segments_of(disk)) > 1:
+            held = open_rows(disk)
+            locations = held.lookup(keys_of(range(60)))
+            ballast.leave_pages(room)
+            error = error_of(store.compact)
+            assert error is None or error.errno == errno.ENOSPC, error
+            check_all_right(open_rows(disk), range(60))
+            assert gather_all(held, range(60), locations).right == set(range(60))
+            assert not [path for path in disk.rglob("*") if ".tmp-" in path.name]
+            refusals += error is not None
+            room += 1
+            ballast.free()
+        assert refusals > 3
+        assert open_rows(disk).verify().ok
 
 
 # Folders that cannot be written to

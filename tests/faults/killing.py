@@ -1,6 +1,6 @@
 """Writers that are killed: at a moment that nobody chose, and at each call that they make of the system.
 
-`write_for_ever` publishes until somebody kills it, and says over a pipe what has been published. `write_until` makes
+`write_for_ever` publishes until somebody kills it, and says over a pipe what has been published. `act_until` makes
 the same calls each time, counts those of the system (open, write, fsync, rename), and kills itself with SIGKILL after
 the one that it was told: so all of them are tried, also those between which no timer ever hits.
 """
@@ -13,13 +13,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from faults.truth import keys_of, leaves_of, open_rows, write
-from torchrecycle.store import Rows
+from torchrecycle.store import FolderStore, Rows, open_store
 
 PART = 6
 """How many rows `acts_of` publishes at a time."""
@@ -65,17 +66,46 @@ def acts_of(rows: Rows, *, start: int = 0, world: int = 0) -> list[Callable[[], 
     ]
 
 
-def write_until(folder: str, step: int, told: Any) -> None:
-    """Do `acts_of`; killed after one call of the system, or never if `step` is 0.
+def _merging(folder: Path) -> list[Callable[[], Any]]:
+    """Small segments merged into one, and again with a further one."""
+    store, rows = open_store(folder), open_rows(folder)
+    assert isinstance(store, FolderStore)
+    return [
+        lambda: write(rows, range(PART)),
+        lambda: write(rows, range(PART, 2 * PART)),
+        store.compact,
+        lambda: write(rows, range(2 * PART, 3 * PART)),
+        store.compact,
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Acts, one after the other."""
+
+    acts: Callable[[Path], list[Callable[[], Any]]]
+    """On the store in some folder."""
+    published: tuple[int, ...]
+    """How many rows are safe when so many acts have returned."""
+
+
+SCENARIOS = {
+    "writing": Scenario(lambda folder: acts_of(open_rows(folder)), (0, PART, PART, 2 * PART, 2 * PART, 2 * PART)),
+    "merging": Scenario(_merging, (0, PART, 2 * PART, 2 * PART, 3 * PART, 3 * PART)),
+}
+
+
+def act_until(folder: str, name: str, step: int, told: Any) -> None:
+    """Play a scenario; killed after one call of the system, or never if `step` is 0.
 
     Told: how many acts have returned, after each; at the end, after which calls the files were not what they were
     before.
     """
     torch.set_num_threads(1)
-    rows = open_rows(Path(folder))
+    acts = SCENARIOS[name].acts(Path(folder))
     steps = _Steps(step, Path(folder))
     after_each_call(steps.seen)
-    for number, act in enumerate(acts_of(rows)):
+    for number, act in enumerate(acts):
         act()
         told.send(number + 1)
     after_each_call(None)
