@@ -3,7 +3,7 @@
 ``torchrecycle demo --quick`` compares four levels of recycling in a minute and a half; ``torchrecycle sweep images
 photos/`` does so on the user's own pictures; ``torchrecycle search photos/ --model timm/resnet18 --query red.jpg``
 finds the pictures most like one; ``torchrecycle cuts --model timm/resnet18`` shows where a model can be cut;
-``torchrecycle store verify activations/`` looks for damaged rows.
+``torchrecycle store ls activations/`` lists what a store holds, and keeps it in order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from enum import Enum
 from pathlib import Path
@@ -22,8 +22,8 @@ import typer
 from torchrecycle.cli.embed import embed
 from torchrecycle.cli.errors import Debug, OneLineGroup, one_line_errors
 from torchrecycle.cli.search import search
+from torchrecycle.cli.store import store_app
 from torchrecycle.cli.sweeps import sweep_app
-from torchrecycle.errors import StoreError
 
 __all__ = ["app"]
 
@@ -34,7 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-store_app = typer.Typer(help="What a store holds, and whether it is sound.", no_args_is_help=True)
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(store_app, name="store")
 app.command("embed")(embed)
@@ -178,67 +177,6 @@ def _advice(nearest: Any) -> str:
         f"Nearest to 50 %: {nearest.name} (level {nearest.level:.2f})\n"
         f"recycle(model, example, cut='{nearest.name}', store=...)"
     )
-
-
-# -- store -------------------------------------------------------------------------------------------------------------
-
-Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
-
-
-def _each(folder: Path, show: Callable[[str, Any], None]) -> int:
-    """Call `show` with every fingerprint of the store and its rows."""
-    from torchrecycle.store import FolderStore
-
-    if not folder.exists():
-        raise StoreError(f"there is no folder {folder}")
-    store = FolderStore(folder)
-    found = store.fingerprints()
-    for fingerprint in found:
-        show(fingerprint, store.existing(fingerprint))
-    return len(found)
-
-
-@store_app.command("ls")
-def list_store(folder: Folder, debug: Debug = False) -> None:
-    """One line for each fingerprint: model, cut, precision, rows, bytes."""
-    with one_line_errors(debug):
-
-        def show(fingerprint: str, rows: Any) -> None:
-            about = rows.about
-            words = f"{about.get('model', '?')} cut at {about.get('cut', '?')}, {about.get('precision', '?')} precision"
-            print(f"{fingerprint}  {len(rows):>10,} rows  {rows.nbytes / 1e6:>10,.1f} MB  {words}")
-
-        _each(folder, show)
-
-
-@store_app.command("stat")
-def stat_store(folder: Folder, debug: Debug = False) -> None:
-    """How much the store holds in all."""
-    with one_line_errors(debug):
-        totals = [0, 0]
-
-        def add(fingerprint: str, rows: Any) -> None:
-            totals[0] += len(rows)
-            totals[1] += rows.nbytes
-
-        count = _each(folder, add)
-        print(f"{count} fingerprints, {totals[0]:,} rows, {totals[1] / 1e6:,.1f} MB")
-
-
-@store_app.command("verify")
-def verify_store(folder: Folder, debug: Debug = False) -> None:
-    """Check every row. Damaged segments are set aside, so that their rows are computed again."""
-    with one_line_errors(debug):
-        sound = []
-
-        def verify(fingerprint: str, rows: Any) -> None:
-            report = rows.verify()
-            sound.append(report.ok)
-            print(f"{fingerprint}  {report}")
-
-        _each(folder, verify)
-        if not all(sound):
-            sys.exit(1)
 
 
 if __name__ == "__main__":

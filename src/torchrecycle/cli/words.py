@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 import warnings
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import typer
 
 from torchrecycle.cli.errors import OptionError
 
-__all__ = ["as_utf8", "check_device", "left_out_line", "say_random", "telling"]
+__all__ = ["ago", "as_utf8", "at_time", "check_device", "left_out_line", "printable", "say_random", "telling"]
 
 
 def telling(path: Path) -> str:
@@ -74,3 +76,49 @@ def as_utf8(value: object) -> str:
     ('caf?.jpg', '13')
     """
     return str(value).encode("utf-8", "replace").decode("utf-8")
+
+
+def printable(value: object) -> str:
+    """In one line, without what would move a terminal's cursor: words that somebody else has written.
+
+    >>> printable("layer2" + chr(27) + "[2J" + chr(10) + "rm") == "layer2�[2J�rm"
+    True
+    """
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in as_utf8(value))
+
+
+HOUR, DAY = 3600.0, 86400.0
+
+
+def ago(when: float | None, now: float | None = None) -> str:
+    """How long ago something was, of which the hour is known.
+
+    Args:
+        when: in seconds since 1970; None for never.
+        now: the same; the present if not given.
+
+    >>> [ago(1e9 - seconds, now=1e9) for seconds in (60, 4000, 8000, 100_000, 1_000_000)]
+    ['within the hour', '1 hour ago', '2 hours ago', '1 day ago', '11 days ago']
+    >>> ago(0.0, now=1e9), ago(None)
+    ('1970-01-01', 'never')
+    """
+    if when is None:
+        return "never"
+    seconds = (time.time() if now is None else now) - when
+    if seconds < HOUR:
+        return "within the hour"
+    if seconds > 30 * DAY:
+        return str(datetime.datetime.fromtimestamp(when, datetime.timezone.utc).date())
+    count, what = (int(seconds / HOUR), "hour") if seconds < DAY else (int(seconds / DAY), "day")
+    return f"{count} {what}{'' if count == 1 else 's'} ago"
+
+
+def at_time(when: float | None) -> str | None:
+    """For other programs.
+
+    >>> at_time(1e9)
+    '2001-09-09T01:46:40+00:00'
+    """
+    if when is None:
+        return None
+    return datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc).isoformat()

@@ -23,9 +23,6 @@ SHOWN = 20
 """How many lines are printed before the rest is counted."""
 
 _FIELDS = ("model", "cut", "precision", "autocast", "key inputs")
-_SAID_OTHERWISE = frozenset({"cut", "precision", "autocast", "inputs"})
-"""Settings that are fields of their own."""
-
 _DIGITS = 16
 """Of digests, since some are kept shortened."""
 
@@ -103,7 +100,7 @@ def _part_lines(a: Side, b: Side) -> Iterator[str]:
     words, other_words = _mapping(a.about, "words"), _mapping(b.about, "words")
     for name in parts:
         if name in others and parts[name][:_DIGITS] != others[name][:_DIGITS]:
-            yield from _part_line(name, words.get(name), other_words.get(name))
+            yield from _part_line(name, words.get(name), other_words.get(name), _said(a, b))
     for here, there, side in ((parts, others, a), (others, parts, b)):
         alone = [name for name in here if name not in there]
         if alone:
@@ -111,7 +108,15 @@ def _part_lines(a: Side, b: Side) -> Iterator[str]:
             yield f"only in {side.fingerprint}: {some}"
 
 
-def _part_line(name: str, words: str | None, others: str | None) -> Iterator[str]:
+def _said(a: Side, b: Side) -> frozenset[str]:
+    """Settings of which a line speaks already, or that follow from one that does."""
+    found = {"cut", "precision", "autocast", "inputs"}
+    found |= {"leaves"} if list(a.leaves) != list(b.leaves) else set()
+    found |= {"steps"} if a.about.get("cut") != b.about.get("cut") else set()
+    return frozenset(found)
+
+
+def _part_line(name: str, words: str | None, others: str | None, said: frozenset[str]) -> Iterator[str]:
     """What differs in one part: a tensor, a module's class and settings, or the settings of all."""
     if words is None or others is None:
         yield f"`{name}` differs"
@@ -119,10 +124,9 @@ def _part_line(name: str, words: str | None, others: str | None) -> Iterator[str
     here, there = _named(words), _named(others)
     names = [*here, *(setting for setting in there if setting not in here)]
     of_all = name == "settings"
-    said = _SAID_OTHERWISE if of_all else frozenset()
     changed = [setting for setting in names if here.get(setting) != there.get(setting)]
     for setting in changed:
-        if setting not in said:
+        if not of_all or setting not in said:
             place = "setting" if of_all else f"{_quoted(name)}:"
             yield f"{place} {setting} is {here.get(setting, 'not there')} against {there.get(setting, 'not there')}"
     if not changed:

@@ -24,6 +24,7 @@ from torchrecycle.store.mapping import release
 from torchrecycle.store.merging import open_sources, rewrite
 from torchrecycle.store.numbered import is_segment
 from torchrecycle.store.shelf import MANIFESTS, Shelf
+from torchrecycle.store.sizes import counted
 
 __all__ = ["ForgetReport", "as_keys", "forget_on"]
 
@@ -59,9 +60,9 @@ class ForgetReport:
         if not self.rows and not self.manifests:
             words = "no row and no manifest of it is here"
         else:
-            words = f"{self.rows} rows erased, {len(self.segments)} segments written anew without them"
-            words += f"; {len(self.manifests)} manifests removed" if self.manifests else ""
-        words += f"; {len(self.others)} files removed that might have held it" if self.others else ""
+            words = f"{counted(self.rows, 'row')} erased, {counted(len(self.segments), 'segment')} written anew"
+            words += f"; {counted(len(self.manifests), 'manifest')} removed" if self.manifests else ""
+        words += f"; {counted(len(self.others), 'file')} removed that might have held it" if self.others else ""
         return "\n".join([words, *(f"  NOT DONE: {problem}" for problem in self.problems)])
 
 

@@ -30,7 +30,7 @@ from torchrecycle.store.mapping import release
 from torchrecycle.store.numbered import is_segment
 from torchrecycle.store.segment import Batch, Origin, Segment, pack_segment
 from torchrecycle.store.shelf import Shelf
-from torchrecycle.store.sizes import bytes_in_words
+from torchrecycle.store.sizes import bytes_in_words, counted
 
 __all__ = ["CompactReport", "Source", "compact_shelf", "open_sources", "rewrite"]
 
@@ -56,11 +56,11 @@ class CompactReport:
 
     def __str__(self) -> str:
         if self.segments == self.segments_before and not self.doubles and not self.leftovers:
-            return f"{self.segments} segments, {bytes_in_words(self.nbytes)}: nothing to do"
-        words = [f"{self.segments_before} segments -> {self.segments}"]
+            return f"{counted(self.segments, 'segment')}, {bytes_in_words(self.nbytes)}: nothing to do"
+        words = [f"{counted(self.segments_before, 'segment')} -> {self.segments}"]
         words.append(f"{bytes_in_words(self.nbytes_before)} -> {bytes_in_words(self.nbytes)}")
-        words += [f"{self.doubles:,} rows that came twice dropped"] if self.doubles else []
-        words += [f"{len(self.leftovers)} files of killed writers removed"] if self.leftovers else []
+        words += [f"{counted(self.doubles, 'row')} dropped that came twice"] if self.doubles else []
+        words += [f"{counted(len(self.leftovers), 'file')} of killed writers removed"] if self.leftovers else []
         return ", ".join(words)
 
 

@@ -22,7 +22,7 @@ from torchrecycle.store.holdings import leftovers_of
 from torchrecycle.store.index_file import INDEX
 from torchrecycle.store.numbered import is_segment
 from torchrecycle.store.shelf import FileStat, Shelf, in_use
-from torchrecycle.store.sizes import bytes_in_words
+from torchrecycle.store.sizes import bytes_in_words, counted
 
 __all__ = ["EvictReport", "Room", "evict_shelves"]
 
@@ -53,8 +53,8 @@ class EvictReport:
             words = f"{bytes_in_words(self.nbytes)}: nothing to do"
         else:
             words = f"{bytes_in_words(self.nbytes_before)} -> {bytes_in_words(self.nbytes)}: "
-            words += f"{len(self.segments)} segments evicted"
-            words += f", {len(self.fingerprints)} fingerprints removed entirely" if self.fingerprints else ""
+            words += f"{counted(len(self.segments), 'segment')} evicted"
+            words += f", {counted(len(self.fingerprints), 'fingerprint')} removed entirely" if self.fingerprints else ""
         return words if self.fits else f"{words}. What is left is more than {bytes_in_words(self.max_bytes)}"
 
 

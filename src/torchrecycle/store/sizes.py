@@ -1,4 +1,4 @@
-"""Sizes as people write and read them: ``"20 GB"`` -> 20,000,000,000 and back."""
+"""Sizes and counts as people write and read them: ``"20 GB"`` -> 20,000,000,000 and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from torchrecycle.errors import StoreError
 
-__all__ = ["bytes_in_words", "parse_bytes"]
+__all__ = ["bytes_in_words", "counted", "parse_bytes"]
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
@@ -46,3 +46,11 @@ def bytes_in_words(nbytes: int) -> str:
             break
         size, unit = size / 1000, larger
     return f"{nbytes:,} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def counted(number: int, what: str) -> str:
+    """
+    >>> counted(1, "segment"), counted(1200, "row")
+    ('1 segment', '1,200 rows')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
