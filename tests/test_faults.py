@@ -552,6 +552,25 @@ def rows_of(segment: bytes) -> int:
     return json.loads(segment[8 : 8 + int.from_bytes(segment[:8], "little")])["keys"]["shape"][0]
 
 
+def test_a_flipped_bit_in_a_segment_of_many_blocks_is_found_and_the_other_blocks_are_read(tmp_path: Path):
+    draw, count = random.Random(3), 3000
+    write(open_rows(tmp_path), range(count))
+    files = files_of(tmp_path)
+    (name,) = (name for name in files if is_segment(name))
+    assert len(files[name]) > 5 * 64 * 1024
+    for _ in range(15):
+        damage = draw_damage(files, "a bit of a row, a key or a sum", draw)
+        put(tmp_path, damage.files, files)
+        rows = open_rows(tmp_path)
+        reading = read_all(rows, range(count))
+        assert not reading.wrong, damage.what
+        assert reading.refused or reading.error, damage.what
+        assert len(reading.refused) == count or len(reading.right) > count / 2
+        assert rows.verify().damaged == (str(tmp_path / name),)
+        assert not len(rows)
+        put(tmp_path, files, files_of(tmp_path))
+
+
 TINY = (LeafSpec((4,), False, torch.int32),)
 MANY = 200_064
 """A store of more than 200,000 keys has an index on disk."""
