@@ -786,3 +786,55 @@ def test_the_canary_outlives_rows_that_leave(tmp_path, monkeypatch):
             close(recycling.model(x), full(recycling, X[seen : seen + 4]))
         seen += 4
     assert seen == N
+
+
+# -- encoders of similarity learning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [None, "model.stages.1"])
+def test_of_an_encoder_whose_rows_leave_the_objects_are_computed(cut, tmp_path, monkeypatch):
+    """Cut within, those without a row; of a whole encoder, all of the batch."""
+    from torchrecycle.similarity import (
+        GroupSimilarityDataLoader,
+        RecycledEncoder,
+        SimilarityGroupDataset,
+        SimilarityGroupSample,
+    )
+    from torchrecycle.similarity.batches import ModelInputs, SampleBatches
+    from torchrecycle.similarity.stages import EncoderStage
+
+    monkeypatch.setattr("torchrecycle.store.looking.IN_MEMORY", 0)
+    dataset = SimilarityGroupDataset([(picture, n % 6) for n, picture in enumerate(X)])
+    loader = GroupSimilarityDataLoader(dataset, batch_size=6)
+
+    def attached() -> tuple[EncoderStage, SampleBatches]:
+        model = residual()
+        model.head = nn.Identity()  # pyright: ignore
+        encoder = RecycledEncoder(model, cut="stages.1", embedding_size=32).eval()
+        collate = encoder.get_collate_fn()
+        store = FolderStore(tmp_path, segment_bytes=512 if cut is None else 4 * 1024)
+        stage = EncoderStage.attach("default", encoder, dataset, SimilarityGroupSample, store=store, cut=cut)
+        rows = stage.rows(
+            dataset, SimilarityGroupSample, collate=collate, extractor=None, name=None, batch_size=4, num_workers=0
+        )
+        inputs = ModelInputs({"default": collate}, {})
+        return stage, SampleBatches(dataset, SimilarityGroupSample, loader.collate_fn, inputs, {"default": rows})
+
+    attached()[0].detach()
+    stage, batches = attached()
+    drop(tmp_path / stage.recycling.fingerprint, "every third")
+    reference = residual()
+    reference.head = nn.Identity()  # pyright: ignore
+    kinds = []
+    for start in range(0, N, 6):
+        features, targets = batches.__getitems__(list(range(start, start + 6)))
+        given = features["data"]["default"]
+        kinds.append(type(given).__name__)
+        assert targets["groups"].tolist() == [n % 6 for n in range(start, start + 6)]
+        with torch.no_grad():
+            close(stage(given), reference(X[start : start + 6]))
+    misses = stage.recycling.stats.misses
+    assert kinds == (["FlatInputs"] * 4 if cut else ["Tensor", "KeptRows", "Tensor", "KeptRows"])
+    assert misses == (8 if cut else 12)
+    batches.rows["default"].renew()
+    assert bool((batches.rows["default"].recycled.locations >= 0).all())
