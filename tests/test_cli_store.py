@@ -71,7 +71,7 @@ def test_ls_is_a_table_that_a_person_understands(folder: Path):
     head, first, second, total = result.output.splitlines()
     assert head.split() == ["fingerprint", "model", "cut", "precision", "rows", "size", "last", "used", "data", "sets"]
     size = f"{sum(p.stat().st_size for p in (folder / FIRST).rglob('*') if p.is_file()) / 1000:.1f} kB"
-    assert first.split() == f"{FIRST[:12]} ResNet layer2 bfloat16 20 {size} within the hour train (20)".split()
+    assert first.split() == f"{FIRST[:12]} ResNet layer2 bfloat16 20 {size} under 1 hour train (20)".split()
     assert second.split()[:5] == [SECOND[:12], "ResNet", "layer3", "float32", "3"]
     assert total.startswith("2 fingerprints, 23 rows, ")
 

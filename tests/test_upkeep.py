@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -603,7 +605,7 @@ def test_a_full_store_evicts_the_rows_of_other_fingerprints(tmp_path: Path):
     assert sum(held.nbytes for held in store.ls()) <= 7 * one
     assert_holds(rows, range(60))
     before = segments_of(tmp_path)
-    with pytest.raises(StoreError, match=r"is full: with .* it would take over max_bytes=") as caught:
+    with pytest.raises(StoreError, match=r"is full: .* more would exceed max_bytes=") as caught:
         fill(rows, range(60, 80), step=20)
     assert caught.value.errno == errno.ENOSPC
     assert segments_of(tmp_path) == before, "what this process has written is not evicted for its own next"
@@ -821,8 +823,10 @@ def test_diff_says_why_rows_were_missed(store: FolderStore):
     assert str(found) == f"{first_one} against {other_weights}:\n  `conv1.weight` differs"
     precise = kept(store, small(), precision="bfloat16")
     lines = store.diff(first_one, precise).lines
-    assert lines == ("precision: own against bfloat16", "kept leaves: F32 [4, 6, 6] against BF16 [4, 6, 6]")
-    assert store.diff(first_one, kept(store, small(eps=0.1))).lines == ("`bn1` (BatchNorm2d): eps is 1e-05 against 0.1",)
+    assert lines == ("precision: float32 against bfloat16", "kept leaves: F32 [4, 6, 6] against BF16 [4, 6, 6]")
+    assert store.diff(first_one, kept(store, small(eps=0.1))).lines == (
+        "`bn1` (BatchNorm2d): eps is 1e-05 against 0.1",
+    )
     elsewhere = kept(store, small(), cut="conv1")
     lines = store.diff(first_one, elsewhere).lines
     assert lines[0] == "cut: act against conv1"
@@ -846,7 +850,7 @@ def test_diff_says_which_setting_of_a_module_differs(either: ShelfStore):
     assert either.diff("aaa", "bbb").lines == ("`.bn1` (BatchNorm2d): eps is 1e-05 against 0.001",)
     assert either.diff("aaa", "ccc").lines == ("setting padding is '' against 'True False'",)
     older = either.diff("aaa", "ddd")
-    assert older.lines == ("precision: own against bfloat16",)
+    assert older.lines == ("precision: float32, bfloat16 against bfloat16",)
     assert older.incomplete == "ddd does not say of which parts it is made, so weights cannot be compared"
     assert older.incomplete in str(older)
 
@@ -969,3 +973,31 @@ def test_what_a_killed_rm_left_is_swept_away_later(store: FolderStore, monkeypat
 
 def _killed(path: Path) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_key_of_an_object_comes_from_a_batch_and_erases_it(store: FolderStore):
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    dataset = torch.utils.data.TensorDataset(images, torch.arange(6))
+    with recycle(small(), images, cut="act", store=store) as recycling:
+        assert recycling.fill(dataset, batch_size=2).computed == 6
+        key = recycling.source.keys(recycling.source.rule(images[4:5]))
+        report = store.forget(key)
+        assert report.ok
+        assert (report.rows, len(report.manifests)) == (1, 1)
+        assert not everywhere(store, key.tobytes())
+    with recycle(small(), images, cut="act", store=store) as recycling:
+        rest = torch.utils.data.TensorDataset(images[[0, 1, 2, 3, 5]], torch.arange(5))
+        assert recycling.fill(rest, batch_size=2).computed == 0
+        assert recycling.fill(dataset, batch_size=2).computed == 1
+
+
+@pytest.mark.parametrize("page", ["store", "privacy"])
+def test_what_the_docs_show_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {"model": nn.Sequential(OrderedDict(layer1=nn.Conv2d(3, 4, 3), layer2=nn.ReLU(), head=nn.Flatten()))}
+    for block in blocks:
+        exec(block, names)

@@ -137,7 +137,9 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: S
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for position, name in enumerate(head):
-        table.add_column(name, justify="right" if position in right else "left", overflow="fold")
+        # What would be shortened in the middle is useless; names of models and data sets may go over several lines.
+        fixed = position == 0 or position in right or name == "last used"
+        table.add_column(name, justify="right" if position in right else "left", no_wrap=fixed, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

@@ -98,7 +98,7 @@ def ago(when: float | None, now: float | None = None) -> str:
         now: the same; the present if not given.
 
     >>> [ago(1e9 - seconds, now=1e9) for seconds in (60, 4000, 8000, 100_000, 1_000_000)]
-    ['within the hour', '1 hour ago', '2 hours ago', '1 day ago', '11 days ago']
+    ['under 1 hour', '1 hour ago', '2 hours ago', '1 day ago', '11 days ago']
     >>> ago(0.0, now=1e9), ago(None)
     ('1970-01-01', 'never')
     """
@@ -106,7 +106,7 @@ def ago(when: float | None, now: float | None = None) -> str:
         return "never"
     seconds = (time.time() if now is None else now) - when
     if seconds < HOUR:
-        return "within the hour"
+        return "under 1 hour"
     if seconds > 30 * DAY:
         return str(datetime.datetime.fromtimestamp(when, datetime.timezone.utc).date())
     count, what = (int(seconds / HOUR), "hour") if seconds < DAY else (int(seconds / DAY), "day")

@@ -16,13 +16,14 @@ from typing import Any
 
 from torchrecycle.store.container import code_of
 from torchrecycle.store.contract import LeafSpec
+from torchrecycle.store.holdings import precision_of
 
 __all__ = ["Difference", "Side", "difference_of"]
 
 SHOWN = 20
 """How many lines are printed before the rest is counted."""
 
-_FIELDS = ("model", "cut", "precision", "autocast", "key inputs")
+_FIELDS = ("model", "cut", "autocast", "key inputs")
 _DIGITS = 16
 """Of digests, since some are kept shortened."""
 
@@ -65,6 +66,8 @@ def difference_of(a: Side, b: Side) -> Difference:
         for field in _FIELDS
         if a.about.get(field) != b.about.get(field)
     ]
+    precisions = [precision_of(side.about, side.leaves) for side in (a, b)]
+    lines += [f"precision: {' against '.join(precisions)}"] if precisions[0] != precisions[1] else []
     if list(a.leaves) != list(b.leaves):
         lines.append(f"kept leaves: {_form(a.leaves)} against {_form(b.leaves)}")
     without = [side.fingerprint for side in (a, b) if not _mapping(side.about, "parts")]

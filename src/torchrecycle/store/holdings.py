@@ -157,7 +157,9 @@ def holding_of(fingerprint: str, shelf: Shelf) -> Details:
     used = [segment.used for segment in segments]
     holding = Holding(
         fingerprint,
-        *(str(about.get(field, "?")) for field in ("model", "cut", "precision")),
+        model=str(about.get("model", "?")),
+        cut=str(about.get("cut", "?")),
+        precision=precision_of(about, leaves),
         rows=sum(max(segment.rows, 0) for segment in segments),
         nbytes=sum(stat.nbytes for stat in stats.values()),
         segments=len(segments),
@@ -169,6 +171,13 @@ def holding_of(fingerprint: str, shelf: Shelf) -> Details:
     known = {left.name for left in leftovers} | {segment.name for segment in segments}
     others = {name: stat.nbytes for name, stat in stats.items() if name not in known}
     return Details(holding, about, tuple(leaves), tuple(segments), tuple(leftovers), others)
+
+
+def precision_of(about: Mapping[str, Any], leaves: Iterable[LeafSpec]) -> str:
+    """How rows are kept: what was asked for, or the activation's own dtype."""
+    said = str(about.get("precision", "?"))
+    own = [str(leaf.dtype).removeprefix("torch.") for leaf in leaves if leaf.dtype.is_floating_point]
+    return ", ".join(dict.fromkeys(own)) or said if said == "own" else said
 
 
 def _segment_stat(

@@ -204,7 +204,7 @@ class Room:
 
     def _full(self, nbytes: int) -> StoreError:
         error = StoreError(
-            f"the store {self._where} is full: with {bytes_in_words(nbytes)} more it would take over max_bytes="
+            f"the store {self._where} is full: {bytes_in_words(nbytes)} more would exceed max_bytes="
             f"{bytes_in_words(self._max_bytes)}, and what it holds is in use. Give it more, or `torchrecycle store rm` "
             "what is not needed"
         )
