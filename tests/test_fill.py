@@ -32,7 +32,7 @@ from torchrecycle import (
 )
 from torchrecycle.data import Manifest
 from torchrecycle.fill import fill_pass
-from torchrecycle.store import FolderStore
+from torchrecycle.store import FolderStore, LeafSpec
 
 X, Y = pictures(30), labels(30)
 
@@ -119,7 +119,7 @@ import torch
 from faults.disks import Ballast, read_only, small_disk
 from small import CUT, pictures, residual
 from torchrecycle import recycle
-from torchrecycle.store import FolderStore
+from torchrecycle.store import FolderStore, LeafSpec
 
 class Slow:
     def __len__(self):
@@ -264,6 +264,56 @@ def test_a_store_that_fails_in_its_thread_ends_filling_too(tmp_path):
         # Rows of 8 KB: the first segment fitted, the second did not.
         assert 180 <= report.computed == with_row(made, manifest) == 900 - report.missing < 400
         made.detach()
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads what Linux tells of memory")
+def test_rows_that_wait_take_two_segments_of_memory_at_most_and_leave_none(tmp_path):
+    segment, piece = 16 * 2**20, 2 * 2**20
+    store = FolderStore(tmp_path, segment_bytes=segment)
+    rows = store.rows("f" * 32, [LeafSpec((piece // 64 // 4,), False, torch.float32)], {})
+    one = torch.randn(64, piece // 64 // 4)
+    given = torch.empty_like(one)  # so that this test takes no memory of its own
+    keys = np.random.default_rng(0).integers(0, 255, (128 * 64, 16), dtype=np.uint8)
+    rows.append(keys[:64], [one])
+    rows.publish()
+    before, peak = anonymous_bytes(), 0
+    for start in range(64, len(keys), 64):
+        rows.append(keys[start : start + 64], [torch.add(one, start, out=given)])
+        peak = max(peak, anonymous_bytes() - before)
+    rows.publish()
+    assert len(rows) == len(keys)
+    assert peak < 2 * segment + 2 * piece
+    assert anonymous_bytes() - before < 2 * piece
+    # 256 MB were written. Each row is where its key is.
+    for start in (64, 64 * 60, len(keys) - 64):
+        (found,) = rows.gather(rows.lookup(keys[start : start + 64]))
+        assert torch.equal(found, one + start)
+
+
+THREADED = """
+import sys, torch, numpy as np
+from torchrecycle.store import FolderStore, LeafSpec
+rows = FolderStore(sys.argv[1], segment_bytes=2**21).rows("f" * 32, [LeafSpec((2**16,), False, torch.float32)], {})
+keys = np.arange(10 * 16, dtype=np.uint8).reshape(10, 16)
+for number in range(10):
+    rows.append(keys[number : number + 1], [torch.full((1, 2**16), float(number))])
+"""
+
+
+def test_the_end_of_the_interpreter_waits_for_the_segment_that_is_being_written(tmp_path):
+    subprocess.run([sys.executable, "-c", THREADED, str(tmp_path)], check=True)
+    rows = FolderStore(tmp_path).existing("f" * 32)
+    # Eight rows of 256 KB fill a segment; the two after them were published by nobody.
+    assert len(rows) == 8
+    assert rows.verify().ok
 
 
 # -- another process ---------------------------------------------------------------------------------------------------

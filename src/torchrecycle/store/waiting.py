@@ -6,7 +6,6 @@ ones gather: so two segments at most are in memory. If writing fails they wait a
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import os
@@ -186,12 +185,9 @@ class Arena:
 def _block(nbytes: int) -> mmap.mmap:
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes)
-    # Private, or a forked worker would hold on to it, and its pages would be no anonymous memory.
-    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            block.madvise(mmap.MADV_HUGEPAGE)
-    return block
+    # Private, or a forked worker would hold on to it, and its pages would be no anonymous memory. No huge pages: the
+    # system may stop to make room for one, which took 2 to 10 times as long as small ones do.
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def copied(leaf: Leaf, rows: np.ndarray, arena: Arena) -> Leaf:
