@@ -745,7 +745,7 @@ class Recycling:
         hits = main.rows - len(misses)
         rows = main.leaves
         if rows is None and (hits or not len(misses)):
-            rows = tuple(leaf.to(main.device) for leaf in self.source.gather(main.locations, given))
+            rows = tuple(leaf.to(main.device) for leaf in self._gathered(main.locations, given))
         self._compare_witnesses(main, given)
         self._prove_signature(given, lambda: self._example_like(given))
         if rows is not None:
@@ -760,6 +760,16 @@ class Recycling:
         self.stats.hits += hits
         self.stats.misses += len(misses)
         return output
+
+    def _gathered(self, locations: torch.Tensor, given: Inputs) -> list[torch.Tensor]:
+        """Rows of a batch that was collated without our collate function."""
+        try:
+            return self.source.gather(locations, given)
+        except GoneRowsError as error:
+            raise GoneRowsError(
+                f"{error}. Collate with recycling.collate(...), which reads objects whose rows have left, or make the "
+                "data set again: recycling.dataset(...)."
+            ) from error
 
     def _rows_of_misses(
         self, misses: torch.Tensor, given: Inputs, carriers: Mapping[str, RecycledTensor]

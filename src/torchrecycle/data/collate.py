@@ -44,4 +44,10 @@ class MixedCollate(RecycledCollate):
                 items = items.dataset.read(items.places.tolist())
         if isinstance(items, Fetched):
             items = items.dataset.read(items.places.tolist())
-        return super().__call__(items)
+        try:
+            return super().__call__(items)
+        except GoneRowsError as error:
+            raise GoneRowsError(
+                f"{error}. These items were asked for one by one, so that they cannot be read instead: make the data "
+                "set again, recycling.dataset(...), and let what wraps it ask for a batch (__getitems__)."
+            ) from error

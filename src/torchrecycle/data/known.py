@@ -93,14 +93,16 @@ class KnownManifests:
         """
         base = dataset.base
         known = self._find(dataset)
+        looked = False
         if known is None or known.state != state_of(base) or (made and not self._still_fits(known.manifest, dataset)):
             # Under a name of the user's there is what the data set was before it changed.
             known = None if known is not None and dataset.name is not None else self._read(dataset)
             if known is None:
                 fill()
                 known = self._found(dataset)
+            looked = True
         lost = dataset.takes_losses()
-        if lost or made or bool((known.locations < 0).any()):
+        if not looked and (lost or made or bool((known.locations < 0).any())):
             self._look_again(known, anew=lost)
         if known.lacks:
             fill()
