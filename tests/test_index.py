@@ -130,7 +130,7 @@ def test_many_parts_are_sorted_into_one_index(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(index_file, "_CHUNK", 37)
     fill(tmp_path, range(3000), step=700)
     shelf = FolderShelf(tmp_path / FINGERPRINT)
-    index = open_index("index", shelf.read(INDEX))  # pyright: ignore[reportArgumentType]
+    index = open_index("index", shelf.read(INDEX), owner=FINGERPRINT)  # pyright: ignore[reportArgumentType]
     assert (index.run.first[1:] >= index.run.first[:-1]).all()
     assert index.keys == len(index.run) <= 3000
     assert_holds(rows_in(tmp_path), range(3000))
@@ -169,7 +169,7 @@ def test_every_byte_of_an_index_counts(folder: Path):
         flipped = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         flipped[at] ^= 1 << int(draw.integers(8))
         try:
-            open_index("index", flipped)
+            open_index("index", flipped, owner=FINGERPRINT)
         except StoreError:
             noticed += 1
     assert noticed == len(range(0, 600, 7)) + 200
@@ -178,7 +178,7 @@ def test_every_byte_of_an_index_counts(folder: Path):
 def test_an_index_of_files_that_were_exchanged_serves_no_other_row(folder: Path):
     """The index says in which file a key is; a file that took its name holds another object's row there."""
     rows_in(folder).lookup(keys_of([0]))
-    listed = open_index("index", FolderShelf(folder / FINGERPRINT).read(INDEX)).segments  # pyright: ignore
+    listed = open_index("index", FolderShelf(folder / FINGERPRINT).read(INDEX), owner=FINGERPRINT).segments  # pyright: ignore
     one, two = (folder / FINGERPRINT / entry.name for entry in listed[:2])
     aside = folder / FINGERPRINT / "aside"
     one.rename(aside)
@@ -199,7 +199,7 @@ def test_an_index_of_files_that_were_exchanged_serves_no_other_row(folder: Path)
 
 def test_an_index_of_segments_that_left_gives_misses(folder: Path):
     rows_in(folder).lookup(keys_of([0]))
-    listed = open_index("index", FolderShelf(folder / FINGERPRINT).read(INDEX)).segments  # pyright: ignore
+    listed = open_index("index", FolderShelf(folder / FINGERPRINT).read(INDEX), owner=FINGERPRINT).segments  # pyright: ignore
     (folder / FINGERPRINT / listed[0].name).unlink()
     reader = rows_in(folder)
     found = reader.lookup(keys_of(range(60))) >= 0
@@ -240,7 +240,7 @@ def test_an_index_cannot_name_what_is_no_segment(folder: Path):
     (folder / FINGERPRINT / INDEX).unlink(missing_ok=True)
     for name in ("../../outside-000001.safetensors", "/etc/passwd", path.name):
         entry = Listed(name, segment.digest, segment.rows, segment.nbytes)
-        shelf.write(INDEX, pack_index([(entry, segment)]))
+        shelf.write(INDEX, pack_index([(entry, segment)], owner=FINGERPRINT))
         found = rows_in(folder).lookup(segment.keys.numpy().copy())
         assert (found == -1).all()
 
@@ -267,7 +267,7 @@ def merge(folder: Path, *, dropped: tuple[int, ...] = ()) -> None:
         tuple((name, segment.digest) for name, segment in old if segment is not None),
         torch.tensor(came, dtype=torch.int64).to(torch.uint32),
     )
-    shelf.write("merged-000001.safetensors", pack_segment(SPECS, Batch(keys, leaves), origin))
+    shelf.write("merged-000001.safetensors", pack_segment(SPECS, Batch(keys, leaves), owner=FINGERPRINT, origin=origin))
     for name, _ in old:
         (folder / FINGERPRINT / name).unlink()
 
@@ -326,11 +326,11 @@ def test_a_flipped_bit_in_where_rows_were_is_noticed(folder: Path):
     merge(folder)
     path = folder / FINGERPRINT / "merged-000001.safetensors"
     data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    origin = Segment("merged", data, SPECS).origin
+    origin = Segment("merged", data, SPECS, owner=FINGERPRINT).origin
     assert origin is not None
     data[origin.rows.storage_offset() * 4 + 12] ^= 1
     with pytest.raises(DamagedRowError, match=r"origin' is not readable \(it does not match its checksum"):
-        Segment("merged", data, SPECS)
+        Segment("merged", data, SPECS, owner=FINGERPRINT)
 
 
 def test_rows_without_a_successor_are_gone_in_words(folder: Path):
@@ -434,5 +434,5 @@ def test_a_pad_that_is_not_zero_is_damage(folder: Path):
     header = 8 + int.from_bytes(data[:8], "little")
     data[header + 10 * 16 + 5] = 1  # behind the ten keys
     with pytest.raises(DamagedRowError, match="zeros, for alignment"):
-        Segment("one", torch.frombuffer(data, dtype=torch.uint8), SPECS)
-    assert b"".join(chunk.tobytes() for chunk in pack([], {}, aligned=True).chunks)
+        Segment("one", torch.frombuffer(data, dtype=torch.uint8), SPECS, owner=FINGERPRINT)
+    assert b"".join(chunk.tobytes() for chunk in pack([], {}, owner="", aligned=True).chunks)

@@ -243,6 +243,7 @@ def test_about_is_written_for_people(rows: Rows):
     text = (Path(rows.url) / "about.json").read_text(encoding="utf-8")
     found = json.loads(text)
     assert len(found.pop("blake3")) == 32
+    assert found.pop("fingerprint") == FINGERPRINT
     assert found == {
         "format": 2,
         "leaves": [
@@ -667,7 +668,7 @@ def test_a_header_that_contradicts_itself_or_the_file_is_an_error(name: str):
     text += b" " * (-(len(text) + 8) % 4096)
     data = bytearray(len(text).to_bytes(8, "little") + text + bytes(range(16)))
     with pytest.raises(DamagedRowError, match=r"file is damaged: .*store verify"):
-        unpack(torch.frombuffer(data, dtype=torch.uint8), "file")
+        unpack(torch.frombuffer(data, dtype=torch.uint8), "file", owner="us")
 
 
 @st.composite

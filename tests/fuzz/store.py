@@ -103,7 +103,7 @@ def read_files(folder: Path) -> Files:
 
 def segment_bytes(numbers: range, origin: Origin | None = None) -> bytes:
     batch = Batch([torch.from_numpy(keys_of(numbers))], [[leaf] for leaf in leaves_of(numbers)])
-    return b"".join(chunk.tobytes() for chunk in pack_segment(SPECS, batch, origin).chunks)
+    return b"".join(chunk.tobytes() for chunk in pack_segment(SPECS, batch, owner=FINGERPRINT, origin=origin).chunks)
 
 
 def samples(folder: Path) -> list[Sample]:
@@ -162,7 +162,10 @@ def merged(folder: Path) -> Sample:
     rows = fresh(folder)
     locations = rows.lookup(keys_of(range(20)))
     names = [f"a-{number:06d}.safetensors" for number in range(len(parts))]
-    old = [(name, Segment(name, as_tensor((inside / name).read_bytes()), SPECS).digest) for name in names]
+    old = [
+        (name, Segment(name, as_tensor((inside / name).read_bytes()), SPECS, owner=FINGERPRINT).digest)
+        for name in names
+    ]
     places = torch.tensor([[number // 10, number % 10] for number in range(20)]).to(torch.uint32)
     for name in names:
         (inside / name).unlink()
@@ -566,7 +569,7 @@ def repair(name: str, data: bytes) -> bytes:
         metadata["torchrecycle.origin"] = json.dumps(origin)
         return joined(header, data[start:])
     if "torchrecycle.blake3" in metadata:
-        tensors, said = unpack(as_tensor(data), name)
+        tensors, said = unpack(as_tensor(data), name, owner=f"{FINGERPRINT}/{name}")
         own = {key: said[key] for key in said if not key.startswith("torchrecycle.")}
         metadata["torchrecycle.blake3"] = content_of(tensors, own)
         return joined(header, data[start:])
@@ -574,7 +577,7 @@ def repair(name: str, data: bytes) -> bytes:
 
 
 def digest_of_index(data: bytes) -> bytes:
-    tensors, _ = unpack(as_tensor(data), "index")
+    tensors, _ = unpack(as_tensor(data), "index", owner=f"{FINGERPRINT}/index.safetensors")
     hasher = blake3.blake3()
     for name in ("first", "second", "places", "listed", "keys"):
         hasher.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
@@ -585,10 +588,12 @@ def packed_index(data: bytes, listed: bytes) -> bytes:
     """An index with another list of segments, and the checksum of that."""
     from torchrecycle.store.container import Entry
 
-    tensors, _ = unpack(as_tensor(data), "index")
+    tensors, _ = unpack(as_tensor(data), "index", owner=f"{FINGERPRINT}/index.safetensors")
     tensors["listed"] = as_tensor(listed)
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in tensors.items()]
-    made = b"".join(chunk.tobytes() for chunk in pack(entries, {}, aligned=True).chunks)
+    made = b"".join(
+        chunk.tobytes() for chunk in pack(entries, {}, owner=f"{FINGERPRINT}/index.safetensors", aligned=True).chunks
+    )
     return repair("index.safetensors", made)
 
 
@@ -751,7 +756,7 @@ class Reading:
         rows = open_store(self.folder).rows(FINGERPRINT, SPECS, ABOUT)
         report = rows.verify()
         self.outcomes["set aside"] += len(report.damaged)
-        with self.refusing():
+        with self.refusing(), any_memory():
             rows.append(keys_of([29]), leaves_of([29]))
             rows.publish()
             self.outcomes["published"] += 1
@@ -843,6 +848,17 @@ def limited_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+@contextlib.contextmanager
+def any_memory() -> Iterator[None]:
+    """Within `limited_memory`: what is written takes memory of its own."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 # -- one change after the other ----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ def write_about(shelf: Shelf, leaves: Sequence[LeafSpec], about: Mapping[str, An
     """Write the file, unless there is one."""
     if shelf.read(ABOUT) is None:
         text = {"format": FORMAT_VERSION, "leaves": [_spec_to_json(spec) for spec in leaves], "about": about}
+        text |= {"fingerprint": shelf.owner}
         text["blake3"] = _digest(text)
         data = np.frombuffer((json.dumps(text, indent=2, ensure_ascii=False) + "\n").encode(), dtype=np.uint8)
         shelf.write(ABOUT, Packed(len(data), [data]), keep=True)
@@ -66,6 +67,8 @@ def read_form(shelf: Shelf) -> tuple[dict[str, Any], list[LeafSpec]] | None:
         # Format 1 had no checksum.
         if version > 1 and found.pop("blake3") != _digest(found):
             raise ValueError("it does not match its checksum")
+        if version > 1 and found["fingerprint"] != shelf.owner:
+            raise ValueError(f"it is of {found['fingerprint']!r}")
         kept = [_spec_from_json(spec) for spec in found["leaves"]]
     except StoreError:
         raise

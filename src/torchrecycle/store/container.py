@@ -27,6 +27,7 @@ from torchrecycle.store.contract import FORMAT_VERSION
 
 PAGE = 4096
 FORMAT_FIELD = "torchrecycle.format"
+OWNER_FIELD = "torchrecycle.owner"
 _PAD = "pad."
 
 DTYPES: dict[str, torch.dtype] = {
@@ -78,18 +79,19 @@ def flat_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def pack(entries: Sequence[Entry], metadata: Mapping[str, str], *, aligned: bool = False) -> Packed:
+def pack(entries: Sequence[Entry], metadata: Mapping[str, str], *, owner: str, aligned: bool = False) -> Packed:
     """The file that holds these tensors, in this order. The same tensors and metadata give the same bytes.
 
     Args:
         entries: The tensors.
         metadata: Strings by name.
+        owner: What the file belongs to: for anybody else it is damaged.
         aligned: Let each tensor begin at a page, by tensors of zeros between them, which `unpack` leaves out:
             safetensors allows no gaps.
     """
     if aligned:
         entries = list(_with_pads(entries))
-    header: dict[str, Any] = {"__metadata__": {FORMAT_FIELD: str(FORMAT_VERSION), **metadata}}
+    header: dict[str, Any] = {"__metadata__": {FORMAT_FIELD: str(FORMAT_VERSION), OWNER_FIELD: owner, **metadata}}
     start = 0
     for entry in entries:
         end = start + entry.nbytes
@@ -127,21 +129,24 @@ def code_of(dtype: torch.dtype) -> str:
     return CODES[dtype]
 
 
-def unpack(data: torch.Tensor, file: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def unpack(data: torch.Tensor, file: str, *, owner: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file, as views of its bytes, and its metadata.
 
     Args:
         data: ``[size of the file]`` uint8.
         file: The file's name, for messages.
+        owner: What the file must belong to.
 
     Raises:
-        DamagedRowError: Anything in the header is not as it must be.
+        DamagedRowError: Anything in the header is not as it must be, or the file is of somebody else: copied here,
+            renamed, exchanged with another. (Files of format 1 do not say whose they are.)
         StoreError: The file is of a newer format.
     """
     try:
         header, start = _header(data)
         metadata = _metadata(header.pop("__metadata__", {}))
-        _refuse_newer(metadata, file)
+        if _format(metadata, file) > 1 and metadata.get(OWNER_FIELD) != owner:
+            raise _HeaderError(f"it belongs to {metadata.get(OWNER_FIELD)!r} and not to {owner!r}")
         return _without_pads(_views(header, data[start:])), metadata
     except _HeaderError as error:
         raise damaged(file, str(error)) from None
@@ -188,11 +193,12 @@ def _metadata(found: Any) -> dict[str, str]:
     return found
 
 
-def _refuse_newer(metadata: Mapping[str, str], file: str) -> None:
+def _format(metadata: Mapping[str, str], file: str) -> int:
     found = metadata.get(FORMAT_FIELD, "")
     if not (found.isascii() and found.isdigit() and 0 < len(found) < 10 and int(found) > 0):
         raise _HeaderError(f"its metadata do not say the format ({FORMAT_FIELD!r}), so torchrecycle has not written it")
     refuse_newer(int(found), file)
+    return int(found)
 
 
 def refuse_newer(found: int, file: str) -> None:

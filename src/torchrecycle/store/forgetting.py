@@ -137,7 +137,7 @@ def _manifests_naming(shelf: Shelf, keys: np.ndarray) -> Iterator[str]:
         if name.startswith(f"{MANIFESTS}/") and name.endswith(".safetensors"):
             try:
                 data = shelf.read(name)
-                tensors = {} if data is None else unpack(data, f"{shelf.url}/{name}")[0]
+                tensors = {} if data is None else unpack(data, f"{shelf.url}/{name}", owner=f"{shelf.owner}/{name}")[0]
                 found = tensors["keys"].numpy()
                 if found.shape[1:] != (KEY_BYTES,) or found.dtype != np.uint8 or _among(found, keys).any():
                     yield name

@@ -187,7 +187,7 @@ def _segment_stat(
     try:
         data = shelf.read(name) if leaves else None
         if data is not None:
-            segment = Segment(f"{shelf.url}/{name}", data, list(leaves))
+            segment = Segment(f"{shelf.url}/{name}", data, list(leaves), owner=shelf.owner)
             rows, merged = segment.rows, segment.origin is not None
     except StoreError as error:
         problems.append(str(error))
@@ -200,7 +200,7 @@ def _data_set(shelf: Shelf, name: str, problems: list[str]) -> DataSet:
     try:
         data = shelf.read(name)
         if data is not None:
-            tensors, metadata = unpack(data, f"{shelf.url}/{name}")
+            tensors, metadata = unpack(data, f"{shelf.url}/{name}", owner=f"{shelf.owner}/{name}")
             items = len(tensors["keys"]) if "keys" in tensors and tensors["keys"].ndim else -1
             called = metadata.get("data set") or metadata.get("name", "")
     except StoreError as error:

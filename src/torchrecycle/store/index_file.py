@@ -55,14 +55,14 @@ class IndexFile:
     """The keys, with the places as locations."""
 
 
-def open_index(file: str, data: torch.Tensor) -> IndexFile:
+def open_index(file: str, data: torch.Tensor, *, owner: str) -> IndexFile:
     """The index in these bytes.
 
     Raises:
         DamagedRowError: Something in it is not as it was written.
         StoreError: It is of a newer format.
     """
-    tensors, _ = unpack(data, file)
+    tensors, _ = unpack(data, file, owner=f"{owner}/{INDEX}")
     found = {name: (tensors[name].dtype, tensors[name].dim()) for name in tensors}
     expected = dict.fromkeys(("first", "second"), (torch.uint64, 1)) | {
         "places": (torch.int64, 1),
@@ -87,7 +87,7 @@ def open_index(file: str, data: torch.Tensor) -> IndexFile:
     return IndexFile(segments, int(tensors["keys"]), Run(first.numpy(), second.numpy(), places.numpy()))
 
 
-def pack_index(segments: Sequence[tuple[Listed, Segment]]) -> Packed:
+def pack_index(segments: Sequence[tuple[Listed, Segment]], *, owner: str) -> Packed:
     """The index of these segments. It is made while it is written, half a million keys at a time."""
     listed = [[entry.name, entry.digest, entry.rows, entry.nbytes] for entry, _ in segments]
     text = torch.frombuffer(bytearray(json.dumps(listed).encode()), dtype=torch.uint8)
@@ -101,7 +101,7 @@ def pack_index(segments: Sequence[tuple[Listed, Segment]]) -> Packed:
             yield piece
 
     def column(pick: Callable[[Run], np.ndarray], *, counted: bool = False) -> Iterator[torch.Tensor]:
-        for run in _sorted_runs([segment for _, segment in segments], count):
+        for run in sorted_runs([segment for _, segment in segments], count):
             if counted:
                 keys[0] += _different(run)
             yield torch.from_numpy(pick(run))
@@ -118,7 +118,7 @@ def pack_index(segments: Sequence[tuple[Listed, Segment]]) -> Packed:
         Entry("keys", torch.int64, (1,), total()),
         Entry("sum", torch.uint8, (32,), [digest]),
     ]
-    return pack(entries, {}, aligned=True)
+    return pack(entries, {}, owner=f"{owner}/{INDEX}", aligned=True)
 
 
 def _different(run: Run) -> int:
@@ -126,7 +126,7 @@ def _different(run: Run) -> int:
     return len(run) - int(np.count_nonzero(same))
 
 
-def _sorted_runs(segments: Sequence[Segment], count: int) -> Iterator[Run]:
+def sorted_runs(segments: Sequence[Segment], count: int) -> Iterator[Run]:
     """All keys in ascending order, a range of first halves at a time; equal ones in the order of their places."""
     parts = 1 << max(0, (count - 1) // _AT_ONCE).bit_length()
     shift = np.uint64(64 - (parts.bit_length() - 1))

@@ -126,7 +126,7 @@ class Lookup:
             DamagedRowError: It is not as it was written.
         """
         data = self._shelf.read(INDEX)
-        return None if data is None else open_index(f"{self._shelf.url}/{INDEX}", data)
+        return None if data is None else open_index(f"{self._shelf.url}/{INDEX}", data, owner=self._shelf.owner)
 
     def _open_index(self, names: set[str]) -> None:
         # A damaged index is worth nothing and harms nobody; `verify` sets it aside.
@@ -161,13 +161,14 @@ class Lookup:
     def _written(self, segments: Sequence[tuple[Listed, Segment]]) -> IndexFile:
         """The index, on the shelf if that may be written, else in a file without a name."""
         with contextlib.suppress(StoreError):
-            self._shelf.write(INDEX, pack_index(segments))
+            self._shelf.write(INDEX, pack_index(segments, owner=self._shelf.owner))
             index = self.read_index()
             if index is not None:
                 return index
-        packed = pack_index(segments)
+        packed = pack_index(segments, owner=self._shelf.owner)
         with tempfile.TemporaryFile() as file:
             for chunk in packed.chunks:
                 file.write(chunk.data)
             file.flush()
-            return open_index(f"{self._shelf.url}/{INDEX}", map_file(file.fileno(), packed.nbytes))
+            data = map_file(file.fileno(), packed.nbytes)
+            return open_index(f"{self._shelf.url}/{INDEX}", data, owner=self._shelf.owner)

@@ -21,7 +21,7 @@ class MemoryShelf(Shelf):
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url, self.owner = url, url.rpartition("/")[2]
         self.files: dict[str, torch.Tensor] = {}
         self._written: dict[str, float] = {}
         self._used: dict[str, float] = {}

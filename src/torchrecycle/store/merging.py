@@ -25,7 +25,7 @@ import torch
 
 from torchrecycle.store.contract import Leaf, LeafSpec
 from torchrecycle.store.holdings import leftovers_of
-from torchrecycle.store.index_file import INDEX, _sorted_runs
+from torchrecycle.store.index_file import INDEX, sorted_runs
 from torchrecycle.store.mapping import release
 from torchrecycle.store.numbered import is_segment
 from torchrecycle.store.segment import Batch, Origin, Segment, pack_segment
@@ -105,7 +105,7 @@ def open_sources(shelf: Shelf, specs: Sequence[LeafSpec]) -> list[Source]:
     for name, stat in shelf.stats().items():
         data = shelf.read(name) if is_segment(name) else None
         if data is not None:
-            segment = Segment(f"{shelf.url}/{name}", data, specs)
+            segment = Segment(f"{shelf.url}/{name}", data, specs, owner=shelf.owner)
             found.append(Source(name, segment, stat.used, np.ones(segment.rows, dtype=np.bool_)))
     return sorted(found, key=lambda source: (-source.generation, source.name))
 
@@ -148,7 +148,7 @@ def _drop_doubles(sources: Sequence[Source]) -> None:
     count = sum(source.segment.rows for source in sources)
     if not count:
         return
-    for run in _sorted_runs([source.segment for source in sources], count):
+    for run in sorted_runs([source.segment for source in sources], count):
         same = (run.first[1:] == run.first[:-1]) & (run.second[1:] == run.second[:-1])
         for place in run.locations[1:][same].tolist():
             sources[place >> 32].keep[place & 0xFFFFFFFF] = False
@@ -189,7 +189,7 @@ def rewrite(shelf: Shelf, specs: Sequence[LeafSpec], sources: Sequence[Source]) 
     name = f"{secrets.token_hex(8)}-{generation:06d}.safetensors"
     batch, origin = _kept_rows(specs, sources)
     if batch.rows:
-        shelf.write(name, pack_segment(specs, batch, origin))
+        shelf.write(name, pack_segment(specs, batch, owner=shelf.owner, origin=origin))
         shelf.date(name, max(source.used for source in sources))
     # The index lists segments by name. It is made anew when it is needed.
     shelf.remove([*(source.name for source in sources), INDEX])

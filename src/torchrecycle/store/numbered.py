@@ -101,7 +101,9 @@ class Numbered:
             DamagedRowError: It is not as it was written.
         """
         data = self._shelf.read(name)
-        return None if data is None else Segment(f"{self._shelf.url}/{name}", data, self._specs)
+        return (
+            None if data is None else Segment(f"{self._shelf.url}/{name}", data, self._specs, owner=self._shelf.owner)
+        )
 
     def open(self, number: int, segment: Segment) -> None:
         """Read this segment where that number is asked for, instead of any that was opened before."""

@@ -229,7 +229,7 @@ class ShelfRows(Rows):
         waiting.start(self._write)
 
     def _write(self, name: str, batch: Batch) -> int:
-        packed = pack_segment(self.leaves, batch)
+        packed = pack_segment(self.leaves, batch, owner=self._shelf.owner)
         self._shelf.write(name, packed)
         return packed.nbytes
 
@@ -312,7 +312,7 @@ class ShelfRows(Rows):
         if data is None:
             return None
         file = f"{self.url}/{name}"
-        views, metadata = unpack(data, file)
+        views, metadata = unpack(data, file, owner=f"{self._shelf.owner}/{name}")
         tensors = {key: views[key].clone() for key in views}
         own = {key: metadata[key] for key in metadata if not key.startswith(_OURS)}
         if metadata.get(_CONTENT_FIELD) != _content(tensors, own):
@@ -326,6 +326,7 @@ class ShelfRows(Rows):
             raise BatchError(f"names of metadata that start with {_OURS!r} are the store's own: {sorted(metadata)}")
         ordered = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
         entries = [Entry(key, tensors[key].dtype, tuple(tensors[key].shape), [tensors[key]]) for key in ordered]
-        packed = pack(entries, {**metadata, _CONTENT_FIELD: _content(tensors, metadata)})
+        content = {_CONTENT_FIELD: _content(tensors, metadata)}
+        packed = pack(entries, {**metadata, **content}, owner=f"{self._shelf.owner}/{name}")
         write_about(self._shelf, self.leaves, self.about)
         self._shelf.write(name, packed, keep=keep)

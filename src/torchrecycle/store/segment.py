@@ -93,7 +93,7 @@ class Origin:
         return hasher.hexdigest(length=16)
 
 
-def pack_segment(specs: Sequence[LeafSpec], batch: Batch, origin: Origin | None = None) -> Packed:
+def pack_segment(specs: Sequence[LeafSpec], batch: Batch, *, owner: str, origin: Origin | None = None) -> Packed:
     """The file that holds these rows."""
     rows = batch.rows
     leaves = [
@@ -113,7 +113,7 @@ def pack_segment(specs: Sequence[LeafSpec], batch: Batch, origin: Origin | None 
     if origin is not None:
         entries.append(Entry(_ORIGIN, torch.uint32, (rows, 2), [origin.rows]))
         metadata[_ORIGIN_FIELD] = json.dumps({"segments": origin.segments, "blake3": origin.digest()})
-    return pack(entries, metadata, aligned=True)
+    return pack(entries, metadata, owner=owner, aligned=True)
 
 
 def _as_bytes(data: bytes) -> torch.Tensor:
@@ -248,11 +248,11 @@ def uncarried(spec: LeafSpec, carried: torch.Tensor) -> torch.Tensor:
 class Segment:
     """The rows of one file. Opening it compares all that the file says of itself with what must be."""
 
-    def __init__(self, file: str, data: torch.Tensor, specs: Sequence[LeafSpec]) -> None:
+    def __init__(self, file: str, data: torch.Tensor, specs: Sequence[LeafSpec], *, owner: str) -> None:
         self.file = file
         self.data = data
         """The bytes of the file."""
-        tensors, metadata = unpack(data, file)
+        tensors, metadata = unpack(data, file, owner=owner)
         origin = tensors.pop(_ORIGIN, None)
         _expect_names(file, tensors, specs)
         self.rows = len(tensors["keys"]) if tensors["keys"].ndim else -1
@@ -260,7 +260,8 @@ class Segment:
         # Tensors and not NumPy arrays: these follow when the bytes of a store in memory move into shared
         # memory.
         self.keys = tensors["keys"]
-        self.sums = tensors["sums"]
+        # A copy: a file that is written over while it is mapped brings sums of its own.
+        self.sums = tensors["sums"].clone()
         self.columns = [_column(file, tensors, number, spec, self.rows) for number, spec in enumerate(specs)]
         self.origin = None if origin is None else _origin(file, origin, metadata, self.rows)
         """Where its rows were before, if it was merged of earlier segments."""

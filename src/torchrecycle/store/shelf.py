@@ -64,6 +64,9 @@ class Shelf(ABC):
 
     url: str
 
+    owner: str
+    """The fingerprint whose files these are; each says so."""
+
     maps = False
     """Whether what `read` gives are maps of files, which take no memory of their own."""
 
@@ -150,7 +153,7 @@ class FolderShelf(Shelf):
     maps = MAPS
 
     def __init__(self, folder: Path, *, told: Callable[[str], None] | None = None) -> None:
-        self.url = str(folder)
+        self.url, self.owner = str(folder), folder.name
         self._folder = folder
         self._told = told
         """Called with the name of each file that is read: for showing how far something is."""
