@@ -425,17 +425,22 @@ class _Stepping:
                 self._deep -= 1
 
 
-@pytest.mark.parametrize("seed", range(4))
+# Were it the name alone that decides, each of these would lose rows.
+@pytest.mark.parametrize("seed", [81, 92, 93, 215])
 def test_compacts_within_compacts_drop_no_last_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int):
     draw = random.Random(seed)
+    # The order of names decides, so they are drawn as well.
+    monkeypatch.setattr("secrets.token_hex", lambda nbytes: draw.randbytes(nbytes).hex())
     store = FolderStore(tmp_path, segment_bytes=SMALL)
     writers = [rows_of(store) for _ in range(3)]
     for rows in writers:
         rows.lookup(keys_of([0]))
+    # Some are full, and are only written anew for what came twice.
     for rows in writers:
-        start = draw.randrange(60)
-        fill(rows, range(start, 200), step=draw.choice([40, 90, 200]))
-    wanted = [number for number in range(200) if rows_of(store).lookup(keys_of([number]))[0] >= 0]
+        start = draw.randrange(200)
+        fill(rows, range(start, 700), step=draw.choice([150, 250, 400]))
+    found = rows_of(store).lookup(keys_of(range(700)))
+    wanted = np.flatnonzero(found >= 0).tolist()
 
     def another() -> None:
         if draw.random() < 0.4:
