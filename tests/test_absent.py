@@ -159,15 +159,19 @@ def test_printing_an_absent_tensor_says_where_it_comes_from():
 # -- RecycledTensor ----------------------------------------------------------------------------------------------------
 
 
-def _recycled(rows: int = 6, *, value: bool = False, fingerprint: str = "f" * 32, leaf: int = 3) -> RecycledTensor:
+def _recycled(
+    rows: int = 6, *, value: bool = False, misses: tuple[int, ...] = (), fingerprint: str = "f" * 32, leaf: int = 3
+) -> RecycledTensor:
     at = torch.arange(rows)
+    real = at.float()[:, None, None, None].expand(rows, 3, 8, 8).clone()
     return RecycledTensor(
         (rows, 3, 8, 8),
         torch.float32,
-        locations=at,
+        locations=torch.tensor([-1 - i if i in misses else i for i in range(rows)]),
         fingerprint=fingerprint,
         leaves=[at[:, None].expand(rows, leaf).clone().float(), at.clone().half()],
-        value=at.float()[:, None, None, None].expand(rows, 3, 8, 8).clone() if value else None,
+        value=real if value else None,
+        missing=real[list(misses)] if misses and not value else None,
         witnesses={"mask": at[:, None].clone()},
     )
 
@@ -176,7 +180,15 @@ def _assert_holds(tensor: Any, at: list[int]) -> None:
     """Every part belongs to the objects at these places."""
     assert isinstance(tensor, RecycledTensor)
     assert tensor.shape == (len(at), 3, 8, 8)
-    assert tensor.locations.tolist() == at
+    locations = tensor.locations.tolist()
+    assert [-1 - i if i < 0 else i for i in locations] == at
+    misses = [i for i, location in zip(at, locations, strict=True) if location < 0]
+    assert len(tensor.misses) == len(misses)
+    if tensor.missing is not None:
+        assert tensor.missing.shape == (len(misses), 3, 8, 8)
+        assert tensor.missing[:, 0, 0, 0].tolist() == misses
+    else:
+        assert not misses or tensor.value is not None
     assert tensor.leaves is not None
     assert tensor.leaves[0][:, 0].tolist() == at
     assert tensor.leaves[1].tolist() == at
@@ -236,11 +248,14 @@ ROW_MOVES = {
 }
 
 
+@pytest.mark.parametrize("misses", [(), (1, 4), (0, 1, 2, 3, 4, 5)])
 @pytest.mark.parametrize("value", [False, True])
 @pytest.mark.parametrize("name", ROW_MOVES)
-def test_a_move_of_trainers_keeps_the_rows_with_their_objects(name, value):
+def test_a_move_of_trainers_keeps_rows_and_what_was_read_with_their_objects(name, value, misses):
     move, at = ROW_MOVES[name]
-    _assert_holds(move(_recycled(value=value)), at)
+    moved = move(_recycled(value=value, misses=misses))
+    _assert_holds(moved, at)
+    assert moved.locations.tolist() == [-1 - i if i in misses else i for i in at]
 
 
 def test_a_move_to_another_dtype_changes_what_it_stands_for_and_no_row():
@@ -313,10 +328,19 @@ VALUE_READS = {
 }
 
 
+@pytest.mark.parametrize("misses", [(), (1, 2, 4)])
 @pytest.mark.parametrize("name", VALUE_READS)
-def test_reading_values_that_were_not_loaded_is_an_error_that_says_what_to_do(name):
+def test_reading_values_that_were_not_loaded_is_an_error_that_says_what_to_do(name, misses):
     with pytest.raises(BatchError, match=r"paused|not loaded|join"):
-        VALUE_READS[name](_recycled())
+        VALUE_READS[name](_recycled(misses=misses))
+
+
+def test_values_of_objects_that_were_read_since_they_have_no_row_can_be_read():
+    tensor = _recycled(misses=(2, 3))
+    assert (tensor[2:4] + 1)[:, 0, 0, 0].tolist() == [3, 4]
+    assert tensor[3].mean().item() == 3
+    assert tensor[2:4].half().numpy().dtype == np.float16
+    assert tensor.half()[2:4].missing.dtype is torch.float32  # what the prefix reads
 
 
 def test_values_that_came_along_can_be_read_and_give_plain_tensors():

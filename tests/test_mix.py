@@ -844,7 +844,8 @@ def test_of_an_encoder_whose_rows_leave_the_objects_are_computed(cut, tmp_path, 
             dataset, SimilarityGroupSample, collate=collate, extractor=None, name=None, batch_size=4, num_workers=0
         )
         inputs = ModelInputs({"default": collate}, {})
-        return stage, SampleBatches(dataset, SimilarityGroupSample, loader.collate_fn, inputs, {"default": rows})
+        pre_collate: Any = loader.collate_fn
+        return stage, SampleBatches(dataset, SimilarityGroupSample, pre_collate, inputs, {"default": rows})
 
     attached()[0].detach()
     stage, batches = attached()
