@@ -31,7 +31,7 @@ from torchrecycle import (
     recycle,
 )
 from torchrecycle.data import Manifest
-from torchrecycle.fill import fill_pass
+from torchrecycle.fill import fill_pass, takes_no_more
 from torchrecycle.store import FolderStore, LeafSpec
 
 X, Y = pictures(30), labels(30)
@@ -211,6 +211,17 @@ def test_a_store_that_cannot_be_written_ends_filling_too(tmp_path):
         assert (report.found, report.computed, report.missing) == (40, 0, 80)
         assert with_row(made, manifest) == 40
         made.detach()
+
+
+def test_where_not_even_a_probe_found_room_nothing_is_computed_and_the_same_warning_tells(made):
+    error = StoreError("cannot write the probe: No space left on device")
+    error.errno = errno.ENOSPC
+    assert takes_no_more(error)
+    counter = Counter(made.model.get_submodule("stem"))
+    with pytest.warns(RecycleWarning, match=r"store is full.*0 of 30 objects of 'stages.1' have rows.*the probe"):
+        [(report, manifest)] = fill_pass([made], TensorDataset(X, Y), refused={0: error})
+    assert (report.computed, report.missing, len(manifest)) == (0, 30, 30)
+    assert counter.calls == 0
 
 
 def test_a_fill_of_what_is_there_says_nothing_of_a_store_that_cannot_be_written(tmp_path):

@@ -5,11 +5,15 @@ ms), runs the prefix for those that the store does not have, and publishes the r
 moment, it goes on where it was: what is published is found by its key. ``fill_many([half, three_quarters], dataset)``
 does so for several cuts while the deepest prefix runs once.
 
+Several processes may fill at once: each computes what the others have not claimed (`torchrecycle.store.claims`). A
+store that is full ends filling with one warning: the manifest is whole, and rows that are missing are computed when
+they are used.
+
 Every item is read between two looks at the random generators: a flip that is drawn at fill time would be frozen into
 the row for ever.
 """
 
-from torchrecycle.fill.filling import Fillable, FillReport, fill_pass
+from torchrecycle.fill.filling import Fillable, FillReport, fill_pass, takes_no_more
 from torchrecycle.fill.reading import Reading
 
-__all__ = ["FillReport", "Fillable", "Reading", "fill_pass"]
+__all__ = ["FillReport", "Fillable", "Reading", "fill_pass", "takes_no_more"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from torchrecycle.progress import progress
 from torchrecycle.store.claims import claims_of
 from torchrecycle.trace import random_state, set_random_state
 
-__all__ = ["FillReport", "Fillable", "fill_pass"]
+__all__ = ["FillReport", "Fillable", "fill_pass", "takes_no_more"]
 
 SAMPLES = 8
 """How many items are read twice before all are read: a flip of a coin passes with a chance of 1 in 256."""
@@ -53,6 +53,11 @@ REFUSALS = {
     errno.ENFILE: "cannot be written",
 }
 """What a store that takes no more rows is, by the system's error. Any other error ends the pass."""
+
+
+def takes_no_more(error: OSError) -> bool:
+    """Whether a store is full or not to be written, so that filling ends and training goes on."""
+    return error.errno in REFUSALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,7 @@ def fill_pass(
     key_name: str | None = None,
     loader_arguments: dict[str, Any] | None = None,
     title: str = "filling",
+    refused: Mapping[int, StoreError] | None = None,
 ) -> list[tuple[FillReport, Manifest]]:
     """Read a data set once; compute and keep the rows that are missing, for each of the recyclings.
 
@@ -126,6 +132,8 @@ def fill_pass(
         key_name: the name of the preprocessing, with `user_key`.
         loader_arguments: more for the `DataLoader`.
         title: what the progress bar says.
+        refused: recyclings, by their number, whose store took not even a probe, and its error: nothing is computed for
+            them, and the same warning tells of it.
 
     Returns:
         For each recycling what was done, and the manifest of the data set: of all its items, also where the store took
@@ -152,7 +160,7 @@ def fill_pass(
     fill: _Pass | None = None
     try:
         _read_twice(dataset, reading, recyclings[0].source)
-        fill = _Pass(recyclings, len(dataset))
+        fill = _Pass(recyclings, len(dataset), refused or {})
         with progress(title, len(dataset)) as shown:
             try:
                 for batch, template, at, leaves, user_keys in batches():
@@ -196,7 +204,7 @@ def _read_twice(dataset: Any, reading: Reading, source: RowSource) -> None:
 class _Pass:
     """Rows, keys and targets of one pass, for several cuts."""
 
-    def __init__(self, recyclings: Sequence[Fillable], objects: int) -> None:
+    def __init__(self, recyclings: Sequence[Fillable], objects: int, refused: Mapping[int, StoreError]) -> None:
         self.recyclings = recyclings
         self.deepest = _deepest(recyclings)
         self.began = time.perf_counter()
@@ -211,7 +219,7 @@ class _Pass:
         """Keys that another process has claimed, and an item that has each."""
         self.forget_at = [MANY] * len(recyclings)
         self.claims = [claims_of(r.source.rows) for r in recyclings]
-        self.refused: list[StoreError | None] = [None] * len(recyclings)
+        self.refused = [refused.get(number) for number in range(len(recyclings))]
         """Why a store takes no more rows."""
         self.slowest = 0.0
         self.leaves: list[list[Any]] = []
@@ -344,7 +352,7 @@ class _Pass:
         try:
             write()
         except StoreError as error:
-            if error.errno not in REFUSALS:
+            if not takes_no_more(error):
                 raise
             self.refused[number] = error
             self.computed[number] -= self.recyclings[number].source.rows.discard()
