@@ -46,7 +46,7 @@ class MemoryShelf(Shelf):
             view[start : start + len(chunk)] = chunk
             start += len(chunk)
         self.files[name] = data
-        self._written[name] = time.time()
+        self._written[name] = self._used[name] = time.time()
 
     def set_aside(self, name: str) -> None:
         self.files[f"{name}.damaged"] = self.files.pop(name)
@@ -55,7 +55,7 @@ class MemoryShelf(Shelf):
         found = {}
         for name in self.names():
             written = self._written.get(name, 0.0)
-            found[name] = FileStat(len(self.files[name]), max(written, self._used.get(name, 0.0)), written)
+            found[name] = FileStat(len(self.files[name]), self._used.get(name, written), written)
         return found
 
     def remove(self, names: Iterable[str]) -> None:
@@ -69,4 +69,4 @@ class MemoryShelf(Shelf):
         self._used[name] = time.time()
 
     def date(self, name: str, used: float) -> None:
-        self._written[name] = self._used[name] = used
+        self._used[name] = used
