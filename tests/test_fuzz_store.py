@@ -22,8 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limit
 
 MENDING = pytest.mark.xfail(
     strict=True,
-    reason="known and being mended: prefetch of ragged rows in segments that are not on the planes ends the process; "
-    "an index's list and places, and a manifest's words and offsets, are believed under a checksum that fits",
+    reason="known and being mended: what a manifest says, and its offsets, are believed under a checksum that fits",
 )
 
 
@@ -40,9 +39,9 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 @MENDING
 def test_hostile_files_are_an_error_each_or_harmless(tmp_path: Path):
     children = [start(tmp_path / f"{seed}", str(SCRIPT), "--count", "2500", "--seed", str(seed)) for seed in (1, 2)]
+    ended = [(child, *child.communicate(timeout=900)) for child in children]
     kinds, outcomes = Counter[str](), Counter[str]()
-    for seed, child in enumerate(children, 1):
-        out, errors = child.communicate(timeout=600)
+    for seed, (child, out, errors) in enumerate(ended, 1):
         assert child.returncode == 0, (
             f"it ended with {child.returncode}; the files are in {tmp_path / str(seed)}, in 'failure' if there is one, "
             f"else in 'store'\n{out[-3000:]}\n{errors[-6000:]}"
@@ -68,7 +67,6 @@ store.main()
 """
 
 
-@MENDING
 @pytest.mark.parametrize(
     ("what", "seen"),
     [
@@ -78,7 +76,7 @@ store.main()
 )
 def test_the_fuzzing_sees_what_it_is_for(tmp_path: Path, what: str, seen: str):
     code = SABOTAGE.format(folder=str(SCRIPT.parent), what=what)
-    child = start(tmp_path, "-c", code, "--count", "600", "--seed", "1", "--go-on")
+    child = start(tmp_path, "-c", code, "--count", "300", "--seed", "1", "--go-on")
     out, errors = child.communicate(timeout=600)
     assert child.returncode == 1, errors[-3000:]
     assert seen in out + errors
