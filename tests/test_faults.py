@@ -442,7 +442,6 @@ def test_hundreds_of_segments_are_read_with_eight_free_file_descriptors_and_none
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="a segment takes ten maps, and a process may have 65,530", strict=True)
 def test_seven_thousand_small_segments_leave_maps_for_the_rest_of_the_process(
     tmp_path: Path, forkserver: Any, figure: Figure
 ):
@@ -491,7 +490,6 @@ def test_of_1000_damages_none_is_served_and_what_is_sound_goes_on(tmp_path: Path
     figure(damages=fates.total(), **fates)
 
 
-@pytest.mark.xfail(reason="segments, manifests and probes do not say yet whose they are", strict=True)
 @pytest.mark.parametrize("kind", OF_ANOTHER)
 def test_files_of_another_model_or_data_set_are_not_served(tmp_path: Path, sound: Files, kind: str, figure: Figure):
     fates = fates_of(tmp_path, sound, {kind: SHARES[kind]})
@@ -669,7 +667,6 @@ def served(rows: Rows, numbers: np.ndarray) -> np.ndarray:
     return there
 
 
-@pytest.mark.xfail(reason="it is an error the first time only, and what comes after it is not found", strict=True)
 @pytest.mark.parametrize("number", range(len(SIZES)))
 def test_a_segment_that_cannot_be_opened_is_an_error_each_time_until_it_is_set_aside(
     tmp_path: Path, sound: Files, number: int
@@ -722,7 +719,6 @@ def test_files_that_change_their_names_while_a_process_runs_are_not_served_under
         shutil.rmtree(folder)
 
 
-@pytest.mark.xfail(reason="a file that was written over in place is not noticed under its map", strict=True)
 @pytest.mark.parametrize("read_before", [0, len(EVERYTHING)])
 def test_a_segment_written_over_in_place_is_not_served_after_a_refresh(tmp_path: Path, sound: Files, read_before: int):
     put(tmp_path, sound)
@@ -733,7 +729,8 @@ def test_a_segment_written_over_in_place_is_not_served_after_a_refresh(tmp_path:
     time.sleep(0.02)  # a clock of files may be this coarse
     with open(other, "r+b") as file:  # as `cp` does: no new file, and never shorter than its map
         file.write(one.read_bytes())
-    rows.refresh()
+    with contextlib.suppress(DamagedRowError):  # if the files are not of the same length
+        rows.refresh()
     assert not read_all(rows, EVERYTHING).wrong
     assert not gather_all(rows, EVERYTHING, locations).wrong
 
@@ -1042,7 +1039,6 @@ def test_folders_of_two_models_that_have_changed_their_names_are_refused(tmp_pat
         train_in_full(*attached(tmp_path))
 
 
-@pytest.mark.xfail(reason="a manifest does not say yet which data set it is of", strict=True)
 def test_manifests_of_two_data_sets_that_have_changed_their_names_give_no_wrong_target(tmp_path: Path):
     other = Y.clone()
     other[1] = (other[1] + 1) % 4  # where a new loader does not look

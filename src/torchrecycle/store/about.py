@@ -68,7 +68,10 @@ def read_form(shelf: Shelf) -> tuple[dict[str, Any], list[LeafSpec]] | None:
         if version > 1 and found.pop("blake3") != _digest(found):
             raise ValueError("it does not match its checksum")
         if version > 1 and found["fingerprint"] != shelf.owner:
-            raise ValueError(f"it is of {found['fingerprint']!r}")
+            raise StoreError(
+                f"{file} belongs to {found['fingerprint']!r}: the folder has another name than it was given. Give it "
+                "that name back, or delete it"
+            )
         kept = [_spec_from_json(spec) for spec in found["leaves"]]
     except StoreError:
         raise

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import blake3
 import numpy as np
@@ -77,14 +78,39 @@ def open_index(file: str, data: torch.Tensor, *, owner: str) -> IndexFile:
     for name in ("first", "second", "places", "listed", "keys"):
         hasher.update(flat_bytes(tensors[name]).data)
     same = hasher.digest() == tensors["sum"].numpy().tobytes()
-    release(data)
     if not same or not len(first) == len(second) == len(places) or len(tensors["keys"]) != 1:
         raise damaged(file, "it does not match its checksum")
     try:
-        segments = tuple(Listed(*entry) for entry in json.loads(tensors["listed"].numpy().tobytes()))
+        segments = tuple(map(_listed, json.loads(tensors["listed"].numpy().tobytes())))
     except (ValueError, TypeError, RecursionError) as error:
         raise damaged(file, f"its list of segments is not readable ({error})") from None
-    return IndexFile(segments, int(tensors["keys"]), Run(first.numpy(), second.numpy(), places.numpy()))
+    keys = int(tensors["keys"])
+    if not _are_places(places.numpy(), segments) or not 0 <= keys <= len(places):
+        raise damaged(file, "it names rows that its segments do not have")
+    release(data)
+    return IndexFile(segments, keys, Run(first.numpy(), second.numpy(), places.numpy()))
+
+
+def _listed(entry: Any) -> Listed:
+    name, digest, rows, nbytes = entry
+    if not (
+        isinstance(name, str) and isinstance(digest, str) and all(type(n) is int and n >= 0 for n in (rows, nbytes))
+    ):
+        raise ValueError(f"no entry of an index: {entry!r}")
+    return Listed(name, digest, rows, nbytes)
+
+
+def _are_places(places: np.ndarray, segments: Sequence[Listed]) -> bool:
+    """Whether all places are rows of these segments, which have no more rows than there are places."""
+    if sum(entry.rows for entry in segments) != len(places):
+        return False
+    rows = np.array([entry.rows for entry in segments], dtype=np.int64)
+    for start in range(0, len(places), _CHUNK):
+        some = places[start : start + _CHUNK]
+        number = some >> 32
+        if (some < 0).any() or (number >= len(rows)).any() or ((some & 0xFFFFFFFF) >= rows[number]).any():
+            return False
+    return True
 
 
 def pack_index(segments: Sequence[tuple[Listed, Segment]], *, owner: str) -> Packed:

@@ -46,13 +46,14 @@ class Lookup:
         """See what others have published, and what has left."""
         names = [name for name in self._shelf.names() if is_segment(name)]
         gone = {entry.name for entry in self._segments.listed}.difference(names)
-        if self._segments.leave(gone) and self._listed:
+        if (self._segments.leave(gone) | self._segments.forget_changed()) and self._listed:
             self.forget()
         if not self._listed:
-            self._listed = True
             self._open_index(set(names))
         for name in names:
             self._find(name)
+        # Not before: what cannot be opened is an error each time that somebody looks, and no miss.
+        self._listed = True
         self._write_index_if_due(names)
 
     def _find(self, name: str) -> None:
@@ -153,9 +154,12 @@ class Lookup:
         listed = self._segments.listed
         covered = sum(listed[number].rows for number in self._covered)
         outside = sum(listed[number].rows for number in self._segments.visible() if number not in self._covered)
-        if self._shelf.maps and outside > max(IN_MEMORY, covered // 2):
-            there = set(names)
-            known = [number for number in self._segments.visible() if listed[number].name in there]
+        if not self._shelf.maps or outside <= max(IN_MEMORY, covered // 2):
+            return
+        there = set(names)
+        known = [number for number in self._segments.visible() if listed[number].name in there]
+        # Without an index keys are found as well. What is wrong with a segment is said when it is read.
+        with contextlib.suppress(StoreError, OSError):
             self._use(self._written([(listed[number], self._segments[number]) for number in known]), there)
 
     def _written(self, segments: Sequence[tuple[Listed, Segment]]) -> IndexFile:

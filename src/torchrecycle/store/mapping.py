@@ -13,6 +13,7 @@ segment by segment.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
@@ -32,6 +33,8 @@ _NO_ACCESS = 0
 _MAY_MOVE, _MOVE_TO = 1, 2
 _WILL_NEED, _DONT_NEED, _POPULATE = 3, 4, 22
 _PIECE = 512 * 1024
+_OF_A_FILE = 2
+"""A segment also has a map of its marks."""
 
 
 def _c_library() -> Any:
@@ -58,24 +61,55 @@ _MAPS: set[int] = set()
 """Where maps of files begin."""
 
 
-def _give_back(address: int, nbytes: int) -> None:
+class _Count:
+    """How many maps this process has, as far as they are ours, and how many the system allows it."""
+
+    def __init__(self) -> None:
+        self.maps = 0
+        self.allowed = 65_530
+        try:
+            with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
+                self.allowed = int(file.read())
+        except (OSError, ValueError):
+            pass
+
+    def add(self, maps: int, share: float) -> None:
+        """Count further ones, of which all together may be a share of what the system allows.
+
+        Raises:
+            OSError: They would be more: at the system's limit, any library in this process would run out of memory.
+        """
+        if self.maps + maps > share * self.allowed:
+            words = (
+                f"{self.maps:,} pieces of files are mapped, and the system allows a process {self.allowed:,}. Merge "
+                "the segments with `torchrecycle store compact`, or raise vm.max_map_count"
+            )
+            raise OSError(errno.ENOMEM, words)
+        self.maps += maps
+
+
+_COUNT = _Count()
+
+
+def _give_back(mapped: _Mapped) -> None:
     assert _C is not None
-    _MAPS.discard(address)
-    _C.munmap(address, nbytes)
+    _MAPS.discard(mapped.address)
+    _COUNT.maps -= mapped.maps
+    _C.munmap(mapped.address, mapped.nbytes)
 
 
 class _Mapped:
     """A range of addresses, given back when the last tensor over it is gone."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.address, self.nbytes = address, nbytes
-        self._buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-        # The process's end gives addresses back by itself, and tensors may live until then.
-        weakref.finalize(self._buffer, _give_back, address, nbytes).atexit = False
+    def __init__(self, address: int, nbytes: int, maps: int = 0) -> None:
+        self.address, self.nbytes, self.maps = address, nbytes, maps
 
     def tensor(self) -> torch.Tensor:
-        """``[nbytes]`` uint8, not to be written into."""
-        return torch.from_numpy(np.frombuffer(memoryview(self._buffer), dtype=np.uint8))
+        """``[nbytes]`` uint8, not to be written into. To be called once."""
+        buffer = (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+        # The process's end gives addresses back by itself, and tensors may live until then.
+        weakref.finalize(buffer, _give_back, self).atexit = False
+        return torch.from_numpy(np.frombuffer(memoryview(buffer), dtype=np.uint8))
 
 
 def map_file(descriptor: int, nbytes: int) -> torch.Tensor:
@@ -85,10 +119,15 @@ def map_file(descriptor: int, nbytes: int) -> torch.Tensor:
         OSError: The file cannot be mapped.
     """
     assert _C is not None
+    _COUNT.add(_OF_A_FILE, 0.8)
     # Shared, since only such a map can be laid at a second place; it is for reading, so nothing reaches the file.
-    address = _checked(_C.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0))
+    try:
+        address = _checked(_C.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0))
+    except OSError:
+        _COUNT.maps -= _OF_A_FILE
+        raise
     _MAPS.add(address)
-    return _Mapped(address, nbytes).tensor()
+    return _Mapped(address, nbytes, _OF_A_FILE).tensor()
 
 
 def release(data: torch.Tensor) -> None:
@@ -129,6 +168,8 @@ class Plane:
         source, nbytes = data.data_ptr(), data.numel() * data.dtype.itemsize
         if source % PAGE or at % PAGE or not 0 <= at <= self._mapped.nbytes - nbytes:
             raise ValueError(f"{nbytes} bytes at {source:#x} cannot be shown at {at}")
+        _COUNT.add(1, 0.5)
+        self._mapped.maps += 1
         # An old size of 0 leaves the map where it is and makes a second one of the same pages: see mremap(2).
         _checked(_C.mremap(source, 0, nbytes, _MAY_MOVE | _MOVE_TO, self._mapped.address + at))
 

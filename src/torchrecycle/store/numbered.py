@@ -52,12 +52,13 @@ class Numbered:
     def _forget_process(self) -> None:
         self._numbers = {entry.name: number for number, entry in enumerate(self.listed)}
         self._opened: dict[int, Segment] = {}
+        self._versions: dict[int, tuple[int, ...] | None] = {}
         self._moved: dict[int, np.ndarray] = {}
         self._opening = threading.RLock()
         self.planes = Planes(self._specs)
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_numbers", "_opened", "_moved", "_opening", "planes")
+        left = ("_numbers", "_opened", "_versions", "_moved", "_opening", "planes")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -100,14 +101,18 @@ class Numbered:
         Raises:
             DamagedRowError: It is not as it was written.
         """
+        version = self._shelf.version(name)
         data = self._shelf.read(name)
-        return (
-            None if data is None else Segment(f"{self._shelf.url}/{name}", data, self._specs, owner=self._shelf.owner)
-        )
+        if data is None:
+            return None
+        segment = Segment(f"{self._shelf.url}/{name}", data, self._specs, owner=self._shelf.owner)
+        segment.version = version
+        return segment
 
     def open(self, number: int, segment: Segment) -> None:
         """Read this segment where that number is asked for, instead of any that was opened before."""
         self._opened[number] = segment
+        self._versions[number] = segment.version
         self.planes.show(self._firsts[number], segment)
 
     def __getitem__(self, number: int) -> Segment:
@@ -145,7 +150,9 @@ class Numbered:
         if damaged:
             for number in numbers:
                 self._aside.add(number)
-                self._opened.pop(number, None)
+                segment = self._opened.pop(number, None)
+                if segment is not None:
+                    segment.checked[:] = False  # on the planes as well
                 self._moved.pop(number, None)
         return new
 
@@ -153,6 +160,19 @@ class Numbered:
         """Know a file no more by its name: it is another one than was numbered."""
         self.leave([name], damaged=True)
         self._numbers.pop(name, None)
+
+    def forget_changed(self) -> bool:
+        """Forget the files that were written over since they were opened. Whether there are any."""
+        changed = [
+            self.listed[number].name
+            for number, version in self._versions.items()
+            if number in self._opened
+            and number not in self.hidden
+            and self._shelf.version(self.listed[number].name) not in (version, None)
+        ]
+        for name in changed:
+            self.forget(name)
+        return bool(changed)
 
     # Locations
 

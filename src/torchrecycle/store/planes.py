@@ -93,6 +93,8 @@ class _Shown:
     """For each that is: offsets within segments by row; values by step; the first step of each segment."""
     firsts: np.ndarray
     """The first location of each segment, ascending."""
+    stops: np.ndarray
+    """The location behind the last one of each."""
     columns: tuple[_Column, ...]
     """The columns with values, in the order of dense and ragged."""
 
@@ -111,8 +113,8 @@ class Planes:
         self._rows = _Space([*dense, *(_Column(torch.int64, 1) for _ in ragged), _Column(torch.uint8, 1, blank=True)])
         self._steps = [_Space([_Column(*carrier(spec))]) for spec in ragged]
         self._used = [0 for _ in ragged]
-        self._segments: list[tuple[int, tuple[int, ...]]] = []
-        """First location and first steps of each segment."""
+        self._segments: list[tuple[int, int, tuple[int, ...]]] = []
+        """First location, the one behind the last, and first steps of each segment."""
         self._shown: _Shown | None = None
         self._touched = 0
 
@@ -133,7 +135,7 @@ class Planes:
             self._usable = False
             return
         others = [known for known in self._segments if known[0] != first]
-        self._segments = sorted([*others, (first, steps)])
+        self._segments = sorted([*others, (first, first + segment.rows, steps)])
         self._shown = self._now()
 
     def _show_steps(self, number: int, values: torch.Tensor) -> int:
@@ -146,7 +148,7 @@ class Planes:
 
     def _now(self) -> _Shown:
         columns = self._rows.columns
-        steps = np.array([steps for _, steps in self._segments], dtype=np.int64).reshape(len(self._segments), -1)
+        steps = np.array([steps for _, _, steps in self._segments], dtype=np.int64).reshape(len(self._segments), -1)
         return _Shown(
             sound=columns[-1].units.numpy()[:, 0].view(np.bool_),
             dense=tuple(column.units for column in columns[: self._count]),
@@ -154,7 +156,8 @@ class Planes:
                 (offsets.units[:, 0], space.columns[0].units, steps[:, number])
                 for number, (offsets, space) in enumerate(zip(columns[self._count : -1], self._steps, strict=True))
             ),
-            firsts=np.array([first for first, _ in self._segments], dtype=np.int64),
+            firsts=np.array([first for first, _, _ in self._segments], dtype=np.int64),
+            stops=np.array([stop for _, stop, _ in self._segments], dtype=np.int64),
             columns=(*columns[: self._count], *(space.columns[0] for space in self._steps)),
         )
 
@@ -200,9 +203,10 @@ class Planes:
         if shown is None or not len(where):
             return
         where = np.unique(where)
-        where = where[where < len(shown.sound)]
         number = np.searchsorted(shown.firsts, where, side="right") - 1
-        where, number = where[number >= 0], number[number >= 0]
+        # Where no segment is shown, reading would end the process.
+        there = (number >= 0) & (where < shown.stops[number])
+        where, number = where[there], number[there]
         for at, column in enumerate(shown.columns):
             if at < self._count:
                 self._touch(_read(column, where, where + 1))

@@ -252,6 +252,8 @@ class Segment:
         self.file = file
         self.data = data
         """The bytes of the file."""
+        self.version: tuple[int, ...] | None = None
+        """What the shelf says of the file, to know it again."""
         tensors, metadata = unpack(data, file, owner=owner)
         origin = tensors.pop(_ORIGIN, None)
         _expect_names(file, tensors, specs)

@@ -81,6 +81,10 @@ class Shelf(ABC):
     def read(self, name: str) -> torch.Tensor | None:
         """The bytes of a file, not to be written into; None if there is no such file."""
 
+    def version(self, name: str) -> tuple[int, ...] | None:
+        """What changes when a file is replaced or written over; None where that does not happen, or it is not there."""
+        return None
+
     @abstractmethod
     def write(self, name: str, packed: Packed, *, keep: bool = False) -> None:
         """Write a file in one step: others see all of it or nothing, and a crash leaves all of it or nothing.
@@ -125,7 +129,7 @@ class Shelf(ABC):
 
     @abstractmethod
     def date(self, name: str, used: float) -> None:
-        """Let a file count as written and last used at some time, if that can be written down."""
+        """Let a file count as last used at some time, if that can be written down."""
 
     def _before_writing(self, name: str, nbytes: int) -> None:
         """To be called by `write` with a file's size."""
@@ -185,6 +189,13 @@ class FolderShelf(Shelf):
             finally:
                 # A store has thousands of segments, and a map needs no open file.
                 os.close(descriptor)
+
+    def version(self, name: str) -> tuple[int, ...] | None:
+        try:
+            found = os.stat(self._folder / name, follow_symlinks=False)
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _open(self, name: str) -> int:
         """A descriptor of a file, to read it. No link is followed, but those above this shelf's folder."""
@@ -282,7 +293,7 @@ class FolderShelf(Shelf):
             with contextlib.suppress(FileNotFoundError):
                 if not is_folder:
                     of = os.stat(self._folder / folder / name, follow_symlinks=False)
-                    found[name] = FileStat(of.st_size, max(of.st_atime, of.st_mtime), of.st_mtime)
+                    found[name] = FileStat(of.st_size, of.st_atime, of.st_mtime)
         return found
 
     def remove(self, names: Iterable[str]) -> None:
@@ -321,7 +332,9 @@ class FolderShelf(Shelf):
 
     def date(self, name: str, used: float) -> None:
         with contextlib.suppress(OSError):
-            os.utime(self._folder / name, (used, used), follow_symlinks=False)
+            path = self._folder / name
+            written = os.stat(path, follow_symlinks=False).st_mtime_ns
+            os.utime(path, ns=(round(used * 1e9), written), follow_symlinks=False)
 
 
 def _no_file(path: Path) -> DamagedRowError:
