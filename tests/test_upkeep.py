@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import time
 from collections import OrderedDict
@@ -493,6 +494,21 @@ def _status(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise AssertionError(field)
+
+
+def test_a_store_of_format_1_is_listed_and_merged(tmp_path: Path):
+    shutil.copytree(Path(__file__).parent / "golden" / "format1", tmp_path / "store")
+    store = FolderStore(tmp_path / "store")
+    (held,) = store.ls()
+    assert (held.rows, held.segments, held.problem) == (12, 1, "")
+    assert [str(one) for one in held.data_sets] == ["train (12)"]
+    assert "does not say of which parts it is made" in store.diff(FINGERPRINT, FINGERPRINT).incomplete
+    fill(rows_of(store), range(20))
+    (report,) = store.compact()
+    assert (report.segments_before, report.segments, report.doubles) == (2, 1, 0)
+    assert_holds(rows_of(store), range(20))
+    assert store.forget(keys_of([3])).rows == 1
+    assert all(one.ok for one in store.verify())
 
 
 # Evicting
