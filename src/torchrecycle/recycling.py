@@ -69,7 +69,7 @@ from torchrecycle.errors import (
     StaleActivationError,
     StoreError,
 )
-from torchrecycle.fill import FillReport, fill_pass
+from torchrecycle.fill import FillReport, fill_pass, takes_no_more
 from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
 from torchrecycle.trace import is_sharded, slot_of, undisturbed
@@ -1366,7 +1366,8 @@ def fill_many(
         raise BatchError("fill_many needs at least one recycling")
     _refuse_no_map_style(dataset)
     first = recyclings[0]
-    for recycling in recyclings:
+    refused: dict[int, StoreError] = {}
+    for number, recycling in enumerate(recyclings):
         if not recycling._attached:
             raise BatchError("a recycling that has been detached cannot be filled")
         if recycling._options.key is not None and name is None:
@@ -1380,7 +1381,12 @@ def fill_many(
                 "recyclings that are filled in one pass must have the same key=, inputs= and form of example"
             )
         recycling._renew_prefix()
-        recycling._write_probe()
+        try:
+            recycling._write_probe()
+        except StoreError as error:
+            if not takes_no_more(error):
+                raise
+            refused[number] = error
     results = fill_pass(
         recyclings,
         dataset,
@@ -1391,6 +1397,7 @@ def fill_many(
         key_name=name,
         loader_arguments=loader_arguments,
         title="filling " + ", ".join(f"'{r.cut}'" for r in recyclings),
+        refused=refused,
     )
     reports = []
     for recycling, (report, manifest) in zip(recyclings, results, strict=True):

@@ -160,6 +160,9 @@ def fill_pass(
     fill: _Pass | None = None
     try:
         _read_twice(dataset, reading, recyclings[0].source)
+        for recycling in recyclings:
+            # Rows that we know of may have left the store since.
+            recycling.source.rows.refresh()
         fill = _Pass(recyclings, len(dataset), refused or {})
         with progress(title, len(dataset)) as shown:
             try:

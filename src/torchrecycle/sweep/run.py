@@ -686,7 +686,9 @@ def _together(reports: Sequence[FillReport]) -> FillReport:
     """One pass over a data set as one report: bytes of all levels."""
     computed = max(report.computed for report in reports)
     written = sum(report.bytes_written for report in reports)
-    return replace(reports[0], computed=computed, found=reports[0].objects - computed, bytes_written=written)
+    missing = max(report.missing for report in reports)
+    found = reports[0].objects - computed - missing
+    return replace(reports[0], computed=computed, found=found, missing=missing, bytes_written=written)
 
 
 def _batches_of_a_step(task: Task) -> int:
