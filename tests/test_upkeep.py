@@ -731,7 +731,9 @@ def test_forget_erases_an_object_everywhere(store: FolderStore):
     age(folder / "x-2.safetensors.tmp-7-ab", 120)
     (folder / "claims").mkdir()
     (folder / "claims" / ("a" * 16)).write_bytes(bytes(64) + key.tobytes())
-    row = leaves_of([7])[0].numpy().tobytes()
+    picture = leaves_of([7])[0]
+    assert isinstance(picture, torch.Tensor)
+    row = picture.numpy().tobytes()
     assert len(everywhere(store, key.tobytes())) == 7
     assert len(everywhere(store, row)) == 4
     reader = rows_of(store)
