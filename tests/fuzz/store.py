@@ -901,7 +901,10 @@ class Fuzzing:
         change = Change(draw, files)
         kind = change.run()
         if draw.random() < 0.15 and any(isinstance(data, bytes) for data in files.values()):
-            with contextlib.suppress(IndexError, ValueError, KeyError, AssertionError, TypeError, RecursionError):
+            # What the first change has left may be nothing that a second can be made of.
+            with contextlib.suppress(
+                LookupError, ValueError, AssertionError, TypeError, AttributeError, RecursionError
+            ):
                 change.run()
         try:
             self.open(files, sample, way, self.outcomes, believed=bool(change.fitting))
