@@ -248,5 +248,6 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, verb: str):
 
 def test_rows_that_were_not_used_for_long_say_when_they_were(folder: Path):
     for path, days in zip(segments_of(folder), [3, 4, 5, 6], strict=True):
-        os.utime(path, (time.time() - days * 86_400 - 60,) * 2)
+        then = time.time() - days * 86_400 - 60
+        os.utime(path, (then, then))
     assert "3 days ago" in run("ls", folder).output
