@@ -1035,6 +1035,9 @@ class Recycling:
     def loader(self, dataset: Any, *, name: str | None = None, **arguments: Any) -> RecycledLoader:
         """A `DataLoader` whose batches hold rows: same type, keys and order as without us, for the same seed.
 
+        Objects without a row (the store takes no more, or has evicted theirs meanwhile) are read and come in the same
+        batch; the model computes them with its next call, which gives what it would give with all rows.
+
         Args:
             dataset: map-style. What the store lacks of it is filled now, with a progress bar.
             name: see `fill`.
@@ -1085,19 +1088,35 @@ class Recycling:
                 )
         return _joined(outputs)
 
+    def keys(self, batch: Any) -> np.ndarray:
+        """The keys under which the rows of a raw batch's objects are kept: ``store.forget(key)`` erases one.
+
+        Args:
+            batch: as the user's own loader gives it.
+
+        Returns:
+            ``[batch, 16]`` uint8.
+
+        Raises:
+            BatchError: the batch is recycled itself, or its data set has user keys.
+        """
+        return self.source.keys(self._raw_inputs(batch, "keys() hashes"))
+
+    def _raw_inputs(self, batch: Any, what: str) -> Inputs:
+        inputs = self._rule(batch)
+        if any(isinstance(tensor, RecycledTensor) for tensor in inputs.tensors().values()):
+            raise BatchError(f"{what} what the objects give: it needs a raw batch, from your own loader")
+        if self._options.key is not None:
+            raise BatchError("with key=, a batch does not tell the keys of its objects; use verify_every=")
+        return inputs
+
     def check(self, batch: Any) -> CheckReport:
         """Compare the kept rows of a raw batch's objects with fresh ones.
 
         Raises:
             BatchError: the batch is recycled itself, or its data set has user keys.
         """
-        inputs = self._rule(batch)
-        if any(isinstance(tensor, RecycledTensor) for tensor in inputs.tensors().values()):
-            raise BatchError(
-                "check() compares rows with what the objects give: it needs a raw batch, from your own loader"
-            )
-        if self._options.key is not None:
-            raise BatchError("with key=, a batch does not tell the keys of its objects; use verify_every=")
+        inputs = self._raw_inputs(batch, "check() compares rows with")
         located = self.source.find(self.source.keys(inputs), inputs)
         found = np.flatnonzero(located[0] >= 0) if located is not None else np.empty(0, dtype=np.int64)
         leaves = self._fresh_leaves(inputs)
