@@ -1003,7 +1003,7 @@ def test_the_key_of_an_object_comes_from_a_batch_and_erases_it(store: FolderStor
     dataset = torch.utils.data.TensorDataset(images, torch.arange(6))
     with recycle(small(), images, cut="act", store=store) as recycling:
         assert recycling.fill(dataset, batch_size=2).computed == 6
-        key = recycling.source.keys(recycling.source.rule(images[4:5]))
+        key = recycling.keys(images[4:5])
         report = store.forget(key)
         assert report.ok
         assert (report.rows, len(report.manifests)) == (1, 1)

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torchrecycle.errors import StoreError
 from torchrecycle.store.about import ABOUT, read_form
@@ -231,6 +231,10 @@ class MemoryStore(ShelfStore):
 _NAMED: dict[str, MemoryStore] = {}
 
 
+@overload
+def open_store(where: str | os.PathLike[str], max_bytes: int | str | None = None) -> ShelfStore: ...
+@overload
+def open_store(where: str | os.PathLike[str] | Store, max_bytes: int | str | None = None) -> Store: ...
 def open_store(where: str | os.PathLike[str] | Store, max_bytes: int | str | None = None) -> Store:
     """The store at some place.
 
