@@ -20,12 +20,6 @@ IN_MEMORY = Path("/dev/shm")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does it")
 
 
-MENDING = pytest.mark.xfail(
-    strict=True,
-    reason="known and being mended: what a manifest says, and its offsets, are believed under a checksum that fits",
-)
-
-
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *arguments, "--folder", str(folder)],
@@ -36,7 +30,6 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@MENDING
 def test_hostile_files_are_an_error_each_or_harmless(tmp_path: Path):
     children = [start(tmp_path / f"{seed}", str(SCRIPT), "--count", "2500", "--seed", str(seed)) for seed in (1, 2)]
     ended = [(child, *child.communicate(timeout=900)) for child in children]

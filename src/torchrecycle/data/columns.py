@@ -137,6 +137,8 @@ def _is_plain_list(value: Any) -> bool:
 _READ: dict[str, Any] = {"str": str, "str_": np.str_, "json": json.loads}
 """From the text of an item, by the column's kind, to its leaf."""
 
+_KINDS = ("tensor", "ndarray", "numpy", "int", "float", "bool", "bytes", "absent", *_READ)
+
 # -- columns -----------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +162,49 @@ class Column:
         if self.offsets is not None:
             return len(self.offsets) - 1
         return len(self.values)
+
+    def refuse_other_forms(self, items: int, where: str) -> None:
+        """Compare all that a column says of itself with what must be.
+
+        Args:
+            items: how many the data set has.
+            where: for messages.
+
+        Raises:
+            ValueError: something is not as `make_column` makes it.
+        """
+        if self.values.dim() < 1 or len(self) != items:
+            raise ValueError(f"{where} is of another length than the {items} keys")
+        if self.kind not in _KINDS or (self.kind == "absent") != isinstance(
+            getattr(torch, self.dtype, None), torch.dtype
+        ):
+            raise ValueError(f"{where} is of kind {self.kind!r} and dtype {self.dtype!r}")
+        if self.kind in ("bytes", *_READ) and (self.offsets is None or self.values.dtype != torch.uint8):
+            raise ValueError(f"{where} is of kind {self.kind!r} and no text")
+        if self.kind in ("int", "float", "bool", "numpy") and (self.values.dim() != 1 or self.offsets is not None):
+            raise ValueError(f"{where} is of kind {self.kind!r} and holds no numbers")
+        if self.kind == "absent" and (self.values.dim() != 2 or self.values.dtype != torch.int64):
+            raise ValueError(f"{where} holds no shapes")
+        if self.offsets is not None:
+            self._refuse_other_offsets(self.offsets, where)
+
+    def _refuse_other_offsets(self, offsets: torch.Tensor, where: str) -> None:
+        sizes = offsets.diff()
+        if offsets.dtype != torch.int64 or offsets.dim() != 1 or int(offsets[0]) != 0 or bool((sizes < 0).any()):
+            raise ValueError(f"{where} has offsets that do not ascend from 0")
+        if self.values.dim() != 1 or int(offsets[-1]) != len(self.values):
+            raise ValueError(f"{where} has {len(self.values)} values, and its offsets end at {int(offsets[-1])}")
+        if self.shapes is not None:
+            shapes = self.shapes
+            if (
+                shapes.dtype != torch.int64
+                or shapes.dim() != 2
+                or len(shapes) != len(sizes)
+                or bool((shapes < 0).any())
+            ):
+                raise ValueError(f"{where} has no shape for each item")
+            if not torch.equal(shapes.prod(dim=1), sizes):
+                raise ValueError(f"{where} has shapes of other sizes than its items")
 
     def __getitem__(self, index: int) -> Any:
         """The leaf of one item, as it was. A collate function may write into it."""

@@ -8,6 +8,7 @@ whose rows are missing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ class KnownManifests:
         if identity is None or not manifest.template.is_plain:
             return
         try:
-            self.source.rows.write_manifest(identity, *manifest.to_tensors())
+            tensors, words = manifest.to_tensors()
+            self.source.rows.write_manifest(identity, tensors, {**words, "data set": _in_words(base, name)})
         except StoreError as error:
             if error.errno is None:
                 raise
@@ -206,7 +208,7 @@ class KnownManifests:
             return None
         try:
             manifest = Manifest.from_tensors(*found)
-        except (KeyError, ValueError, TypeError) as error:
+        except ValueError as error:
             raise StoreError(
                 f"the manifest {identity} in {self.source.rows.url} is damaged: {error}. Remove it."
             ) from error
@@ -258,3 +260,10 @@ def _same(kept: Any, leaf: Any) -> bool:
     if isinstance(leaf, torch.Tensor):
         return first_difference(kept, leaf) is None
     return repr(kept) == repr(leaf)
+
+
+def _in_words(base: Any, name: str | None) -> str:
+    """What people call a data set."""
+    root = getattr(base, "root", None)
+    folder = f" {os.path.basename(os.path.normpath(root))}" if isinstance(root, (str, os.PathLike)) else ""
+    return name or type(base).__name__ + folder

@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from torchrecycle.data.columns import Column, Template
-from torchrecycle.errors import KeyTypeError
-from torchrecycle.keys import key
+from torchrecycle.errors import BatchError, KeyTypeError
+from torchrecycle.keys import KEY_BYTES, key
 
 __all__ = ["Manifest", "identity_of"]
 
@@ -58,19 +58,34 @@ class Manifest:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Manifest:
-        """What `to_tensors` gave, read back."""
-        about = json.loads(metadata["about"])
-        columns = []
-        for number, (kind, dtype) in enumerate(about["columns"]):
-            parts = [tensors.get(f"column.{number}.{part}") for part in ("values", "offsets", "shapes")]
-            if parts[0] is None:
-                raise ValueError(f"column {number} has no values")
-            columns.append(Column(kind, parts[0], parts[1], parts[2], dtype))
-        keys = tensors["keys"].numpy()
-        if any(len(column) != len(keys) for column in columns):
-            raise ValueError("a column of a manifest is of another length than its keys")
-        inputs = {int(position): name for position, name in about["inputs"].items()}
-        return cls(keys, Template.from_json(about["template"]), tuple(columns), inputs)
+        """What `to_tensors` gave, read back and believed in nothing that can be compared.
+
+        Raises:
+            ValueError: It is not of that form.
+        """
+        try:
+            about = json.loads(metadata["about"])
+            template = Template.from_json(about["template"])
+            words = [(str(kind), str(dtype)) for kind, dtype in about["columns"]]
+            inputs = {int(position): str(name) for position, name in about["inputs"].items()}
+        except (KeyError, TypeError, AttributeError, RecursionError, BatchError) as error:
+            raise ValueError(f"its words are not those of a manifest ({error!r})") from None
+        keys = tensors.get("keys")
+        if keys is None or keys.dtype != torch.uint8 or keys.dim() != 2 or keys.shape[1] != KEY_BYTES:
+            raise ValueError("its keys are not [n, 16] bytes")
+        if len(template.paths()) != len(words) or not set(inputs) <= set(range(len(words))):
+            raise ValueError(f"its items have {len(template.paths())} leaves, and {len(words)} columns are there")
+        columns = tuple(_read_column(tensors, number, *word) for number, word in enumerate(words))
+        for number, column in enumerate(columns):
+            column.refuse_other_forms(len(keys), f"column {number}")
+        return cls(keys.numpy(), template, columns, inputs)
+
+
+def _read_column(tensors: Mapping[str, torch.Tensor], number: int, kind: str, dtype: str) -> Column:
+    values, offsets, shapes = (tensors.get(f"column.{number}.{part}") for part in ("values", "offsets", "shapes"))
+    if values is None:
+        raise ValueError(f"column {number} has no values")
+    return Column(kind, values, offsets, shapes, dtype)
 
 
 # -- which data set is it ----------------------------------------------------------------------------------------------

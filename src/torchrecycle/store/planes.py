@@ -25,6 +25,7 @@ from torch.utils.data import get_worker_info
 
 from torchrecycle.store.contract import Leaf, LeafSpec, Ragged
 from torchrecycle.store.mapping import MAPS, PAGE, Plane
+from torchrecycle.store.outputs import LARGE_BYTES, empty
 from torchrecycle.store.segment import Segment, carrier, ranges, row_bytes, uncarried
 
 SLOT = 4096
@@ -174,8 +175,7 @@ class Planes:
                 return self._gather_ragged(shown, locations, where)
             self._touch(len(where) * (self._row_bytes + _AROUND))
             return [
-                uncarried(spec, units.index_select(0, locations))
-                for spec, units in zip(self._specs, shown.dense, strict=True)
+                uncarried(spec, _picked(units, locations)) for spec, units in zip(self._specs, shown.dense, strict=True)
             ]
         except IndexError:
             return None
@@ -186,13 +186,13 @@ class Planes:
         number = np.searchsorted(shown.firsts, where, side="right") - 1
         for spec in self._specs:
             if not spec.ragged:
-                leaves.append(uncarried(spec, next(dense).index_select(0, locations)))
+                leaves.append(uncarried(spec, _picked(next(dense), locations)))
                 continue
             offsets, values, steps = next(ragged)
             starts = offsets.index_select(0, locations).numpy()
             lengths = offsets.index_select(0, locations + 1).numpy() - starts
             index = torch.from_numpy(ranges(starts + steps[number], lengths))
-            leaves.append(Ragged(uncarried(spec, values.index_select(0, index)), torch.from_numpy(lengths)))
+            leaves.append(Ragged(uncarried(spec, _picked(values, index)), torch.from_numpy(lengths)))
             self._touch(len(index) * row_bytes(spec))
         self._touch(len(where) * (self._row_bytes + _AROUND * len(self._specs)))
         return leaves
@@ -229,6 +229,13 @@ class Planes:
             for column in space.columns:
                 if column.plane is not None:
                     column.plane.release()
+
+
+def _picked(units: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    rows, width = len(index), units.shape[1]
+    if rows * width * 8 < LARGE_BYTES:
+        return units.index_select(0, index)
+    return torch.index_select(units, 0, index, out=empty(rows, width, units.dtype))
 
 
 def _begins_at_pages(segment: Segment) -> bool:

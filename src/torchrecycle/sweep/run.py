@@ -366,6 +366,7 @@ class _Sweep:
         assert recycling is not None
         splits = [split for split in (self.task.train, self.task.validation, self.task.test) if split is not None]
         rows = torch.cat([runner.evaluation_loader(split).dataset.locations for split in splits]).unique()
+        rows = rows[rows >= 0]  # without those for which the store had no room
         if not len(rows):
             return 0
         some = rows[:: max(1, len(rows) // SIZED)]
