@@ -10,10 +10,10 @@ change the last bits of what the suffix computes. `precision` is the only thing 
 
 With ``precision="int8"`` a row is two leaves: whole numbers from -127 to 127, and the scales that they are multiples
 of, one for each channel of the row: ``[12, 384]`` int8 beside ``[384]`` bfloat16. A channel is a feature of a token, or
-one plane of a map. Middle layers of transformers have a few channels which are ten times as large as the others in
-every token (of MiniLM's 384 it is number 99): a scale per token would be theirs alone, and the row would lose 1.6 % where
-a scale per channel loses 0.5 % (``benchmarks/precision.py``, ``docs/precision.md``). Where few values would share a scale
-(a pooled vector), some neighbouring channels have one together.
+one plane of a map. Middle layers of transformers have a few channels which are several times as large as the others, in
+every token (of MiniLM's 384 it is number 99): a scale per token would be theirs alone, and the row would lose 1.6 %
+where a scale per channel loses 0.5 % (``benchmarks/precision.py``, ``docs/precision.md``). Where few values would share
+a scale (a pooled vector), some neighbouring channels have one together.
 """
 
 from __future__ import annotations
