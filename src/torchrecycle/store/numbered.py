@@ -210,6 +210,14 @@ class Numbered:
             parts.append((number, at, rows))
         return parts
 
+    def read_unchecked(self, parts: Sequence[tuple[Segment, int, np.ndarray]]) -> None:
+        """Have what is to be checked of some segments read at once: hashing would ask the disk page by page.
+
+        Args:
+            parts: segments, their first locations, and rows of them.
+        """
+        self.planes.read(np.concatenate([first + segment.unchecked(rows) for segment, first, rows in parts]))
+
     def prefetch(self, where: np.ndarray) -> None:
         """Have the rows at these locations read from the disk."""
         for number, _, _ in self.split(where):

@@ -100,6 +100,17 @@ class _Shown:
     """The columns with values, in the order of dense and ragged."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a segment is shown."""
+
+    first: int
+    """The location of its first row."""
+    steps: tuple[int, ...]
+    """The first step of each of its ragged leaves."""
+    segment: Segment
+
+
 class Planes:
     """The segments of one fingerprint side by side. One thread at a time may `show`; any number may read."""
 
@@ -114,8 +125,7 @@ class Planes:
         self._rows = _Space([*dense, *(_Column(torch.int64, 1) for _ in ragged), _Column(torch.uint8, 1, blank=True)])
         self._steps = [_Space([_Column(*carrier(spec))]) for spec in ragged]
         self._used = [0 for _ in ragged]
-        self._segments: list[tuple[int, int, tuple[int, ...]]] = []
-        """First location, the one behind the last, and first steps of each segment."""
+        self._segments: list[_Place] = []
         self._shown: _Shown | None = None
         self._touched = 0
 
@@ -135,9 +145,23 @@ class Planes:
             # Addresses are limited (`ulimit -v`): what is there already stays.
             self._usable = False
             return
-        others = [known for known in self._segments if known[0] != first]
-        self._segments = sorted([*others, (first, first + segment.rows, steps)])
+        others = [known for known in self._segments if known.first != first]
+        self._segments = sorted([*others, _Place(first, steps, segment)], key=lambda place: place.first)
         self._shown = self._now()
+        for place in self._segments:
+            self._lay(place)
+
+    def _lay(self, place: _Place) -> None:
+        """Let a segment read its leaves from the planes too, so that its pages are mapped once."""
+        dense, offsets, steps = iter(self._rows.columns), iter(self._rows.columns[self._count :]), iter(self._steps)
+        numbers = iter(place.steps)
+        for column in place.segment.columns:
+            if column.offsets is None:
+                column.values = next(dense).units[place.first : place.first + place.segment.rows]
+            else:
+                count, start = len(column.values), next(numbers)
+                column.offsets = next(offsets).units[place.first : place.first + place.segment.rows + 1, 0]
+                column.values = next(steps).columns[0].units[start : start + count]
 
     def _show_steps(self, number: int, values: torch.Tensor) -> int:
         space = self._steps[number]
@@ -149,7 +173,7 @@ class Planes:
 
     def _now(self) -> _Shown:
         columns = self._rows.columns
-        steps = np.array([steps for _, _, steps in self._segments], dtype=np.int64).reshape(len(self._segments), -1)
+        steps = np.array([place.steps for place in self._segments], dtype=np.int64).reshape(len(self._segments), -1)
         return _Shown(
             sound=columns[-1].units.numpy()[:, 0].view(np.bool_),
             dense=tuple(column.units for column in columns[: self._count]),
@@ -157,8 +181,8 @@ class Planes:
                 (offsets.units[:, 0], space.columns[0].units, steps[:, number])
                 for number, (offsets, space) in enumerate(zip(columns[self._count : -1], self._steps, strict=True))
             ),
-            firsts=np.array([first for first, _, _ in self._segments], dtype=np.int64),
-            stops=np.array([stop for _, stop, _ in self._segments], dtype=np.int64),
+            firsts=np.array([place.first for place in self._segments], dtype=np.int64),
+            stops=np.array([place.first + place.segment.rows for place in self._segments], dtype=np.int64),
             columns=(*columns[: self._count], *(space.columns[0] for space in self._steps)),
         )
 
@@ -173,7 +197,7 @@ class Planes:
                 return None
             if not self._plain:
                 return self._gather_ragged(shown, locations, where)
-            self._touch(len(where) * (self._row_bytes + _AROUND))
+            self.touch(len(where) * (self._row_bytes + _AROUND))
             return [
                 uncarried(spec, _picked(units, locations)) for spec, units in zip(self._specs, shown.dense, strict=True)
             ]
@@ -193,8 +217,8 @@ class Planes:
             lengths = offsets.index_select(0, locations + 1).numpy() - starts
             index = torch.from_numpy(ranges(starts + steps[number], lengths))
             leaves.append(Ragged(uncarried(spec, _picked(values, index)), torch.from_numpy(lengths)))
-            self._touch(len(index) * row_bytes(spec))
-        self._touch(len(where) * (self._row_bytes + _AROUND * len(self._specs)))
+            self.touch(len(index) * row_bytes(spec))
+        self.touch(len(where) * (self._row_bytes + _AROUND * len(self._specs)))
         return leaves
 
     def read(self, where: np.ndarray) -> None:
@@ -209,13 +233,13 @@ class Planes:
         where, number = where[there], number[there]
         for at, column in enumerate(shown.columns):
             if at < self._count:
-                self._touch(_read(column, where, where + 1))
+                self.touch(_read(column, where, where + 1))
             else:
                 offsets, _, steps = shown.ragged[at - self._count]
                 first, bounds = steps[number], offsets.numpy()
-                self._touch(_read(column, bounds[where] + first, bounds[where + 1] + first))
+                self.touch(_read(column, bounds[where] + first, bounds[where + 1] + first))
 
-    def _touch(self, nbytes: int) -> None:
+    def touch(self, nbytes: int) -> None:
         """Count bytes that may have been mapped, and let go when they may be too many."""
         self._touched += nbytes
         if self._touched > resident_bytes():

@@ -27,7 +27,6 @@ from torchrecycle.store.index import halves
 from torchrecycle.store.index_file import INDEX, IndexFile, Listed
 from torchrecycle.store.joining import Part, join
 from torchrecycle.store.looking import Lookup
-from torchrecycle.store.mapping import release
 from torchrecycle.store.numbered import Numbered, is_segment
 from torchrecycle.store.segment import Batch, Segment, leaf_bytes, pack_segment
 from torchrecycle.store.shelf import MANIFESTS, Shelf
@@ -169,10 +168,9 @@ class ShelfRows(Rows):
             return [_empty(spec) for spec in self.leaves]
         where = self._segments.moved(where)
         parts = [Part(self._segments[number], rows, at) for number, at, rows in self._segments.split(where)]
+        self._segments.read_unchecked([(part.segment, where[part.at[0]] - part.rows[0], part.rows) for part in parts])
         for part in parts:
             self.verified_bytes += part.segment.check(part.rows)
-            # The rows themselves are read from the planes.
-            release(part.segment.data)
         leaves = self._segments.planes.gather(torch.from_numpy(where))
         return join(self.leaves, parts) if leaves is None else leaves
 

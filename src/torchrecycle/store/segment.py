@@ -289,6 +289,12 @@ class Segment:
         """These rows, not copied and not compared with their sums: see `check`."""
         return [column.slice(start, stop) for column in self.columns]
 
+    def unchecked(self, rows: np.ndarray) -> np.ndarray:
+        """All rows that `check` of these would read."""
+        step = self._in_block or 1
+        starts = np.unique(rows[~self.checked[rows]] // step) * step
+        return ranges(starts, np.minimum(starts + step, self.rows) - starts)
+
     def check(self, rows: np.ndarray) -> int:
         """Compare rows with their sums, where nobody has yet, and remember that.
 
