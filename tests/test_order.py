@@ -140,7 +140,10 @@ class Unread:
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 5, 64, 65, 1000])
 def test_reading_ahead_gives_the_sampler_s_batches(count: int, drop_last: bool):
-    for make in (lambda: SequentialSampler(range(count)), lambda: DistributedSampler(TensorDataset(torch.arange(count)), 2, 1)):
+    for make in (
+        lambda: SequentialSampler(range(count)),
+        lambda: DistributedSampler(TensorDataset(torch.arange(count)), 2, 1),
+    ):
         expected = list(BatchSampler(make(), 8, drop_last))
         assert list(ReadAhead(BatchSampler(make(), 8, drop_last), Unread(count))) == expected  # pyright: ignore
 
@@ -207,3 +210,18 @@ def test_batches_in_blocks_are_those_of_the_model(attached: tuple[Recycling, Ten
         for batch, _, index in loader:
             expected = residual()(data.tensors[0][index])
             torch.testing.assert_close(made.model(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_are_forked_while_rows_are_read_ahead(tmp_path: Path):
+    """A lock that a thread holds at that moment would stay locked in the worker, which would wait for ever."""
+    data = objects()
+    made = recycle(residual(), data[:2][0], cut=CUT, store=tmp_path / "activations")
+    made.fill(data)
+    for _ in range(6):
+        fresh = recycle(residual(), data[:2][0], cut=CUT, store=tmp_path / "activations")
+        ahead = iter(fresh.loader(data, batch_size=8, shuffle=True))
+        next(ahead)
+        loader = fresh.loader(data, batch_size=64, num_workers=2, shuffle="blocks")
+        assert sorted(joined(indices(loader))) == list(range(COUNT))
+        fresh.detach()

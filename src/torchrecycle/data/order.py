@@ -5,9 +5,10 @@ each other, in random order, and within a window of 128 of them every row at ran
 blocks; a batch of 64 comes from some fifty of them, and the next epoch puts other blocks together. What is smaller than
 a window is shuffled as a whole.
 
-While a batch is trained, a thread asks the disk for the next ones. It does so only where the order of an epoch is known
-without asking the sampler more often than `DataLoader` would: random numbers are drawn in the order in which they would
-be without us. And it asks only as long as that leads to reading: rows that are in the system's memory need no thread.
+While a batch is trained, a thread reads the next ones and compares them with their checksums. It does so only where the
+order of an epoch is known without asking the sampler more often than `DataLoader` would: random numbers are drawn in the
+order in which they would be without us. And it does so only as long as there is something to do: rows that are in the
+system's memory and were compared need no thread.
 """
 
 from __future__ import annotations
@@ -194,12 +195,12 @@ class _Reading:
 
 
 def _read(rows: Rows, locations: torch.Tensor) -> int:
-    """Read rows, and say how many blocks of the disk that took."""
-    before = _blocks_read()
+    """Read rows, and say how much work that was: blocks of the disk, and bytes compared with checksums."""
+    before = _blocks_read() + rows.verified_bytes
     # Reading ahead is a service: what is wrong with the rows is said by those who gather them.
     with contextlib.suppress(Exception):
         rows.prefetch(locations)
-    return _blocks_read() - before
+    return _blocks_read() + rows.verified_bytes - before
 
 
 def _row_bytes(dataset: RecycledDataset) -> int:

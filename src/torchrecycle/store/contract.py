@@ -164,9 +164,9 @@ class Rows(ABC):
         """
 
     def prefetch(self, locations: np.ndarray | torch.Tensor) -> None:
-        """Have rows read from the disk that `gather` will soon be asked for: to be called in a thread.
+        """Have rows read from the disk, and compared with their sums, that `gather` will soon be asked for.
 
-        May do nothing.
+        To be called in a thread. May do nothing.
 
         Args:
             locations: ``[n]`` int64, from `lookup`; neighbours are read in one piece.

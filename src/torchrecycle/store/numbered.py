@@ -9,6 +9,7 @@ read; or was merged into another segment, which says where its rows are now; or 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,13 @@ from torchrecycle.store.joining import by_number
 from torchrecycle.store.planes import SLOT, Planes
 from torchrecycle.store.segment import Origin, Segment
 from torchrecycle.store.shelf import Shelf
+
+OPENING = threading.RLock()
+"""Held while a segment is opened or counted, by whichever thread. Workers are forked between two such moments, not in
+the midst of one: a lock that another thread holds would stay locked in them for ever."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=OPENING.acquire, after_in_parent=OPENING.release, after_in_child=OPENING.release)
 
 _SEGMENT_NAME = re.compile(r"[A-Za-z0-9]+-[0-9]+\.safetensors")
 
@@ -54,11 +62,10 @@ class Numbered:
         self._opened: dict[int, Segment] = {}
         self._versions: dict[int, tuple[int, ...] | None] = {}
         self._moved: dict[int, np.ndarray] = {}
-        self._opening = threading.RLock()
         self.planes = Planes(self._specs)
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_numbers", "_opened", "_versions", "_moved", "_opening", "planes")
+        left = ("_numbers", "_opened", "_versions", "_moved", "planes")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,7 +94,7 @@ class Numbered:
 
     def find(self, name: str) -> int | None:
         """Open a segment and number it; None if it is not there."""
-        with self._opening:
+        with OPENING:
             segment = self.read(name)
             if segment is None:
                 return None
@@ -125,7 +132,7 @@ class Numbered:
         found = self._opened.get(number)
         if found is not None:
             return found
-        with self._opening:
+        with OPENING:
             if number not in self._opened:
                 self.open(number, self._open_again(number))
             return self._opened[number]
@@ -218,12 +225,6 @@ class Numbered:
         """
         self.planes.read(np.concatenate([first + segment.unchecked(rows) for segment, first, rows in parts]))
 
-    def prefetch(self, where: np.ndarray) -> None:
-        """Have the rows at these locations read from the disk."""
-        for number, _, _ in self.split(where):
-            self[number]
-        self.planes.read(where)
-
     def moved(self, where: np.ndarray) -> np.ndarray:
         """The locations, those in segments that were merged into others replaced by where their rows are now.
 
@@ -252,7 +253,7 @@ class Numbered:
             entry = self.listed[number]
             known = (entry.name, entry.digest)
             places = np.full(entry.rows, -1, dtype=np.int64)
-            with self._opening:
+            with OPENING:
                 for other, origin in self._merged():
                     if known in origin.segments:
                         came = origin.rows.numpy().astype(np.int64)

@@ -27,7 +27,7 @@ from torchrecycle.store.index import halves
 from torchrecycle.store.index_file import INDEX, IndexFile, Listed
 from torchrecycle.store.joining import Part, join
 from torchrecycle.store.looking import Lookup
-from torchrecycle.store.numbered import Numbered, is_segment
+from torchrecycle.store.numbered import OPENING, Numbered, is_segment
 from torchrecycle.store.segment import Batch, Segment, leaf_bytes, pack_segment
 from torchrecycle.store.shelf import MANIFESTS, Shelf
 from torchrecycle.store.waiting import Waiting, misfit
@@ -168,14 +168,25 @@ class ShelfRows(Rows):
             return [_empty(spec) for spec in self.leaves]
         where = self._segments.moved(where)
         parts = [Part(self._segments[number], rows, at) for number, at, rows in self._segments.split(where)]
-        self._segments.read_unchecked([(part.segment, where[part.at[0]] - part.rows[0], part.rows) for part in parts])
-        for part in parts:
-            self.verified_bytes += part.segment.check(part.rows)
+        self._check(parts, where)
         leaves = self._segments.planes.gather(torch.from_numpy(where))
         return join(self.leaves, parts) if leaves is None else leaves
 
     def prefetch(self, locations: np.ndarray | torch.Tensor) -> None:
-        self._segments.prefetch(_as_locations(locations).numpy())
+        where = _as_locations(locations).numpy()
+        if len(where):
+            where = self._segments.moved(where)
+            self._segments.planes.read(where)
+            self._check(
+                [Part(self._segments[number], rows, at) for number, at, rows in self._segments.split(where)], where
+            )
+
+    def _check(self, parts: Sequence[Part], where: np.ndarray) -> None:
+        """Compare rows with their sums, where nobody has yet."""
+        self._segments.read_unchecked([(part.segment, where[part.at[0]] - part.rows[0], part.rows) for part in parts])
+        compared = sum(part.segment.check(part.rows) for part in parts)
+        with OPENING:
+            self.verified_bytes += compared
 
     # Writing
 
