@@ -5,10 +5,10 @@ each other, in random order, and within a window of 128 of them every row at ran
 blocks; a batch of 64 comes from some fifty of them, and the next epoch puts other blocks together. What is smaller than
 a window is shuffled as a whole.
 
-While a batch is trained, a thread reads the next ones and compares them with their checksums. It does so only where the
-order of an epoch is known without asking the sampler more often than `DataLoader` would: random numbers are drawn in the
-order in which they would be without us. And it does so only as long as there is something to do: rows that are in the
-system's memory and were compared need no thread.
+While a batch is trained, a thread reads the next ones and compares them with their checksums. It does so only where
+the order of an epoch is known without asking the sampler more often than `DataLoader` would: random numbers are drawn
+in the order in which they would be without us. And it does so only as long as there is something to do: rows that are
+in the system's memory and were compared need no thread.
 """
 
 from __future__ import annotations
