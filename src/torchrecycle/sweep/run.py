@@ -10,11 +10,13 @@ and one that is asked for a second seed trains that one only.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import secrets
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +28,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from torchrecycle.errors import RecycleError
+from torchrecycle.errors import RecycleError, RecycleWarning, StoreError
 from torchrecycle.fill import FillReport
 from torchrecycle.progress import progress
 from torchrecycle.recycling import Recycling, fill_many, recycle
@@ -288,7 +290,10 @@ class _Sweep:
     def _fill_split(self, name: str, split: Split, runners: Mapping[str, _Runner]) -> FillReport:
         """One pass over a split, for all levels that are not done. What it cost is kept."""
         recyclings = [runner.recycling for runner in runners.values() if runner.recycling is not None]
-        reports = fill_many(recyclings, split.dataset, name=split.name, **self.task.eval_arguments())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", RecycleWarning)
+            reports = fill_many(recyclings, split.dataset, name=split.name, **self.task.eval_arguments())
+        _refuse_missing_rows(reports, said)
         together = _together(reports)
         if together.computed:
             cost = {"objects": together.objects, "computed": together.computed, "seconds": together.seconds}
@@ -681,6 +686,18 @@ def _keep_weights(model: nn.Module, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _refuse_missing_rows(reports: Sequence[FillReport], said: Sequence[warnings.WarningMessage]) -> None:
+    """A store that took no more rows ends a sweep: with some of them computed anew, its times would mean nothing."""
+    words = [str(warning.message) for warning in said if warning.category is RecycleWarning]
+    if any(report.missing for report in reports):
+        error = StoreError(f"cannot write all rows: {' '.join(words)}")
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        error.errno = next((number for number in known if os.strerror(number) in str(error)), errno.ENOSPC)
+        raise error
+    for warning in said:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _together(reports: Sequence[FillReport]) -> FillReport:
