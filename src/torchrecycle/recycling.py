@@ -1042,7 +1042,8 @@ class Recycling:
             dataset: map-style. What the store lacks of it is filled now, with a progress bar.
             name: see `fill`.
             **arguments: of ``torch.utils.data.DataLoader``; ``shuffle`` may also be ``"blocks"``, a random order for
-                disks and networks that read neighbours faster than single rows: see `BlockShuffleSampler`.
+                disks and networks that read neighbours faster than single rows: see `BlockShuffleSampler`. Memory is
+                pinned, if not said otherwise, where the model is on a GPU.
         """
         collate_fn = arguments.pop("collate_fn", None)
         if collate_fn is not None and not callable(collate_fn):
@@ -1062,6 +1063,8 @@ class Recycling:
             },
         }
         wrapped = self._wrapped(dataset, name, reading)
+        # Rows are copied to the device beside the computing only from pinned memory.
+        arguments.setdefault("pin_memory", self.device.type == "cuda")
         return RecycledLoader(wrapped, collate_fn=self.collate(collate_fn), **in_blocks(wrapped, arguments))
 
     def predict(self, dataset: Any, batch_size: int = 64, **arguments: Any) -> Any:
