@@ -28,6 +28,7 @@ from torch import nn
 
 from torchrecycle.codec import Layout
 from torchrecycle.errors import CutError
+from torchrecycle.keys import hash_threads
 
 __all__ = ["FINGERPRINT_VERSION", "OF_ANY_MODULE", "Fingerprint", "Watch", "take_fingerprint"]
 
@@ -159,7 +160,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
         value = value.to_dense() if value.layout is not torch.strided else value.int_repr()
     flat = value.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
-    hasher = blake3(max_threads=blake3.AUTO if data.nbytes > 1 << 20 else 1)
+    hasher = blake3(max_threads=hash_threads() if data.nbytes > 1 << 20 else 1)
     hasher.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
     hasher.update(data)  # pyright: ignore (an array is a buffer)
     return hasher.hexdigest()

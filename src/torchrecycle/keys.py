@@ -40,6 +40,7 @@ import dataclasses
 import datetime
 import enum
 import math
+import os
 import pathlib
 import struct
 import sys
@@ -57,7 +58,7 @@ from blake3 import blake3
 
 from torchrecycle.errors import BatchError, KeyTypeError
 
-__all__ = ["KEY_BYTES", "KEY_VERSION", "Key", "key", "tensor_row_keys"]
+__all__ = ["KEY_BYTES", "KEY_VERSION", "Key", "hash_threads", "key", "tensor_row_keys"]
 
 Key: TypeAlias = bytes
 """16 bytes; ``.hex()`` to show it."""
@@ -66,6 +67,21 @@ KEY_VERSION = 1
 """The version of the recipe. It is hashed first: a key of another version never meets one of this."""
 
 KEY_BYTES = 16
+
+_FORKED: list[int] = []
+
+
+def hash_threads() -> int:
+    """How many threads BLAKE3 may use for large inputs: as many as it likes, but one in a forked process.
+
+    Its pool of threads is one for all, and after a fork the child has the pool without its threads: it would wait for
+    ever.
+    """
+    return 1 if _FORKED else blake3.AUTO
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _FORKED.append(os.getpid()))
 """The length of a key."""
 
 _PREFIX = b"torchrecycle key %d\0" % KEY_VERSION

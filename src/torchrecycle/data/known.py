@@ -102,7 +102,7 @@ class KnownManifests:
                 fill()
                 known = self._found(dataset)
             looked = True
-        lost = dataset.takes_losses()
+        lost = dataset.takes_losses() | self.source.rows.overwritten()
         if not looked and (lost or made or bool((known.locations < 0).any())):
             self._look_again(known, anew=lost)
         if known.lacks:

@@ -46,7 +46,8 @@ _IDLE = 16
 class BlockShuffleSampler(Sampler[int]):
     """A random order that reads the disk in blocks: blocks at random, then shuffled within a window of them.
 
-    ``recycling.loader(dataset, shuffle="blocks")`` makes one. Each object comes once in an epoch.
+    ``recycling.loader(dataset, shuffle="blocks")`` makes one. Each object comes once in an epoch. The order follows
+    from the seed and from where the rows lie: after `compact`, or in another store, the same seed gives another one.
 
     Args:
         dataset: of ``recycling.dataset(...)``; its rows' places are looked at when an epoch begins.
@@ -127,7 +128,9 @@ def draws_at_once(batch_sampler: Any) -> bool:
         return False
     sampler = batch_sampler.sampler
     kinds = (SequentialSampler, DistributedSampler, BlockShuffleSampler)
-    return type(sampler) in kinds or (type(sampler) is RandomSampler and not sampler.replacement)
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
+    return type(sampler) in kinds
 
 
 class ReadAhead:
@@ -160,6 +163,8 @@ class ReadAhead:
             batches, asked = ahead.popleft()
             reading.wait(asked)
             yield from batches
+        # A sampler that is driven to its end may draw from its generator once more, as it would without us.
+        yield from drawn
 
     def _batches_in_portion(self) -> int:
         """A window of blocks, so that they are read whole; else a good part of what may be read ahead."""

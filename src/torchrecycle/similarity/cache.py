@@ -60,8 +60,8 @@ class CacheConfig:
     save_dir: str | os.PathLike[str] | None = None
     """The folder of the store."""
     precision: str | None = None
-    """``"bfloat16"`` or ``"float16"`` keeps half the bytes, ``"int8"`` a quarter, ``"auto"`` the fewest that lose no more
-    than another batch would; the encoder's own dtype if None."""
+    """``"bfloat16"`` or ``"float16"`` keeps half the bytes, ``"int8"`` a quarter, ``"auto"`` the fewest that lose no
+    more than another batch would; the encoder's own dtype if None."""
     name: str | None = None
     """Stands for the data sets with their preprocessing: as long as it stays, the next run does not read them at all.
     Change it when they change. Each data set is told from the others by its length and loader besides."""

@@ -148,7 +148,8 @@ class Claims:
         folder = self._parent / CLAIMS
         for name, other in self._others.items():
             if other.is_left_behind(self._own):
-                (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a folder that is read-only, somebody else's file
+                    (folder / name).unlink(missing_ok=True)
         if self._own is not None:
             self._own.close()
             self._own = None

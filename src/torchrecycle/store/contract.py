@@ -211,6 +211,13 @@ class Rows(ABC):
     def refresh(self) -> None:
         """See what other writers have published since. Locations already given keep their meaning."""
 
+    def overwritten(self) -> bool:
+        """Whether files of rows were written over since they were opened; these are then known no more.
+
+        Nothing that keeps to the rules does so. It is looked for where an epoch begins.
+        """
+        return False
+
     @abstractmethod
     def verify(self) -> VerifyReport:
         """Read every row of every segment, and set aside the segments in which anything is damaged.

@@ -21,6 +21,7 @@ import blake3
 import numpy as np
 import torch
 
+from torchrecycle.keys import hash_threads
 from torchrecycle.store.container import Entry, Packed, damaged, flat_bytes, pack, unpack
 from torchrecycle.store.index import Run, halves
 from torchrecycle.store.mapping import release
@@ -74,7 +75,7 @@ def open_index(file: str, data: torch.Tensor, *, owner: str) -> IndexFile:
     if found != expected:
         raise damaged(file, f"it holds {sorted(tensors)} in other forms than an index has")
     first, second, places = (tensors[name] for name in ("first", "second", "places"))
-    hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    hasher = blake3.blake3(max_threads=hash_threads())
     for name in ("first", "second", "places", "listed", "keys"):
         hasher.update(flat_bytes(tensors[name]).data)
     same = hasher.digest() == tensors["sum"].numpy().tobytes()

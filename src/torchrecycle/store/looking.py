@@ -56,6 +56,13 @@ class Lookup:
         self._listed = True
         self._write_index_if_due(names)
 
+    def overwritten(self) -> bool:
+        """Forget files that were written over since they were opened. Whether there are any."""
+        found = self._segments.forget_changed()
+        if found:
+            self.forget()
+        return found
+
     def _find(self, name: str) -> None:
         if self._segments.number_of(name) is None:
             number = self._segments.find(name)

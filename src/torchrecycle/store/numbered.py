@@ -85,6 +85,11 @@ class Numbered:
 
     def expect(self, entry: Listed) -> int:
         """Number a segment of which all is known, without opening it."""
+        with OPENING:
+            known = self._numbers.get(entry.name)
+            return self._expect(entry) if known is None else known
+
+    def _expect(self, entry: Listed) -> int:
         number = len(self.listed)
         used = self._firsts[-1] + self.listed[-1].rows + 1 if number else 0
         self._firsts.append(-(-used // SLOT) * SLOT)
@@ -95,6 +100,8 @@ class Numbered:
     def find(self, name: str) -> int | None:
         """Open a segment and number it; None if it is not there."""
         with OPENING:
+            if name in self._numbers:  # another thread was first
+                return self._numbers[name]
             segment = self.read(name)
             if segment is None:
                 return None
@@ -118,9 +125,10 @@ class Numbered:
 
     def open(self, number: int, segment: Segment) -> None:
         """Read this segment where that number is asked for, instead of any that was opened before."""
-        self._opened[number] = segment
-        self._versions[number] = segment.version
-        self.planes.show(self._firsts[number], segment)
+        with OPENING:
+            self._opened[number] = segment
+            self._versions[number] = segment.version
+            self.planes.show(self._firsts[number], segment)
 
     def __getitem__(self, number: int) -> Segment:
         """The segment of that number, opened if need be.

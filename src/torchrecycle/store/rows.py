@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ from torchrecycle.store.waiting import Waiting, misfit
 PROBE = "probe.safetensors"
 SEGMENT_BYTES = 256 * 2**20
 PUBLISH_SECONDS = 30.0
+LOOK_SECONDS = 1.0
+"""How often it is looked, while rows are gathered, whether files were written over."""
 THREAD_BYTES = 2**20
 """What fills a segment smaller than this is published at once, and not in a thread."""
 
@@ -121,10 +124,11 @@ class ShelfRows(Rows):
     def _forget_process(self) -> None:
         self._lookup = Lookup(self._shelf, self._segments)
         self._waiting = Waiting(len(self.leaves))
+        self._next_look = time.monotonic() + LOOK_SECONDS
         self.bytes_read = self.bytes_written = self.verified_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_lookup", "_waiting", "bytes_read", "bytes_written", "verified_bytes")
+        left = ("_lookup", "_waiting", "_next_look", "bytes_read", "bytes_written", "verified_bytes")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -152,10 +156,16 @@ class ShelfRows(Rows):
     def refresh(self) -> None:
         self._lookup.refresh()
 
+    def overwritten(self) -> bool:
+        return self._lookup.overwritten()
+
     # Reading
 
     def gather(self, locations: np.ndarray | torch.Tensor) -> list[Leaf]:
         where = _as_locations(locations)
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + LOOK_SECONDS
+            self.overwritten()
         leaves = self._segments.planes.gather(where)
         if leaves is None:
             leaves = self._gather_checked(where.numpy())

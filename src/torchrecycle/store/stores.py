@@ -12,6 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -98,13 +99,17 @@ class FolderStore(ShelfStore):
     def _shelves(self) -> dict[str, Shelf]:
         return {name: self._shelf(name) for name in self.fingerprints()}
 
-    def _sweep(self) -> None:
+    def _sweep(self, seconds: float = OLD_SECONDS) -> list[str]:
         if not self._folder.is_dir():
-            return
+            return []
+        left = []
         with in_words(f"cannot remove what was left in {self.url}"):
             for path in self._folder.glob(f"{_REMOVED}*"):
-                if not path.is_symlink() and time.time() - path.stat().st_ctime > OLD_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+                with suppress(FileNotFoundError):  # whoever began to remove it has gone on
+                    if not path.is_symlink() and time.time() - path.stat().st_ctime > seconds:
+                        shutil.rmtree(path, ignore_errors=True)
+                        left += [str(path)] if path.exists() else []
+        return left
 
     def _refuse_foreign(self, name: str) -> None:
         folder = self._folder / name
