@@ -37,6 +37,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from torchrecycle.errors import RecycleError, RecycleWarning
+from torchrecycle.keys import hash_threads
 from torchrecycle.similarity.description import Description, describe, dtype_name, is_dense
 from torchrecycle.similarity.rebuilding import rebuild
 
@@ -229,7 +230,7 @@ def _some(names: Any) -> str:
 
 
 def _digest(file: Path) -> str:
-    return blake3(max_threads=blake3.AUTO).update_mmap(str(file)).hexdigest()
+    return blake3(max_threads=hash_threads()).update_mmap(str(file)).hexdigest()
 
 
 def _read_pretrained(folder: Path, number: int, kind: Any) -> Any:
