@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -436,3 +437,31 @@ def test_a_pad_that_is_not_zero_is_damage(folder: Path):
     with pytest.raises(DamagedRowError, match="zeros, for alignment"):
         Segment("one", torch.frombuffer(data, dtype=torch.uint8), SPECS, owner=FINGERPRINT)
     assert b"".join(chunk.tobytes() for chunk in pack([], {}, owner="", aligned=True).chunks)
+
+
+def test_threads_that_gather_and_read_ahead_while_segments_are_opened_get_their_rows(folder: Path):
+    """Ragged rows are found by the first rows of their segments, which other threads add to meanwhile."""
+    fill(folder, range(60, 300), step=5)
+    everything = np.arange(300)
+    wrong: list[int] = []
+    for seed in range(6):
+        reader = rows_in(folder)
+        locations = reader.lookup(keys_of(range(300)))
+
+        def read(number: int, reader: ShelfRows = reader, locations: np.ndarray = locations) -> None:
+            draw = np.random.default_rng(number)
+            for _ in range(60):
+                some = draw.permutation(everything)[:7]
+                if number % 2:
+                    reader.prefetch(locations[some])
+                pictures, texts = reader.gather(locations[some])
+                expected, others = leaves_of(some.tolist())
+                same = torch.equal(pictures, expected) and torch.equal(texts.values, others.values)  # pyright: ignore
+                wrong.extend([] if same else some.tolist())
+
+        threads = [threading.Thread(target=read, args=(8 * seed + number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong

@@ -9,9 +9,7 @@ read; or was merged into another segment, which says where its rows are now; or 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,16 +20,9 @@ from torchrecycle.store.container import damaged
 from torchrecycle.store.contract import LeafSpec
 from torchrecycle.store.index_file import Listed
 from torchrecycle.store.joining import by_number
-from torchrecycle.store.planes import SLOT, Planes
+from torchrecycle.store.planes import OPENING, SLOT, Planes
 from torchrecycle.store.segment import Origin, Segment
 from torchrecycle.store.shelf import Shelf
-
-OPENING = threading.RLock()
-"""Held while a segment is opened or counted, by whichever thread. Workers are forked between two such moments, not in
-the midst of one: a lock that another thread holds would stay locked in them for ever."""
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=OPENING.acquire, after_in_parent=OPENING.release, after_in_child=OPENING.release)
 
 _SEGMENT_NAME = re.compile(r"[A-Za-z0-9]+-[0-9]+\.safetensors")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,6 +31,13 @@ from torchrecycle.store.segment import Segment, carrier, ranges, row_bytes, unca
 
 SLOT = 4096
 """Rows between two places where a segment may begin: as many as there are bytes in a page."""
+
+OPENING = threading.RLock()
+"""Held while a segment is opened or counted, by whichever thread. Workers are forked between two such moments, not in
+the midst of one: a lock that another thread holds would stay locked in them for ever."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=OPENING.acquire, after_in_parent=OPENING.release, after_in_child=OPENING.release)
 
 _AROUND = 64 * 1024
 """The system maps so many bytes around each that is touched."""
@@ -62,21 +70,24 @@ class _Space:
 
     columns: list[_Column]
     capacity: int = 0
-    shown: list[tuple[int, list[torch.Tensor]]] = field(default_factory=list)
-    """What is where: first number, and the data of each column."""
+    shown: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """What is where: by first number, the data of each column."""
 
-    def show(self, first: int, count: int, data: list[torch.Tensor]) -> None:
-        if first + count >= self.capacity:
+    def show(self, first: int, count: int, data: list[torch.Tensor]) -> bool:
+        """Show data from a number on. Whether all that was shown before is in another place now."""
+        grows = first + count >= self.capacity
+        if grows:
             self._grow(max(first + count, SLOT) * 4)
         for column, of_column in zip(self.columns, data, strict=True):
             column.show(of_column, first)
-        self.shown = [*(known for known in self.shown if known[0] != first), (first, data)]
+        self.shown[first] = data
+        return grows
 
     def _grow(self, capacity: int) -> None:
         grown = [_Column(column.dtype, column.width, blank=column._blank) for column in self.columns]
         for number, column in enumerate(grown):
             column.reserve(capacity)
-            for first, data in self.shown:
+            for first, data in self.shown.items():
                 column.show(data[number], first)
         # Whoever reads meanwhile has the old ones, which stay as they are.
         self.columns[:], self.capacity = grown, capacity
@@ -125,7 +136,8 @@ class Planes:
         self._rows = _Space([*dense, *(_Column(torch.int64, 1) for _ in ragged), _Column(torch.uint8, 1, blank=True)])
         self._steps = [_Space([_Column(*carrier(spec))]) for spec in ragged]
         self._used = [0 for _ in ragged]
-        self._segments: list[_Place] = []
+        self._places: dict[int, _Place] = {}
+        """By first location."""
         self._shown: _Shown | None = None
         self._touched = 0
 
@@ -139,17 +151,16 @@ class Planes:
         # What forked workers share of the marks stays shared: it is the same memory, shown again.
         sound = torch.from_numpy(segment.checked.view(np.uint8))
         try:
-            steps = tuple(self._show_steps(number, values) for number, values in enumerate(ragged))
-            self._rows.show(first, segment.rows + 1, [*dense, *offsets, sound])
+            shown = [self._show_steps(number, values) for number, values in enumerate(ragged)]
+            grown = self._rows.show(first, segment.rows + 1, [*dense, *offsets, sound])
         except OSError:
             # Addresses are limited (`ulimit -v`): what is there already stays.
             self._usable = False
             return
-        others = [known for known in self._segments if known.first != first]
-        self._segments = sorted([*others, _Place(first, steps, segment)], key=lambda place: place.first)
-        self._shown = self._now()
-        for place in self._segments:
-            self._lay(place)
+        place = self._places[first] = _Place(first, tuple(start for start, _ in shown), segment)
+        self._shown = None
+        for moved in self._places.values() if grown or any(grew for _, grew in shown) else (place,):
+            self._lay(moved)
 
     def _lay(self, place: _Place) -> None:
         """Let a segment read its leaves from the planes too, so that its pages are mapped once."""
@@ -163,17 +174,25 @@ class Planes:
                 column.offsets = next(offsets).units[place.first : place.first + place.segment.rows + 1, 0]
                 column.values = next(steps).columns[0].units[start : start + count]
 
-    def _show_steps(self, number: int, values: torch.Tensor) -> int:
+    def _show_steps(self, number: int, values: torch.Tensor) -> tuple[int, bool]:
         space = self._steps[number]
         step = PAGE // math.gcd(PAGE, space.columns[0].nbytes)
         first = -(-self._used[number] // step) * step
-        space.show(first, len(values), [values])
+        grown = space.show(first, len(values), [values])
         self._used[number] = first + len(values)
-        return first
+        return first, grown
+
+    def _look(self) -> _Shown | None:
+        """What is shown now. It is put together when rows are read, and not for each of thousands of segments."""
+        with OPENING:
+            if self._shown is None and self._places:
+                self._shown = self._now()
+            return self._shown
 
     def _now(self) -> _Shown:
         columns = self._rows.columns
-        steps = np.array([place.steps for place in self._segments], dtype=np.int64).reshape(len(self._segments), -1)
+        places = [self._places[first] for first in sorted(self._places)]
+        steps = np.array([place.steps for place in places], dtype=np.int64).reshape(len(places), -1)
         return _Shown(
             sound=columns[-1].units.numpy()[:, 0].view(np.bool_),
             dense=tuple(column.units for column in columns[: self._count]),
@@ -181,14 +200,14 @@ class Planes:
                 (offsets.units[:, 0], space.columns[0].units, steps[:, number])
                 for number, (offsets, space) in enumerate(zip(columns[self._count : -1], self._steps, strict=True))
             ),
-            firsts=np.array([place.first for place in self._segments], dtype=np.int64),
-            stops=np.array([place.first + place.segment.rows for place in self._segments], dtype=np.int64),
+            firsts=np.array([place.first for place in places], dtype=np.int64),
+            stops=np.array([place.first + place.segment.rows for place in places], dtype=np.int64),
             columns=(*columns[: self._count], *(space.columns[0] for space in self._steps)),
         )
 
     def gather(self, locations: torch.Tensor) -> list[Leaf] | None:
         """Copies of the rows at ``[n]`` int64 locations; None if one is not on the planes or not known to be sound."""
-        shown = self._shown
+        shown = self._shown or self._look()
         if shown is None:
             return None
         where = locations.numpy()
@@ -204,10 +223,12 @@ class Planes:
         except IndexError:
             return None
 
-    def _gather_ragged(self, shown: _Shown, locations: torch.Tensor, where: np.ndarray) -> list[Leaf]:
+    def _gather_ragged(self, shown: _Shown, locations: torch.Tensor, where: np.ndarray) -> list[Leaf] | None:
         leaves: list[Leaf] = []
         dense, ragged = iter(shown.dense), iter(shown.ragged)
         number = np.searchsorted(shown.firsts, where, side="right") - 1
+        if not (where < shown.stops[number]).all():
+            return None  # of a segment that another thread has shown since we looked
         for spec in self._specs:
             if not spec.ragged:
                 leaves.append(uncarried(spec, _picked(next(dense), locations)))
@@ -223,7 +244,7 @@ class Planes:
 
     def read(self, where: np.ndarray) -> None:
         """Have the rows at these locations of shown segments read from the disk, neighbours in one piece."""
-        shown = self._shown
+        shown = self._shown or self._look()
         if shown is None or not len(where):
             return
         where = np.unique(where)

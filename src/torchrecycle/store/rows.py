@@ -28,7 +28,8 @@ from torchrecycle.store.index import halves
 from torchrecycle.store.index_file import INDEX, IndexFile, Listed
 from torchrecycle.store.joining import Part, join
 from torchrecycle.store.looking import Lookup
-from torchrecycle.store.numbered import OPENING, Numbered, is_segment
+from torchrecycle.store.numbered import Numbered, is_segment
+from torchrecycle.store.planes import OPENING
 from torchrecycle.store.segment import Batch, Segment, leaf_bytes, pack_segment
 from torchrecycle.store.shelf import MANIFESTS, Shelf
 from torchrecycle.store.waiting import Waiting, misfit
