@@ -35,6 +35,8 @@ _WILL_NEED, _DONT_NEED, _POPULATE = 3, 4, 22
 _PIECE = 512 * 1024
 _OF_A_FILE = 2
 """A segment also has a map of its marks."""
+_OF_A_PIECE = 2
+"""What is between two pieces of a plane counts as a map too."""
 
 
 def _c_library() -> Any:
@@ -168,8 +170,8 @@ class Plane:
         source, nbytes = data.data_ptr(), data.numel() * data.dtype.itemsize
         if source % PAGE or at % PAGE or not 0 <= at <= self._mapped.nbytes - nbytes:
             raise ValueError(f"{nbytes} bytes at {source:#x} cannot be shown at {at}")
-        _COUNT.add(1, 0.5)
-        self._mapped.maps += 1
+        _COUNT.add(_OF_A_PIECE, 0.3)
+        self._mapped.maps += _OF_A_PIECE
         # An old size of 0 leaves the map where it is and makes a second one of the same pages: see mremap(2).
         _checked(_C.mremap(source, 0, nbytes, _MAY_MOVE | _MOVE_TO, self._mapped.address + at))
 
