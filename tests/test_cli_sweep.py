@@ -791,7 +791,7 @@ STOPS = [
     ("50 % recycled: rate", 0.05),
     ("50 % recycled, seed", 0.0),
     ("full training: rate", 0.1),
-    ("full training, seed", 0.1),
+    ("full training, seed", 0.02),
 ]
 """From the introduction to the writing of the page."""
 MOMENTS = 20

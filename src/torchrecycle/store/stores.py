@@ -99,7 +99,8 @@ class FolderStore(ShelfStore):
     def _shelves(self) -> dict[str, Shelf]:
         return {name: self._shelf(name) for name in self.fingerprints()}
 
-    def _sweep(self, seconds: float = OLD_SECONDS) -> list[str]:
+    def _sweep(self, seconds: float | None = None) -> list[str]:
+        seconds = OLD_SECONDS if seconds is None else seconds
         if not self._folder.is_dir():
             return []
         left = []

@@ -29,7 +29,7 @@ from torchrecycle.store.about import ABOUT, read_form
 from torchrecycle.store.contract import LeafSpec, Store, VerifyReport
 from torchrecycle.store.difference import Difference, Side, difference_of
 from torchrecycle.store.forgetting import ForgetReport, Forgotten, as_keys, forget_on
-from torchrecycle.store.holdings import OLD_SECONDS, Details, Holding, Leftover, holding_of, leftovers_of
+from torchrecycle.store.holdings import Details, Holding, Leftover, holding_of, leftovers_of
 from torchrecycle.store.merging import CompactReport, compact_shelf
 from torchrecycle.store.numbered import is_segment
 from torchrecycle.store.room import EvictReport, evict_shelves
@@ -77,8 +77,8 @@ class ShelfStore(Store):
     def _names(self) -> list[str]:
         """The names under which something lies that may be a fingerprint, sound or not."""
 
-    def _sweep(self, seconds: float = OLD_SECONDS) -> list[str]:
-        """Remove what was left, for so long, by somebody who was killed while removing a fingerprint.
+    def _sweep(self, seconds: float | None = None) -> list[str]:
+        """Remove what was left, for so long or an hour, by somebody who was killed while removing a fingerprint.
 
         Returns:
             What could not be removed.
