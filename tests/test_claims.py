@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from processes import forkserver_context
 from small import CUT, Counted, labels, pictures, residual
 from torchrecycle import Recycling, recycle
 from torchrecycle.fill import filling
@@ -284,8 +284,7 @@ def claim_and_wait(folder: str, numbers: range, told: Any) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchrecycle", "torchrecycle.testing.store_contract"])
+    context = forkserver_context()
     return context
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -31,6 +30,7 @@ from typer.testing import CliRunner
 
 import small  # noqa: F401  (one thread)
 import torchrecycle_command
+from processes import forkserver_context
 from torchrecycle.cli import app
 from torchrecycle.demo.faq import load_pairs
 from torchrecycle.demo.weights import package_folder
@@ -748,8 +748,7 @@ class Stoppable:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["test_cli_sweep", "timm", "torchrecycle.sweep", "torchrecycle.report"])
+        self._context = forkserver_context()
 
     def run(self, arguments: Sequence[object], *, at: str = "", after: float = 0.0, by: int = signal.SIGINT) -> Any:
         """Ended by itself if there is no `at`; else `after` seconds after stderr has that."""

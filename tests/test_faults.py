@@ -12,7 +12,6 @@ import contextlib
 import errno
 import functools
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -65,6 +64,7 @@ from faults.truth import (
     write,
 )
 from faults.workers import Gathering, first, read_in_threads, read_very_many, read_what_is_cut
+from processes import forkserver_context
 from small import CUT, labels, pictures, residual
 from torchrecycle import DamagedRowError, RecycleWarning, Recycling, StoreError, recycle
 from torchrecycle.store import FolderStore, LeafSpec, Rows, open_store
@@ -89,8 +89,7 @@ def figure(record_property: Callable[[str, object], None], request: pytest.Fixtu
 
 @pytest.fixture(scope="module")
 def forkserver() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchrecycle.store", "faults.killing"])
+    context = forkserver_context()
     return context
 
 

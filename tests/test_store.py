@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -22,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from processes import forkserver_context
 from torchrecycle.errors import DamagedRowError, RecycleError, StoreError
 from torchrecycle.store import FolderStore, LeafSpec, MemoryStore, Ragged, Rows, Store, open_store
 from torchrecycle.store.container import unpack
@@ -422,8 +422,7 @@ def write_for_ever(folder: str, seed: int, told: Any) -> None:
 
 @pytest.fixture(scope="module")
 def forkserver() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchrecycle.store", "torchrecycle.testing.store_contract"])
+    context = forkserver_context()
     return context
 
 

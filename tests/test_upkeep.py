@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import pickle
 import random
@@ -24,6 +23,7 @@ from torch import nn
 
 from faults import truth
 from faults.workers import Gathering, first
+from processes import forkserver_context
 from torchrecycle import DamagedRowError, KeyTypeError, StoreError, recycle
 from torchrecycle.fingerprint import take_fingerprint
 from torchrecycle.store import FolderStore, LeafSpec, MemoryStore, Rows, open_store
@@ -368,8 +368,7 @@ def compact_until_killed(folder: str, told: Any) -> None:
 
 @pytest.fixture(scope="module")
 def forkserver() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchrecycle.store", "test_upkeep"])
+    context = forkserver_context()
     return context
 
 
