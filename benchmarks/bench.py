@@ -56,21 +56,26 @@ def resnet_suffix(model: Any) -> nn.Module:
     return nn.Sequential(model.layer4, model.avgpool, nn.Flatten(1), model.fc)
 
 
+def bert_like_minilm() -> nn.Module:
+    """A BERT of MiniLM's size, with random weights."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=30_522,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1_536,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
 class TextHead(nn.Module):
     """A frozen BERT of MiniLM's size, and a head of two layers on its pooled vector of 384 numbers."""
 
     def __init__(self) -> None:
         super().__init__()
-        from transformers import BertConfig, BertModel
-
-        config = BertConfig(
-            vocab_size=30_522,
-            hidden_size=384,
-            num_hidden_layers=6,
-            num_attention_heads=12,
-            intermediate_size=1_536,
-        )
-        self.encoder = Pooled(BertModel(config, add_pooling_layer=False))
+        self.encoder = Pooled(bert_like_minilm())
         self.head = nn.Sequential(nn.Linear(384, 384), nn.ReLU(), nn.Linear(384, 100))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

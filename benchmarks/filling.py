@@ -46,6 +46,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from bench import bert_like_minilm  # pyright: ignore[reportMissingImports]
 from torchrecycle import recycle
 from torchrecycle.sweep.environment import machine
 
@@ -71,16 +72,7 @@ class TextModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from transformers import BertConfig, BertModel
-
-        config = BertConfig(
-            vocab_size=30_522,
-            hidden_size=384,
-            num_hidden_layers=6,
-            num_attention_heads=12,
-            intermediate_size=1_536,
-        )
-        self.bert = BertModel(config, add_pooling_layer=False)
+        self.bert = bert_like_minilm()
         self.head = nn.Linear(384, 100)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
