@@ -17,7 +17,6 @@ from torchrecycle.errors import StoreError
 from torchrecycle.store.about import read_form
 from torchrecycle.store.container import unpack
 from torchrecycle.store.contract import LeafSpec
-from torchrecycle.store.index_file import INDEX
 from torchrecycle.store.numbered import is_segment
 from torchrecycle.store.segment import Segment
 from torchrecycle.store.shelf import MANIFESTS, FileStat, Shelf
@@ -206,11 +205,6 @@ def _data_set(shelf: Shelf, name: str, problems: list[str]) -> DataSet:
     except StoreError as error:
         problems.append(str(error))
     return DataSet(identity, called, items)
-
-
-def index_bytes(details: Details) -> int:
-    """The size of the index on disk; 0 if there is none."""
-    return details.others.get(INDEX, 0)
 
 
 def in_words(leftovers: Iterable[Leftover]) -> str:
