@@ -995,11 +995,16 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-store-") as folder:
                 results[name] = part(Path(folder).absolute())
             gc.collect()
-    if not options.no_results:
-        slug = re.sub(r"[^a-z0-9]+", "-", str(about["machine"]).lower()).strip("-")
-        path = RESULTS / f"store-{slug}-{about['date']}.json"
-        path.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
-        print(f"kept as {path.relative_to(RESULTS.parents[1])}", file=sys.stderr)
+            if not options.no_results:
+                keep(about, results)
+
+
+def keep(about: dict[str, Any], results: dict[str, Any]) -> None:
+    """After each part: all of them take half an hour."""
+    slug = re.sub(r"[^a-z0-9]+", "-", str(about["machine"]).lower()).strip("-")
+    path = RESULTS / f"store-{slug}-{about['date']}.json"
+    path.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+    print(f"kept as {path.relative_to(RESULTS.parents[1])}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sa
 from torchrecycle.data.dataset import RecycledDataset
 from torchrecycle.errors import BatchError
 from torchrecycle.store import Rows
+from torchrecycle.store.mapping import blocks_read
 
 __all__ = ["BlockShuffleSampler", "ReadAhead", "draws_at_once", "in_blocks"]
 
@@ -201,11 +201,11 @@ class _Reading:
 
 def _read(rows: Rows, locations: torch.Tensor) -> int:
     """Read rows, and say how much work that was: blocks of the disk, and bytes compared with checksums."""
-    before = _blocks_read() + rows.verified_bytes
+    before = blocks_read() + rows.verified_bytes
     # Reading ahead is a service: what is wrong with the rows is said by those who gather them.
     with contextlib.suppress(Exception):
         rows.prefetch(locations)
-    return _blocks_read() + rows.verified_bytes - before
+    return blocks_read() + rows.verified_bytes - before
 
 
 def _row_bytes(dataset: RecycledDataset) -> int:
@@ -220,12 +220,3 @@ def _thread() -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_thread.cache_clear)
-
-
-def _blocks_read() -> int:
-    """How many blocks of 512 bytes this process has had read from disks; 0 where that is not known."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock

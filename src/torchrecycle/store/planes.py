@@ -9,6 +9,9 @@ no other question: for 64 rows of 1.5 KB, which are copied in 6 microseconds, ea
 
 Pages that were read stay with the process until they are released. Releasing costs a page fault for each that is read
 again, so it is done when they may come to a quarter of the machine's memory, and not before.
+
+Whoever touches a page that is not in memory waits for that page alone, one after the other. So while gathering has to
+wait for the disk, the next batch's pages are asked for together: rows of 150 KB then come three times as fast.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from torchrecycle.store.contract import Leaf, LeafSpec, Ragged
-from torchrecycle.store.mapping import MAPS, PAGE, Plane
+from torchrecycle.store.mapping import MAPS, PAGE, Plane, blocks_read
 from torchrecycle.store.outputs import LARGE_BYTES, empty
 from torchrecycle.store.segment import Segment, carrier, ranges, row_bytes, uncarried
 
@@ -41,6 +44,9 @@ if hasattr(os, "register_at_fork"):
 
 _AROUND = 64 * 1024
 """The system maps so many bytes around each that is touched."""
+
+_SLICE = 2**15
+"""Elements: from here on, torch's `index_select` copies line by line, all threads at each, and waits for them."""
 
 
 class _Column:
@@ -140,6 +146,8 @@ class Planes:
         """By first location."""
         self._shown: _Shown | None = None
         self._touched = 0
+        self._cold = True
+        """Whether the last large batch had to be read from the disk."""
 
     def show(self, first: int, segment: Segment) -> None:
         """Show a segment from a location on, if it can be shown: others are gathered from their own maps."""
@@ -214,14 +222,23 @@ class Planes:
         try:
             if not shown.sound.take(where).all():
                 return None
-            if not self._plain:
-                return self._gather_ragged(shown, locations, where)
-            self.touch(len(where) * (self._row_bytes + _AROUND))
-            return [
-                uncarried(spec, _picked(units, locations)) for spec, units in zip(self._specs, shown.dense, strict=True)
-            ]
+            if self._plain and len(where) * self._row_bytes < LARGE_BYTES:
+                return self._gather_plain(shown, locations, where)
+            before = blocks_read()
+            if self._cold:
+                self.read(where)
+            gather = self._gather_plain if self._plain else self._gather_ragged
+            leaves = gather(shown, locations, where)
+            self._cold = blocks_read() > before
+            return leaves
         except IndexError:
             return None
+
+    def _gather_plain(self, shown: _Shown, locations: torch.Tensor, where: np.ndarray) -> list[Leaf]:
+        self.touch(len(where) * (self._row_bytes + _AROUND))
+        return [
+            uncarried(spec, _picked(units, locations)) for spec, units in zip(self._specs, shown.dense, strict=True)
+        ]
 
     def _gather_ragged(self, shown: _Shown, locations: torch.Tensor, where: np.ndarray) -> list[Leaf] | None:
         leaves: list[Leaf] = []
@@ -280,7 +297,14 @@ def _picked(units: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     rows, width = len(index), units.shape[1]
     if rows * width * 8 < LARGE_BYTES:
         return units.index_select(0, index)
-    return torch.index_select(units, 0, index, out=empty(rows, width, units.dtype))
+    pieces = 1
+    while width // pieces >= _SLICE and width % (2 * pieces) == 0:
+        pieces *= 2
+    if pieces > 1:
+        units = units.view(-1, width // pieces)
+        index = (index[:, None] * pieces + torch.arange(pieces)).view(-1)
+    out = empty(rows * pieces, width // pieces, units.dtype)
+    return torch.index_select(units, 0, index, out=out).view(rows, width)
 
 
 def _begins_at_pages(segment: Segment) -> bool:
