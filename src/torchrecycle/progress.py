@@ -21,7 +21,7 @@ LINE_EVERY = 10.0
 class Progress:
     """What `progress` hands out: call `advance` with what was done."""
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
         self._began = time.monotonic()
@@ -35,13 +35,14 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
-        elif now - self._began > QUIET_SECONDS and self.done < self.total:
+        elif now - self._began > QUIET_SECONDS and (self.total is None or self.done < self.total):
             if sys.stderr.isatty():
                 self._open_bar()
             elif now - self._last_line >= LINE_EVERY:
                 self._last_line = now
+                of = "" if self.total is None else f" of {self.total:,}"
                 print(
-                    f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {now - self._began:.0f} s",
+                    f"{self.title}: {self.done:,}{of} {self.unit}, {now - self._began:.0f} s",
                     file=sys.stderr,
                 )
 
@@ -68,8 +69,8 @@ class Progress:
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str = "objects") -> Iterator[Progress]:
-    """Show how far something is, on stderr."""
+def progress(title: str, total: int | None, unit: str = "objects") -> Iterator[Progress]:
+    """Show how far something is, on stderr. `total` is None where nobody knows it."""
     shown = Progress(title, total, unit)
     try:
         yield shown

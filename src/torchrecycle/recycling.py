@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate, default_convert
 
 from torchrecycle.absent import Absent, RecycledTensor
+from torchrecycle.augment import apply, tell_skipped
 from torchrecycle.bypass import (
     BatchRule,
     Bypass,
@@ -52,24 +53,30 @@ from torchrecycle.cost import choose_cut, level_of_plan
 from torchrecycle.data import (
     KnownManifests,
     Manifest,
+    Marks,
     RecycledCollate,
     RecycledDataset,
     RecycledLoader,
     RowSource,
+    StreamLoader,
+    Tally,
+    draws,
     in_blocks,
+    is_stream,
+    viewed,
 )
 from torchrecycle.data.collate import MixedCollate
-from torchrecycle.data.known import items_of
 from torchrecycle.errors import (
     BatchError,
     CutError,
     GoneRowsError,
+    RandomInputError,
     RecycleError,
     RecycleWarning,
     StaleActivationError,
     StoreError,
 )
-from torchrecycle.fill import FillReport, fill_pass, takes_no_more
+from torchrecycle.fill import FillReport, Keeping, fill_pass, fill_stream, takes_no_more
 from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
 from torchrecycle.trace import is_sharded, slot_of, undisturbed
@@ -86,6 +93,9 @@ further."""
 
 FAR_BELOW_FLOAT16 = 1000.0
 """Where the example has no larger numbers than this, no later object will have one that float16 cannot hold."""
+
+RAW_BATCHES = 10
+"""After so many raw batches in training, and no recycled one, a loop is told that nothing is recycled."""
 
 SMALL = 0.003
 """Seconds of a prefix run of two objects that is small enough for each iteration."""
@@ -155,6 +165,7 @@ def recycle(
     views: int = 1,
     share: Literal["refuse", "freeze"] = "refuse",
     verify_every: int = 0,
+    augment: Callable[[Any], Any] | None = None,
 ) -> Recycling:
     """Freeze a model up to a cut, and keep what that prefix computes for each object.
 
@@ -177,9 +188,14 @@ def recycle(
             ``decoder_attention_mask`` where they are.
         key: from a data set's item to whatever identifies it (a primary key, a path), in place of its content. Then
             ``name=`` must be given at `fill`, `loader` and `dataset`.
-        views: 1; several augmented views per object are not available yet.
+        views: in how many augmented versions each object is kept, made by the data set's own random transforms, each
+            under a seed of object and view; an epoch draws one of each object, by ``torch.initial_seed()``. A data set
+            that draws nothing has one. With 1, a random transform is refused.
         share: what to do with parameters that both halves read: refuse the cut, or freeze them.
         verify_every: every so many batches of a loader, one object is read and computed afresh and compared; 0 never.
+        augment: changes the activations of each batch in training mode: a callable that takes what the cut gives for a
+            batch (a tensor ``[batch, ...]``, or a list of them) and gives the same form back. See
+            `torchrecycle.augment`. Without recycling (`paused`) it is called as well.
 
     The prefix is all that the model runs up to the cut: it is in eval mode and without gradient also under
     ``model.train()``, with what the modules around the cut do between its layers (dropout, LayerDrop).
@@ -190,20 +206,32 @@ def recycle(
         StoreError: the folder is no store, or holds rows of a model that computes something else.
     """
     _refuse_arguments(model, cut, level, store, autocast, inputs, key, verify_every)
+    _refuse_no_function(augment)
     if (cut is None) == (level is None):
         raise CutError("give either cut='layer2' or level=0.5. See cuts(model, example).")
     if precision is not None and precision not in (*PRECISIONS, "auto"):
         raise ValueError(f"precision={precision!r} is none of {[*PRECISIONS, 'auto']}")
-    if views != 1:
-        raise ValueError(f"views={views}: this version keeps one view per object")
+    _refuse_views(views)
     if share not in ("refuse", "freeze"):
         raise ValueError(f"share={share!r} is neither 'refuse' nor 'freeze'")
     _refuse_wrapped(model)
     opened = open_store(store)
     return Recycling(
         model,
-        _Options(example, cut, level, opened, precision, autocast, inputs, mask, key, share, verify_every),
+        _Options(
+            example, cut, level, opened, precision, autocast, inputs, mask, key, share, verify_every, views, augment
+        ),
     )
+
+
+def _refuse_views(views: Any) -> None:
+    if isinstance(views, bool) or not isinstance(views, int) or views < 1:
+        raise ValueError(f"views={views!r} is no number of views: give a whole number from 1 on, such as 4")
+
+
+def _refuse_no_function(augment: Any) -> None:
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment={augment!r} is no function of a batch's activations, such as Brightness(0.2)")
 
 
 def _refuse_arguments(
@@ -246,6 +274,8 @@ class _Options:
     key: Callable[[Any], Any] | None
     share: str
     verify_every: int
+    views: int = 1
+    augment: Callable[[Any], Any] | None = field(default=None, repr=False)
 
 
 _WRAPPERS = {
@@ -296,8 +326,16 @@ class Recycling:
         self._rule = BatchRule(self._names, options.example, options.inputs)
         self._example = take_rows(example_inputs(model, self._rule, options.example), [0, 1])
         self._sequences = sequences_of(self._example, options.mask)
+        self.looks_up = False
+        """Whether raw batches are looked up in the store, object by object: for a loop that makes its batches where no
+        loader or collate function of ours can stand (a trainer that cuts batches into smaller ones). It reads its data
+        as without us, and the prefix runs only for objects that have no row. `fill` makes the rows."""
+        self._augment = options.augment
         self._paused = 0
         self._warned = False
+        self._marks = Marks()
+        self._keeping = Keeping(self._look_again, self._wrote)
+        self._raw_batches: int | None = 0
         self._attached = False
         self._precision: str | None = None
         self._manifests: KnownManifests
@@ -559,6 +597,10 @@ class Recycling:
                 self._warn_of_hooks()
         if trying and not self._changed and time.monotonic() - self._tried_at > self._tries_after:
             self._changed = self._try_again()
+        if self._changed:
+            self._keeping.drop()
+        else:
+            self._keeping.take()
         return self._changed
 
     def _try_again(self) -> list[str]:
@@ -685,6 +727,16 @@ class Recycling:
         return bool(self._paused) or not self._attached or os.environ.get("TORCHRECYCLE", "").lower() == "off"
 
     @property
+    def augment(self) -> Callable[[Any], Any] | None:
+        """What changes activations in training mode; may be set at any time."""
+        return self._augment
+
+    @augment.setter
+    def augment(self, augment: Callable[[Any], Any] | None) -> None:
+        _refuse_no_function(augment)
+        self._augment = augment
+
+    @property
     def mixed_modules(self) -> set[nn.Module]:
         """Modules that are called on both sides of the cut."""
         return self.bypass.mixed_modules
@@ -707,10 +759,12 @@ class Recycling:
         try:
             inputs = Inputs(self._names, args, kwargs, self._rule.lists)
         except BatchError:  # objects of several sizes: no row would be of one object alone, so nothing is recycled
+            if self._augments():
+                raise
             return self.bypass.full(Inputs(self._names, args, kwargs))
         carriers = {name: value for name, value in inputs.items() if isinstance(value, RecycledTensor)}
         if not carriers:
-            return self.bypass.full(inputs) if self.off else self._raw(inputs)
+            return self.bypass.full(inputs) if self.off and not self._augments() else self._raw(inputs)
         fingerprint = next(iter(carriers.values())).fingerprint
         for entry in self.bypass.interceptor.entries:
             if isinstance(entry, Recycling) and entry.fingerprint == fingerprint:
@@ -722,18 +776,68 @@ class Recycling:
             tensor.requires_grad for name, tensor in inputs.tensors().items() if name in self.source.key_inputs
         ):
             raise BatchError("a model input asks for a gradient, which the frozen prefix does not give. Detach it.")
+        carriers = self._looked_up(inputs) if self.looks_up and not self.off else {}
+        if carriers:
+            return self._recycled(inputs.replace(carriers), carriers)
         self._prove_signature(inputs, lambda: take_rows(inputs, range(min(4, inputs.batch()))))
+        if not self.off:
+            self._count_raw()
         began = time.perf_counter()
         captured: dict[int, Any] = {}
         leaves = self.bypass.prefix(inputs, captured=captured)
         middle = time.perf_counter()
+        if self._augments():  # sees what it would see of the store: no values at padded places, the rows' precision
+            leaves = self._augmented(self.source.to_model(self.source.encoded(leaves, inputs)))
         output = self.bypass.suffix(inputs, leaves, shared=self.bypass.plan.taken_shared(captured))
         self.stats.misses += inputs.batch()
         self.stats.prefix_seconds += middle - began
         self.stats.suffix_seconds += time.perf_counter() - middle
         return output
 
+    def _augments(self) -> bool:
+        """Whether activations are to be changed in this forward; what changes them is told if not."""
+        if self._augment is not None and not self.model.training:
+            tell_skipped(self._augment)
+        return self._augment is not None and self.model.training
+
+    def _augmented(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        assert self._augment is not None
+        objects = [(layout.batch_dim, layout.per_object) for layout in self.bypass.plan.layouts]
+        return apply(self._augment, leaves, objects)
+
+    def _looked_up(self, inputs: Inputs) -> Mapping[str, RecycledTensor]:
+        """What takes the place of a raw batch's inputs; nothing where none of its objects has a row."""
+        tensors = inputs.tensors()
+        if self.source.user_keys or any(name not in tensors for name in self.source.key_inputs):
+            return {}
+        found = self.source.find(self.source.keys(inputs), inputs)
+        if found is None:
+            return {}
+        return self.source.carriers(inputs, found[0], [leaf.to(self.device) for leaf in found[1]])
+
+    def _count_raw(self) -> None:
+        """Warn once where a training loop feeds raw batches, and never a recycled one."""
+        if self._raw_batches is None or not (self.model.training and torch.is_grad_enabled()):
+            return
+        self._raw_batches += 1
+        if self._raw_batches < RAW_BATCHES:
+            return
+        self._raw_batches = None
+        if any(not (known.locations >= 0).any() for known in self._manifests._known):
+            return  # these may well be of our loader: the store took no row of a data set
+        warnings.warn(
+            f"{RAW_BATCHES} training batches came with their objects and none with kept rows: nothing is recycled, and "
+            f"the frozen layers up to '{self.cut}' run for every batch. Take the batches from "
+            "recycling.loader(dataset, ...), with the arguments of your DataLoader, or give your trainer "
+            "recycling.dataset(dataset) and recycling.collate(collate_fn). If raw batches are meant, filter this "
+            "RecycleWarning.",
+            RecycleWarning,
+            stacklevel=2,
+        )
+
     def _recycled(self, inputs: Inputs, carriers: Mapping[str, RecycledTensor]) -> Any:
+        if self.model.training:
+            self._raw_batches = None
         self._refuse_other_rows(next(iter(carriers.values())).fingerprint)
         main = self._compare_carriers(carriers)
         self._refuse_moved()
@@ -755,6 +859,8 @@ class Recycling:
         assert rows is not None
         leaves = self.source.to_model(rows)
         began = time.perf_counter()
+        if self._augments():
+            leaves = self._augmented(leaves)
         output = self.bypass.suffix(given, leaves)
         self.stats.suffix_seconds += time.perf_counter() - began
         self.stats.hits += hits
@@ -794,9 +900,24 @@ class Recycling:
         self._prove_signature(objects, lambda: take_rows(objects, range(min(4, objects.batch()))))
         began = time.perf_counter()
         leaves = self.bypass.prefix(objects)
-        self.stats.prefix_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.stats.prefix_seconds += seconds
         self.prove_count(objects, leaves)
+        if self._keeping.on and self._keeping.refused is None:
+            self._hold(objects, leaves, seconds)
         return [rows[:count] for rows in self.source.encoded(leaves, objects)]
+
+    def _hold(self, objects: Inputs, leaves: list[torch.Tensor], seconds: float) -> None:
+        """Keep rows that a forward of the user's has computed, under the content that it has read."""
+        # His code has run since the prefix was hashed, and may have written where no counter sees it.
+        cheap = self._hash_seconds < 0.1 * seconds
+        self._changed = self._look_again() if cheap else self._try_again()
+        if self._changed:
+            raise StaleActivationError(_stale(self._changed))
+        self._keeping.hold(self.source, self.source.keys(objects), self.source.encode(leaves, objects))
+
+    def _wrote(self, nbytes: int) -> None:
+        self.stats.bytes_written += nbytes
 
     def _compare_carriers(self, carriers: Mapping[str, RecycledTensor]) -> RecycledTensor:
         """The one that carries the rows. All must stand for the same objects, each for its own input."""
@@ -957,7 +1078,8 @@ class Recycling:
         self._refuse_moved()
         self.stats.hits += len(rows)
         self.stats.bytes_read += rows.numel() * rows.itemsize
-        return self.bypass.plan.layouts[0].to_model(rows)
+        leaf = self.bypass.plan.layouts[0].to_model(rows)
+        return self._augmented([leaf])[0] if self._augments() else leaf
 
     def _refuse_other_rows(self, fingerprint: str) -> None:
         if self.off:
@@ -981,19 +1103,21 @@ class Recycling:
         num_workers: int = 0,
         collate_fn: Callable[[Sequence[Any]], Any] | None = None,
         name: str | None = None,
+        views: int | None = None,
     ) -> FillReport:
         """Compute and keep the rows of a data set that the store does not have. Resumes where it was stopped.
 
         Args:
-            dataset: map-style; its items as for the user's own `DataLoader`.
+            dataset: map-style; its items as for the user's own `DataLoader`. An iterable one is read to its end.
             batch_size: objects per prefix run.
             num_workers: processes that read the data set.
             collate_fn: the user's.
             name: the user's name for the data set with its transforms and targets; then it is not read again while the
                 name stays.
+            views: see `recycle`; what was given there if None. With more of them than before, what is new is computed.
         """
         arguments = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": collate_fn}
-        return fill_many([self], dataset, name=name, **arguments)[0]
+        return fill_many([self], dataset, name=name, views=views, **arguments)[0]
 
     def dataset(
         self,
@@ -1003,26 +1127,36 @@ class Recycling:
         batch_size: int = 64,
         num_workers: int = 0,
         name: str | None = None,
+        views: int | None = None,
     ) -> RecycledDataset:
         """The same data set reading rows instead of objects, for any trainer that takes a data set.
 
         What is missing is filled now. Give the trainer ``recycling.collate(collate_fn)`` beside it.
 
         Args:
-            dataset: map-style.
+            dataset: map-style. An iterable one is handed back as it is, since its rows are found by content, in the
+                collate function; what is missing is then kept as the model computes it.
             collate_fn: the user's, needed here where items alone do not make a batch (tokenised texts of any length).
             batch_size: objects per prefix run at fill.
             num_workers: reading processes at fill.
             name: see `fill`.
+            views: see `fill`. Which view of an object comes is drawn when it is asked for.
         """
+        if is_stream(dataset):
+            self._take_stream(name, views)
+            return dataset
         arguments = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": collate_fn}
-        return self._wrapped(dataset, name, arguments)
+        return self._wrapped(dataset, name, arguments, views)
 
-    def _wrapped(self, dataset: Any, name: str | None, fill_arguments: dict[str, Any]) -> RecycledDataset:
+    def _wrapped(
+        self, dataset: Any, name: str | None, fill_arguments: dict[str, Any], views: int | None
+    ) -> RecycledDataset:
         _refuse_no_map_style(dataset)
+        views = self._options.views if views is None else views
+        _refuse_views(views)
         if self._options.key is not None and name is None:
             raise BatchError(_NAMELESS)
-        wrapped = RecycledDataset(dataset, self)
+        wrapped = RecycledDataset(dataset, self, views)
         wrapped.name = name
         wrapped.fill_arguments = fill_arguments
         self.renew(wrapped, made=True)
@@ -1030,17 +1164,23 @@ class Recycling:
 
     def collate(self, collate_fn: Callable[[Sequence[Any]], Any] | None = None) -> RecycledCollate:
         """The collate function for items of `dataset`; the user's own is called inside of it."""
-        return MixedCollate(collate_fn, None if self.off else self.source)
+        return MixedCollate(collate_fn, None if self.off else self.source, self._marks)
 
-    def loader(self, dataset: Any, *, name: str | None = None, **arguments: Any) -> RecycledLoader:
+    def loader(
+        self, dataset: Any, *, name: str | None = None, views: int | None = None, **arguments: Any
+    ) -> RecycledLoader:
         """A `DataLoader` whose batches hold rows: same type, keys and order as without us, for the same seed.
 
         Objects without a row (the store takes no more, or has evicted theirs meanwhile) are read and come in the same
         batch; the model computes them with its next call, which gives what it would give with all rows.
 
         Args:
-            dataset: map-style. What the store lacks of it is filled now, with a progress bar.
-            name: see `fill`.
+            dataset: map-style. What the store lacks of it is filled now, with a progress bar. An iterable one is read
+                and keyed in every epoch, in its own order: what the store lacks comes as it is, and the rows that the
+                model computes of it are kept. ``batch_size=None`` is for one that gives batches.
+            name: see `fill`; not for an iterable data set.
+            views: see `recycle`; what was given there if None. An epoch has one view of each object, and while the
+                recycling is off, objects are read as they come.
             **arguments: of ``torch.utils.data.DataLoader``; ``shuffle`` may also be ``"blocks"``, a random order for
                 disks and networks that read neighbours faster than single rows: see `BlockShuffleSampler`. Memory is
                 pinned, if not said otherwise, where the model is on a GPU.
@@ -1049,6 +1189,9 @@ class Recycling:
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn={collate_fn!r} is no function")
         size = arguments.get("batch_size", 1)
+        if is_stream(dataset):
+            self._take_stream(name, views)
+            return self._stream_loader(dataset, collate_fn, arguments)
         if size is None:
             raise BatchError(
                 "batch_size=None gives single items or the data set's own batches, in which rows have no place: give "
@@ -1062,15 +1205,47 @@ class Recycling:
                 n: arguments[n] for n in ("multiprocessing_context", "worker_init_fn") if n in arguments
             },
         }
-        wrapped = self._wrapped(dataset, name, reading)
+        wrapped = self._wrapped(dataset, name, reading, views)
         # Rows are copied to the device beside the computing only from pinned memory.
         arguments.setdefault("pin_memory", self.device.type == "cuda")
         return RecycledLoader(wrapped, collate_fn=self.collate(collate_fn), **in_blocks(wrapped, arguments))
 
+    def _stream_loader(self, dataset: Any, collate_fn: Any, arguments: dict[str, Any]) -> Any:
+        gives_batches = arguments.get("batch_size", 1) is None
+        collate = self.collate(collate_fn or (default_convert if gives_batches else None))
+        arguments.setdefault("pin_memory", self.device.type == "cuda")
+        loader = StreamLoader(dataset, collate_fn=collate, **arguments)
+        loader.owner, loader.tally = self, Tally(type(dataset).__name__)
+        return loader
+
+    def _take_stream(self, name: str | None, views: int | None) -> None:
+        """From now on rows of iterable data sets are found and kept."""
+        _refuse_for_streams(self._options.key, name, self._options.views if views is None else views)
+        self._marks.on = self._keeping.on = True
+        self._keeping.refused = None
+
+    def renew_stream(self, tally: Tally) -> None:
+        """An epoch of an iterable data set begins: look whether the prefix is what it was, and what is in the store."""
+        if self.off:
+            return
+        self._renew_prefix()
+        self._keeping.on = not tally.useless
+        self._keeping.publish(self.source)
+        self.source.rows.refresh()
+
+    def end_of_stream(self, tally: Tally) -> None:
+        """An epoch of an iterable data set has ended, or was broken off: what it has computed can be found."""
+        if self.off:
+            return
+        self._keeping.publish(self.source)
+        if self._keeping.refused is None:
+            tally.judge(self._keeping.kept)
+
     def predict(self, dataset: Any, batch_size: int = 64, **arguments: Any) -> Any:
         """What the model gives for every object, in order: hits from the store, misses computed and kept.
 
-        Runs in eval mode without gradient; training flags are as before afterwards.
+        Runs in eval mode without gradient; training flags are as before afterwards. One view of each object: give a
+        data set that draws nothing.
 
         Args:
             dataset: map-style.
@@ -1083,7 +1258,7 @@ class Recycling:
         """
         outputs = []
         with evaluating(self.model), self._cast():
-            for batch in self.loader(dataset, batch_size=batch_size, **arguments):
+            for batch in self.loader(dataset, batch_size=batch_size, **{"views": 1, **arguments}):
                 inputs = self._rule(batch).map_tensors(lambda tensor: tensor.to(self.device))
                 output = self.model(*inputs.args, **inputs.kwargs)
                 outputs.append(
@@ -1165,7 +1340,7 @@ class Recycling:
             return
         self._renew_prefix()
         known = self._manifests.of(dataset, lambda: self._fill(dataset), made=made)
-        dataset.renew(known.manifest, known.locations, self.source)
+        dataset.renew(known.manifest, known.locations, self.source, known.views)
 
     def _renew_prefix(self) -> None:
         """Divide the model anew if its prefix is not what it was."""
@@ -1174,7 +1349,7 @@ class Recycling:
             self._rebuild()
 
     def _fill(self, dataset: RecycledDataset) -> None:
-        fill_many([self], dataset.base, name=dataset.name, **dataset.fill_arguments)
+        fill_many([self], dataset.base, name=dataset.name, views=dataset.asked_views, **dataset.fill_arguments)
 
     def recut(self, cut: str | Sequence[str] | None = None, *, level: float | None = None) -> Recycling:
         """Move the cut in the middle of a training: progressive freezing, or its opposite.
@@ -1201,7 +1376,7 @@ class Recycling:
         _refuse_arguments(
             self.model, cut, level, self.store, self._options.autocast, None, None, self._options.verify_every
         )
-        self.source.rows.publish()
+        self._keeping.publish(self.source)
         self._rebuild(replace(self._options, cut=cut, level=level))
         return self
 
@@ -1220,9 +1395,25 @@ class Recycling:
             self.bypass.attach(self)
             raise
 
-    def keep_manifest(self, dataset: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> None:
-        """Remember what was read of a data set, in this process and, if its identity allows, beside the rows."""
-        self._manifests.keep(dataset, name, collate_fn, manifest)
+    def _add_to_stats(self, report: FillReport) -> None:
+        self.stats.misses += report.computed
+        self.stats.bytes_written += report.bytes_written
+        self.stats.prefix_seconds += report.prefix_seconds
+
+    def keep_manifest(
+        self, dataset: Any, name: str | None, collate_fn: Any, manifest: Manifest, *, asked_views: int = 1, views: int = 1
+    ) -> None:
+        """Remember what was read of a data set, in this process and, if its identity allows, beside the rows.
+
+        Args:
+            dataset: the user's.
+            name: the user's for it.
+            collate_fn: the user's.
+            manifest: of so many views.
+            asked_views: how many views were asked for.
+            views: how many there are.
+        """
+        self._manifests.keep(dataset, name, collate_fn, manifest, asked_views=asked_views, views=views)
 
     def watched(self, batches: Iterator[Any], loader: RecycledLoader) -> Iterator[Any]:
         """The batches, with one object in so many computed afresh and compared."""
@@ -1234,17 +1425,17 @@ class Recycling:
         assert isinstance(dataset, RecycledDataset)
         for number, batch in enumerate(batches):
             if number % every == 0:
-                self._canary(dataset, (number // every * 7919) % len(dataset))
+                self._canary(dataset, (number // every * 7919) % len(dataset.locations))
             yield batch
 
-    def _canary(self, dataset: RecycledDataset, index: int) -> None:
-        if dataset.locations[index] < 0:  # computed afresh in any case
+    def _canary(self, dataset: RecycledDataset, place: int) -> None:
+        if dataset.locations[place] < 0:  # computed afresh in any case
             return
         with self._manifests.reading(dataset.base):
             collate_fn = dataset.fill_arguments.get("collate_fn") or default_collate
-            inputs = self._rule(collate_fn(items_of(dataset.base, [index])))
+            inputs = self._rule(collate_fn(list(dataset.read([place]))))
         try:
-            gathered = self.source.gather(dataset.locations[index : index + 1], inputs)
+            gathered = self.source.gather(dataset.locations[place : place + 1], inputs)
         except GoneRowsError:
             dataset.look_again()
             return
@@ -1253,8 +1444,10 @@ class Recycling:
         for layout, a, b in zip(self.bypass.plan.layouts, fresh, kept, strict=True):
             difference = relative_difference(a, b)
             if difference > max(noise(layout.kept), noise(layout.dtype)):
+                index, view = place % len(dataset), place // len(dataset)
+                seen = f" in view {view}" if dataset.views > 1 else ""
                 raise StaleActivationError(
-                    f"item {index} of the data set gives an activation that differs from its kept row by "
+                    f"item {index}{seen} of the data set gives an activation that differs from its kept row by "
                     f"{difference:.2g} of its size: the data set or the model is not what it was when the rows were "
                     f"made. Remove the store's folder {self.fingerprint} and fill again."
                 )
@@ -1276,9 +1469,9 @@ class Recycling:
     def detach(self) -> None:
         """Leave the model as it was, plus what it has learned: slots and ``requires_grad`` as before."""
         if self._attached:
+            self._keeping.publish(self.source)
             self._attached = False
             self.bypass.detach(self)
-            self.source.rows.publish()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -1305,6 +1498,26 @@ _NAMELESS = (
 )
 
 
+def _refuse_for_streams(key: Any, name: str | None, views: int) -> None:
+    """What asks for an index, or for a manifest."""
+    if key is not None:
+        raise BatchError(
+            "recycle(key=...) and an iterable data set do not go together: each object is read in every epoch, so its "
+            "content is its key. Make the recycling without key=, or give a map-style data set."
+        )
+    if name is not None:
+        raise BatchError(
+            f"name={name!r} keeps what was read of a map-style data set; an iterable one is read in every epoch. Leave "
+            "name= out."
+        )
+    if views > 1:
+        raise BatchError(
+            f"views={views} draws one of the augmented versions of an object by its index, which the objects of an "
+            "iterable data set do not have. Give a map-style data set, or recycle(augment=) for changes of the "
+            "activations."
+        )
+
+
 def _refuse_no_map_style(dataset: Any) -> None:
     if (
         isinstance(dataset, (IterableDataset, Mapping))
@@ -1325,7 +1538,7 @@ def _stale(changed: Sequence[str]) -> str:
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     return (
         f"the frozen prefix has moved: '{changed[0]}'{more} is not what it was when the rows were made. Make a new "
-        "iterator of the loader: it fills anew."
+        "iterator of the loader: it fills anew. Without a loader, call fill() again."
     )
 
 
@@ -1364,6 +1577,7 @@ def fill_many(
     collate_fn: Callable[[Sequence[Any]], Any] | None = None,
     name: str | None = None,
     loader_arguments: dict[str, Any] | None = None,
+    views: int | None = None,
 ) -> list[FillReport]:
     """Fill several cuts in one pass over a data set: the deepest prefix runs once, and the others are taken on its way.
 
@@ -1375,6 +1589,7 @@ def fill_many(
         collate_fn: the user's.
         name: see `Recycling.fill`.
         loader_arguments: further ones of the `DataLoader` that reads: ``worker_init_fn``.
+        views: see `Recycling.fill`.
 
     Returns:
         One report per recycling, in order.
@@ -1386,8 +1601,15 @@ def fill_many(
         raise TypeError("recyclings is one recycling: give a list, fill_many([a, b], dataset), or call a.fill(dataset)")
     if not recyclings:
         raise BatchError("fill_many needs at least one recycling")
-    _refuse_no_map_style(dataset)
     first = recyclings[0]
+    asked = first._options.views if views is None else views
+    _refuse_views(asked)
+    if views is None and any(recycling._options.views != asked for recycling in recyclings):
+        raise BatchError("these recyclings were made with different views=: give fill_many one for all, views=4")
+    if is_stream(dataset):
+        _refuse_for_streams(first._options.key, name, asked)
+    else:
+        _refuse_no_map_style(dataset)
     refused: dict[int, StoreError] = {}
     for number, recycling in enumerate(recyclings):
         if not recycling._attached:
@@ -1409,23 +1631,47 @@ def fill_many(
             if not takes_no_more(error):
                 raise
             refused[number] = error
-    results = fill_pass(
-        recyclings,
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        user_key=first._options.key,
-        key_name=name,
-        loader_arguments=loader_arguments,
-        title="filling " + ", ".join(f"'{r.cut}'" for r in recyclings),
-        refused=refused,
-    )
+    title = "filling " + ", ".join(f"'{r.cut}'" for r in recyclings)
+    if is_stream(dataset):
+        reports = fill_stream(
+            recyclings,
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            loader_arguments=loader_arguments,
+            title=title,
+            refused=refused,
+        )
+        for recycling, report in zip(recyclings, reports, strict=True):
+            recycling._add_to_stats(report)
+        return reports
+
+    def one_pass(count: int) -> list[tuple[FillReport, Manifest]]:
+        return fill_pass(
+            recyclings,
+            viewed(dataset, count),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            user_key=first._options.key,
+            key_name=name,
+            loader_arguments=loader_arguments,
+            title=title,
+            refused=refused,
+        )
+
+    kept = asked if asked > 1 and draws(dataset) else 1
+    try:
+        results = one_pass(kept)
+    except RandomInputError:
+        if kept == asked:
+            raise
+        kept = asked  # few items drew nothing, and another did
+        results = one_pass(kept)
     reports = []
     for recycling, (report, manifest) in zip(recyclings, results, strict=True):
-        recycling.keep_manifest(dataset, name, collate_fn, manifest)
-        recycling.stats.misses += report.computed
-        recycling.stats.bytes_written += report.bytes_written
-        recycling.stats.prefix_seconds += report.prefix_seconds
+        recycling.keep_manifest(dataset, name, collate_fn, manifest, asked_views=asked, views=kept)
+        recycling._add_to_stats(report)
         reports.append(report)
     return reports

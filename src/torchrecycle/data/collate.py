@@ -8,12 +8,13 @@ on stand-ins gets the items themselves, since a batch with misses may have come 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchrecycle.data.dataset import Fetched
 from torchrecycle.data.loader import RecycledCollate
-from torchrecycle.data.source import TRIES
+from torchrecycle.data.source import TRIES, RowSource
+from torchrecycle.data.stream import Marks, place_of_stream
 from torchrecycle.errors import GoneRowsError, StoreError
 
 __all__ = ["MixedCollate"]
@@ -25,7 +26,22 @@ class MixedCollate(RecycledCollate):
     Args:
         collate_fn: the user's; None for ``default_collate``.
         source: of the rows; None while recycling is off.
+        marks: whether batches none of whose objects has a row are handed out as such, to be kept.
     """
+
+    def __init__(
+        self,
+        collate_fn: Callable[[Sequence[Any]], Any] | None,
+        source: RowSource | None,
+        marks: Marks | None = None,
+    ) -> None:
+        super().__init__(collate_fn, source)
+        self.marks = marks or Marks()
+
+    def _placed(self, batch: Any, source: RowSource) -> Any:
+        if self.marks.on and not source.user_keys:
+            return place_of_stream(source, batch)
+        return super()._placed(batch, source)
 
     def __call__(self, items: Sequence[Any]) -> Any:
         for _ in range(TRIES):

@@ -43,7 +43,11 @@ class RecycledCollate:
             batch = items.batch()
             batch = default_collate(list(items)) if batch is None else batch
             return batch if source is None else source.place(batch, items.locations)
-        return batch if source is None else source.place(batch)
+        return batch if source is None else self._placed(batch, source)
+
+    def _placed(self, batch: Any, source: RowSource) -> Any:
+        """A batch of items that tell nothing of their rows, with these in it."""
+        return source.place(batch)
 
     def _by_user(self, items: Sequence[Any], fetched: bool) -> Any:
         assert self.collate_fn is not None
@@ -66,9 +70,10 @@ class RecycledLoader(DataLoader[Any]):
     @property
     def _index_sampler(self) -> Any:
         sampler, dataset = super()._index_sampler, self.dataset
-        if isinstance(dataset, RecycledDataset) and dataset.source is not None and draws_at_once(sampler):
-            return ReadAhead(sampler, dataset)
-        return sampler
+        if not isinstance(dataset, RecycledDataset) or dataset.source is None or not draws_at_once(sampler):
+            return sampler
+        # Which view comes next only the worker knows that takes it.
+        return sampler if self.num_workers and dataset.views > 1 else ReadAhead(sampler, dataset)
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore
         dataset = self.dataset

@@ -14,6 +14,8 @@ the row for ever.
 """
 
 from torchrecycle.fill.filling import Fillable, FillReport, fill_pass, takes_no_more
+from torchrecycle.fill.keeping import Keeping
 from torchrecycle.fill.reading import Reading
+from torchrecycle.fill.streaming import fill_stream
 
-__all__ = ["FillReport", "Fillable", "Reading", "fill_pass", "takes_no_more"]
+__all__ = ["FillReport", "Fillable", "Keeping", "Reading", "fill_pass", "fill_stream", "takes_no_more"]
