@@ -13,11 +13,13 @@ ROOT = Path(torchrecycle.__file__).parent
 
 LEVELS = {
     "errors": 0,
+    "frames": 0,
     "keys": 1,
     "codec": 1,
     "absent": 1,
     "trace": 1,
     "progress": 1,
+    "augment": 1,
     "fingerprint": 2,
     "bypass": 2,
     "store": 2,
@@ -28,6 +30,7 @@ LEVELS = {
     "fill": 4,
     "recycling": 5,
     "similarity": 6,
+    "sentence_transformers": 6,
     "sweep": 7,
     "report": 8,
     "demo": 9,

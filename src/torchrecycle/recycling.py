@@ -1401,7 +1401,14 @@ class Recycling:
         self.stats.prefix_seconds += report.prefix_seconds
 
     def keep_manifest(
-        self, dataset: Any, name: str | None, collate_fn: Any, manifest: Manifest, *, asked_views: int = 1, views: int = 1
+        self,
+        dataset: Any,
+        name: str | None,
+        collate_fn: Any,
+        manifest: Manifest,
+        *,
+        asked_views: int = 1,
+        views: int = 1,
     ) -> None:
         """Remember what was read of a data set, in this process and, if its identity allows, beside the rows.
 
