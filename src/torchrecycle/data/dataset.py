@@ -6,10 +6,14 @@ collate function turns into a batch at once, without making the items. The user'
 
 Where 3 rows of a batch of 64 are missing (the disk was full, or rows were evicted meanwhile), those 3 items are read,
 and their stand-ins hold what was read. Where all are missing, the items are the user's own.
+
+Of several views, one of each object is drawn when a batch is asked for. The *place* of item 17 in view 3 of 2,000 items
+is 2,000 * 3 + 17: by it rows and targets are found, and what has no row is read under that view's seed.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -21,6 +25,7 @@ from torchrecycle.absent import RecycledTensor
 from torchrecycle.data.columns import Column
 from torchrecycle.data.manifest import Manifest
 from torchrecycle.data.source import RowSource, own_numbers
+from torchrecycle.data.views import Draws, viewed
 from torchrecycle.errors import StaleActivationError
 
 __all__ = ["Fetched", "RecycledDataset"]
@@ -32,14 +37,18 @@ class RecycledDataset(Dataset[Any]):
     Args:
         base: the user's data set; read only where rows are missing.
         owner: the recycling, which fills and renews it; not pickled to workers.
+        views: in how many views each item is kept, if it draws random numbers.
     """
 
-    def __init__(self, base: Any, owner: Any) -> None:
+    def __init__(self, base: Any, owner: Any, views: int = 1) -> None:
         self.base = base
         self._owner = owner
+        self.asked_views = views
+        self.views = 1
+        """In how many views each item is kept: one, where items draw nothing."""
         self.manifest: Manifest | None = None
         self.locations = torch.empty(0, dtype=torch.int64)
-        """Where the row of each item is, ``[items]`` int64; -1 for those without one."""
+        """Where the row at each place is, ``[views * items]`` int64; -1 for those without one."""
         self.source: RowSource | None = None
         self.generation = 0
         """How often it was given other rows: workers that were started before have the old ones."""
@@ -47,6 +56,8 @@ class RecycledDataset(Dataset[Any]):
         self.name: str | None = None
         self.fill_arguments: dict[str, Any] = {}
         self._given: np.ndarray | None = None
+        self._objects: Any = base
+        self._draws: Draws | None = None
         self._losses = torch.zeros(1, dtype=torch.int64)
         self._losses_seen = 0
 
@@ -55,17 +66,25 @@ class RecycledDataset(Dataset[Any]):
         """The recycling; None in a worker."""
         return self._owner
 
-    def renew(self, manifest: Manifest, locations: np.ndarray, source: RowSource) -> None:
+    def renew(self, manifest: Manifest, locations: np.ndarray, source: RowSource, views: int = 1) -> None:
         """Take these rows from now on, if they are others.
 
         Args:
-            manifest: of the data set.
-            locations: where the row of each item is; the array that is given tells whether it is another one.
+            manifest: of the data set, all views one after the other.
+            locations: where the row at each place is; the array that is given tells whether it is another one.
             source: of the rows.
+            views: how many the manifest has of each item.
         """
         if self.manifest is manifest and self.source is source and self._given is locations:
             return
         self.generation += 1
+        if self.manifest is not manifest:
+            self.views, self._objects = views, viewed(self.base, views)
+            objects = len(manifest) // views
+            if views == 1:
+                self._draws = None
+            elif self._draws is None or (self._draws.objects, self._draws.views) != (objects, views):
+                self._draws = Draws(objects, views)
         self.manifest, self.source, self._given = manifest, source, locations
         shared = torch.from_numpy(locations)
         self.locations = shared.share_memory_() if len(shared) else shared
@@ -96,6 +115,7 @@ class RecycledDataset(Dataset[Any]):
     def __copy__(self) -> RecycledDataset:
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
+        made._draws = copy.copy(self._draws)
         return made
 
     def __deepcopy__(self, memo: Any) -> RecycledDataset:
@@ -107,16 +127,18 @@ class RecycledDataset(Dataset[Any]):
         return self.manifest is None or (self._raw if owner is None else owner.off)
 
     def __getitem__(self, index: int) -> Any:
-        return self.read([index])[0] if self._is_off else self._fetched(self._positions([index]))[0]
+        return _read(self.base, [index])[0] if self._is_off else self._fetched(self._drawn([index]))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
-        """Items for a batch: a `Fetched`, or the raw items where the recycling is off or no item has a row."""
-        return self.read(indices) if self._is_off else self.fetch(self._positions(indices))
+        """Items for a batch: a `Fetched`, or the raw items where the recycling is off or no item has a row.
 
-    def read(self, indices: Sequence[int]) -> Sequence[Any]:
-        """Items of the user's data set."""
-        fetch = getattr(self.base, "__getitems__", None)
-        return fetch(list(indices)) if fetch else [self.base[i] for i in indices]
+        Of several views, each item's next one is drawn; while the recycling is off, items come as they come.
+        """
+        return _read(self.base, indices) if self._is_off else self.fetch(self._drawn(indices))
+
+    def read(self, places: Sequence[int]) -> Sequence[Any]:
+        """What the user's data set gives at these places: of several views, each item under the view's seed."""
+        return _read(self._objects, places)
 
     def fetch(self, places: torch.Tensor) -> Sequence[Any]:
         """The items at these places, ``[batch]`` int64; the raw ones where none has a row."""
@@ -137,8 +159,16 @@ class RecycledDataset(Dataset[Any]):
         raw = {} if whole else dict(zip(at.tolist(), self.read(missing.tolist()), strict=True))
         return Fetched(self, places, locations, raw)
 
+    def peek(self, index: torch.Tensor) -> torch.Tensor:
+        """The places that these items would now be taken from, ``[batch]`` int64, if this process takes them."""
+        return index if self._draws is None else self._draws.peek(index)
+
+    def _drawn(self, indices: Sequence[Any]) -> torch.Tensor:
+        index = self._positions(indices)
+        return index if self._draws is None else self._draws.take(index)
+
     def _positions(self, indices: Sequence[Any]) -> torch.Tensor:
-        count = len(self.locations)
+        count = len(self.locations) // self.views
         if len(self.base) != count:
             raise StaleActivationError(
                 f"the data set has {len(self.base)} items where its rows were found for {count}: it has changed "
@@ -151,12 +181,17 @@ class RecycledDataset(Dataset[Any]):
         return torch.where(index < 0, index + count, index)
 
 
+def _read(objects: Any, indices: Sequence[int]) -> Sequence[Any]:
+    fetch = getattr(objects, "__getitems__", None)
+    return fetch(list(indices)) if fetch else [objects[i] for i in indices]
+
+
 class Fetched(Sequence[Any]):
     """The items of one batch, made when somebody looks at them.
 
     Args:
         dataset: of which they are.
-        index: where in it, ``[batch]`` int64.
+        index: the place of each, ``[batch]`` int64.
         locations: of the rows, ``[batch]`` int64; negative for items without one.
         raw: of items without a row, what the user's data set gives, by place in the batch. None of them where the
             manifest has all of an item.

@@ -4,6 +4,9 @@ A loader asks at each iteration. If the data set is what it was (`state_of`), it
 read. A new loader also reads 8 items, and compares their keys and targets: what the digest cannot see (a database
 behind the data set) is found there. Whatever does not fit is read anew, item by item; the prefix runs only for objects
 whose rows are missing.
+
+Under ``views=4`` the manifest of a data set that draws random numbers has all four views of each item, one view after
+the other; that of a data set that draws none has one, as it has under ``views=1``.
 """
 
 from __future__ import annotations
@@ -23,14 +26,12 @@ from torchrecycle.data.dataset import RecycledDataset
 from torchrecycle.data.manifest import Manifest, identity_of
 from torchrecycle.data.source import RowSource
 from torchrecycle.data.state import state_of
+from torchrecycle.data.views import RECIPE, Views, draws, some_of, viewed
 from torchrecycle.errors import BatchError, StoreError
 from torchrecycle.keys import key
 from torchrecycle.trace import random_state, set_random_state
 
 __all__ = ["Known", "KnownManifests", "items_of", "user_key_of"]
-
-SAMPLES = 8
-"""How many items are read to see whether a manifest still fits its data set."""
 
 REMEMBERED = 16
 """How many data sets a recycling remembers; they are held, with their manifests."""
@@ -47,15 +48,23 @@ class Known:
     state: str
     manifest: Manifest
     locations: np.ndarray
-    """Where the row of each item is; -1 for those without one. Replaced by another array where it changes."""
+    """Where the row at each place is; -1 for those without one. Replaced by another array where it changes."""
+    asked_views: int = 1
+    """How many views of each item were asked for."""
+    views: int = 1
+    """How many there are in the manifest: one, where items draw nothing."""
     left_out: np.ndarray | None = None
-    """Which items had no row after the last pass over them in this process: the store took no more."""
+    """Which places had no row after the last pass over them in this process: the store took no more."""
 
     @property
     def lacks(self) -> bool:
         """Whether rows are missing that a pass might make."""
         missing = self.locations < 0
         return bool((missing if self.left_out is None else missing & ~self.left_out).any())
+
+    def serves(self, asked_views: int) -> bool:
+        """Whether it is what so many views are asked of: one of each item also serves those who want no more."""
+        return self.asked_views == asked_views or (self.views == 1 and (asked_views == 1 or self.asked_views > 1))
 
 
 def items_of(base: Any, indices: list[int]) -> list[Any]:
@@ -64,9 +73,20 @@ def items_of(base: Any, indices: list[int]) -> list[Any]:
     return list(fetch(indices)) if fetch else [base[i] for i in indices]
 
 
-def user_key_of(item: Any, name: str | None, function: Callable[[Any], Any]) -> bytes:
-    """The key of an item under the user's own ``key=``; the name of the preprocessing is part of it."""
-    return key((name, function(item)), where="key(item)")
+def user_key_of(
+    item: Any, name: str | None, function: Callable[[Any], Any], seed: tuple[int, int] | None = None
+) -> bytes:
+    """The key of an item under the user's own ``key=``.
+
+    Args:
+        item: of the data set.
+        name: of the preprocessing, which is part of the key.
+        function: the user's.
+        seed: index and view that the item was read under, of several views. Both are part of the key: under another
+            index the same object in the same view is another one.
+    """
+    own = (name, function(item)) if seed is None else (name, function(item), "view", RECIPE, *seed)
+    return key(own, where="key(item)")
 
 
 class KnownManifests:
@@ -95,7 +115,11 @@ class KnownManifests:
         base = dataset.base
         known = self._find(dataset)
         looked = False
-        if known is None or known.state != state_of(base) or (made and not self._still_fits(known.manifest, dataset)):
+        if (
+            known is None
+            or known.state != state_of(base)
+            or (made and not self._still_fits(known.manifest, known.views, dataset))
+        ):
             # Under a name of the user's there is what the data set was before it changed.
             known = None if known is not None and dataset.name is not None else self._read(dataset)
             if known is None:
@@ -110,15 +134,25 @@ class KnownManifests:
             known = self._found(dataset)
         return known
 
-    def keep(self, base: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> None:
+    def keep(
+        self, base: Any, name: str | None, collate_fn: Any, manifest: Manifest, *, asked_views: int = 1, views: int = 1
+    ) -> None:
         """Remember what was read of a data set, in this process and, if its identity allows, beside the rows.
 
         Rows may be missing: where the store took no more of them, filling has said so, and the same pass would end the
         same way.
+
+        Args:
+            base: the data set.
+            name: the user's for it.
+            collate_fn: the user's.
+            manifest: of so many views.
+            asked_views: how many were asked for.
+            views: how many there are.
         """
-        known = self._add(base, name, collate_fn, manifest)
+        known = self._add(base, name, collate_fn, manifest, asked_views, views)
         known.left_out = known.locations < 0
-        identity = self._identity(base, name, collate_fn)
+        identity = self._identity(viewed(base, views), name, collate_fn)
         if identity is None or not manifest.template.is_plain:
             return
         try:
@@ -147,7 +181,11 @@ class KnownManifests:
 
     def _find(self, dataset: RecycledDataset) -> Known | None:
         collate_fn = dataset.fill_arguments.get("collate_fn")
-        same = [known for known in self._known if known.base is dataset.base and known.name == dataset.name]
+        same = [
+            known
+            for known in self._known
+            if known.base is dataset.base and known.name == dataset.name and known.serves(dataset.asked_views)
+        ]
         found = next((known for known in same if known.collate_fn is collate_fn), None)
         if found is None and same:
             state = state_of(collate_fn)
@@ -173,14 +211,20 @@ class KnownManifests:
         if known.left_out is not None:
             known.left_out &= locations < 0
 
-    def _add(self, base: Any, name: str | None, collate_fn: Any, manifest: Manifest) -> Known:
+    def _add(
+        self, base: Any, name: str | None, collate_fn: Any, manifest: Manifest, asked_views: int, views: int
+    ) -> Known:
         collate_state = state_of(collate_fn)
-        known = Known(base, name, collate_fn, collate_state, state_of(base), manifest, self._lookup(manifest))
+        locations = self._lookup(manifest)
+        known = Known(base, name, collate_fn, collate_state, state_of(base), manifest, locations, asked_views, views)
         others = [
             k
             for k in self._known
             if not (
-                k.base is base and k.name == name and (k.collate_fn is collate_fn or k.collate_state == collate_state)
+                k.base is base
+                and k.name == name
+                and k.serves(asked_views)
+                and (k.collate_fn is collate_fn or k.collate_state == collate_state)
             )
         ]
         self._known = [*others, known][-REMEMBERED:]
@@ -201,8 +245,13 @@ class KnownManifests:
 
     def _read(self, dataset: RecycledDataset) -> Known | None:
         """What an earlier process wrote down about this very data set, if it still fits."""
+        found = self._read_views(dataset, dataset.asked_views)
+        # Of a data set that draws nothing there is one view, also if more are asked for.
+        return self._read_views(dataset, 1) if found is None and dataset.asked_views > 1 else found
+
+    def _read_views(self, dataset: RecycledDataset, views: int) -> Known | None:
         base, name, collate_fn = dataset.base, dataset.name, dataset.fill_arguments.get("collate_fn")
-        identity = self._identity(base, name, collate_fn)
+        identity = self._identity(viewed(base, views), name, collate_fn)
         found = None if identity is None else self.source.rows.read_manifest(identity)
         if found is None:
             return None
@@ -212,27 +261,36 @@ class KnownManifests:
             raise StoreError(
                 f"the manifest {identity} in {self.source.rows.url} is damaged: {error}. Remove it."
             ) from error
-        return self._add(base, name, collate_fn, manifest) if self._still_fits(manifest, dataset) else None
+        if not self._still_fits(manifest, views, dataset):
+            return None
+        return self._add(base, name, collate_fn, manifest, dataset.asked_views, views)
 
     # -- a few items ---------------------------------------------------------------------------------------------------
 
-    def _still_fits(self, manifest: Manifest, dataset: RecycledDataset) -> bool:
-        """Read a few items: are their keys and targets what the manifest says?"""
-        base, count = dataset.base, len(dataset.base)
-        if count != len(manifest):
+    def _still_fits(self, manifest: Manifest, views: int, dataset: RecycledDataset) -> bool:
+        """Read a few items: are their keys and targets what the manifest of so many views says?"""
+        objects = viewed(dataset.base, views)
+        if len(objects) != len(manifest):
             return False
-        indices = sorted({round(i * (count - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
-        with self.reading(base):
-            items = items_of(base, indices)
-            keys = self._keys(items, dataset)
-        if keys is not None and not np.array_equal(keys, manifest.keys[indices]):
+        places = some_of(len(objects))
+        with self.reading(dataset.base):
+            if views < dataset.asked_views and draws(dataset.base):
+                return False
+            items = items_of(objects, places)
+            keys = self._keys(items, dataset, objects.seeds(places) if isinstance(objects, Views) else None)
+        if keys is not None and not np.array_equal(keys, manifest.keys[places]):
             return False
-        return all(_same_leaves(manifest, index, item) for index, item in zip(indices, items, strict=True))
+        return all(_same_leaves(manifest, place, item) for place, item in zip(places, items, strict=True))
 
-    def _keys(self, items: list[Any], dataset: RecycledDataset) -> np.ndarray | None:
+    def _keys(
+        self, items: list[Any], dataset: RecycledDataset, seeds: list[tuple[int, int]] | None
+    ) -> np.ndarray | None:
         """The keys of a few items; None where a key depends on how long the batch is padded."""
         if self.user_key is not None:
-            found = [user_key_of(item, dataset.name, self.user_key) for item in items]
+            found = [
+                user_key_of(item, dataset.name, self.user_key, None if seeds is None else seeds[number])
+                for number, item in enumerate(items)
+            ]
             return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
         sequences, padding = self.source.sequences, self.source.padding
         if sequences.spatial or sequences.bare or (sequences and not (padding.right and padding.left)):

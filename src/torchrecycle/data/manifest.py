@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from torchrecycle.data.columns import Column, Template
+from torchrecycle.data.views import RECIPE, Views
 from torchrecycle.errors import BatchError, KeyTypeError
 from torchrecycle.keys import KEY_BYTES, key
 
@@ -97,9 +98,12 @@ def identity_of(dataset: Any, name: str | None = None) -> str | None:
     None where that cannot be known: then the manifest serves this process only.
 
     Args:
-        dataset: map-style.
+        dataset: map-style; several views of one are another than these of fewer.
         name: the user's own name for it, transforms and targets included.
     """
+    if isinstance(dataset, Views):
+        inner = identity_of(dataset.base, name)
+        return None if inner is None else key(("views", RECIPE, dataset.count, inner)).hex()
     if name is not None:
         return key(("named", name, len(dataset))).hex()
     parts = _identity(dataset)

@@ -84,8 +84,9 @@ class BlockShuffleSampler(Sampler[int]):
         return iter(self._order(torch.Generator().manual_seed(seed)).tolist())
 
     def _order(self, generator: torch.Generator) -> torch.Tensor:
-        locations = self._dataset.locations
         count = len(self._dataset)
+        # The rows of each view lie in the order of the objects, so that those of the first stand for all.
+        locations = self._dataset.locations[:count]
         # Objects without a row come last in the order of places, in blocks of their own.
         places = torch.argsort(locations, stable=True) if len(locations) == count else torch.arange(count)
         block, window_of = self.sizes()
@@ -190,7 +191,8 @@ class _Reading:
         if self._idle or source is None or not batches:
             self._idle = max(0, self._idle - 1)
             return None
-        locations = self._dataset.locations[torch.tensor([index for batch in batches for index in batch])]
+        index = torch.tensor([index for batch in batches for index in batch])
+        locations = self._dataset.locations[self._dataset.peek(index)]
         return _thread().submit(_read, source.rows, locations[locations >= 0])
 
     def wait(self, asked: Future[int] | None) -> None:

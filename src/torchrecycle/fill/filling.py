@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from torchrecycle.bypass import Bypass, Inputs, first_difference, relative_difference, take_rows
-from torchrecycle.data import Manifest, RowSource, Template, absent_column, make_column
+from torchrecycle.data import Manifest, RowSource, Template, Views, absent_column, make_column
+from torchrecycle.data.views import some_of
 from torchrecycle.errors import BatchError, CutError, RandomInputError, RecycleWarning, StoreError
 from torchrecycle.fill.reading import AbsentLeaf, Reading, Watched
 from torchrecycle.progress import progress
@@ -31,9 +32,6 @@ from torchrecycle.store.claims import claims_of
 from torchrecycle.trace import random_state, set_random_state
 
 __all__ = ["FillReport", "Fillable", "fill_pass", "takes_no_more"]
-
-SAMPLES = 8
-"""How many items are read twice before all are read: a flip of a coin passes with a chance of 1 in 256."""
 
 STUCK_SECONDS = 60.0
 """How long rows that a living process has claimed are waited for while none of them is published; it publishes twice in
@@ -78,12 +76,17 @@ class FillReport:
     """The part of it that the prefix took."""
     missing: int = 0
     """Items that have no row: the store took no more, or lost it meanwhile."""
+    views: int = 1
+    """In how many views each item was read. Each view counts as an item of its own."""
 
     def __str__(self) -> str:
+        objects = f"{self.objects:,} objects"
+        if self.views > 1:
+            objects = f"{self.objects:,} views of {self.objects // self.views:,} objects"
         if not self.computed and not self.missing:
-            return f"nothing to fill: all {self.objects:,} objects are in the store ({self.seconds:.1f} s)"
+            return f"nothing to fill: all {objects} are in the store ({self.seconds:.1f} s)"
         text = (
-            f"filled {self.computed:,} of {self.objects:,} objects, {self.bytes_written / 1e6:,.1f} MB, in "
+            f"filled {self.computed:,} of {objects}, {self.bytes_written / 1e6:,.1f} MB, in "
             f"{self.seconds:.1f} s ({self.prefix_seconds:.1f} s of it in the frozen layers)"
         )
         return f"{text}; {self.missing:,} objects have no row" if self.missing else text
@@ -124,7 +127,7 @@ def fill_pass(
 
     Args:
         recyclings: of one model, or of models with the same weights before their cuts.
-        dataset: map-style.
+        dataset: map-style; `Views` of one to keep several of each item.
         batch_size: objects per batch.
         num_workers: reading processes.
         collate_fn: the user's.
@@ -141,7 +144,8 @@ def fill_pass(
 
     Raises:
         BatchError: the data set's batches do not fit the example.
-        RandomInputError: an item is different each time it is read.
+        RandomInputError: an item is different each time it is read, also under the same seed; or it draws random
+            numbers, and is not read under one; or the collate function draws.
         StoreError: the store cannot be read, or not be written for another reason than want of space or permission.
     """
     state = random_state()
@@ -164,6 +168,7 @@ def fill_pass(
             # Rows that we know of may have left the store since.
             recycling.source.rows.refresh()
         fill = _Pass(recyclings, len(dataset), refused or {})
+        fill.views = dataset.count if isinstance(dataset, Views) else 1
         with progress(title, len(dataset)) as shown:
             try:
                 for batch, template, at, leaves, user_keys in batches():
@@ -182,25 +187,32 @@ def fill_pass(
 
 
 def _read_twice(dataset: Any, reading: Reading, source: RowSource) -> None:
-    """Generators that cannot be reached leave no trace: read some items twice and compare."""
-    count = len(dataset)
-    indices = sorted({round(i * (count - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
+    """Generators that cannot be reached leave no trace: read some items twice and compare.
+
+    A flip of a coin passes with a chance of 1 in 256.
+    """
+    indices = some_of(len(dataset))
     watched = Watched(dataset)
     first, second = watched.__getitems__(indices), watched.__getitems__(indices)
-    batches = [reading.collate_fn(items) for items in (first, second)]
+    batches = [reading.collated(items) for items in (first, second)]
     keys = [source.keys(source.rule(batch)) for batch in batches]
+    step = "Draw from the global generators, or from one that the data set holds, so that views= can seed it"
     if not np.array_equal(keys[0], keys[1]):
-        again = source.keys(source.rule(reading.collate_fn(second)))
-        who = "collate function" if not np.array_equal(keys[1], again) else "data set"
+        again = source.keys(source.rule(reading.collated(second)))
+        if not np.array_equal(keys[1], again):
+            who, step = "collate function", "Draw in the data set's __getitem__ instead, and keep several views="
+        else:
+            who = "data set"
+        seeded = " under the same seed" if isinstance(dataset, Views) else ""
         raise RandomInputError(
-            f"the {who} gives other model inputs each time it is asked for the same item: a random transform would be "
-            "frozen at the moment of filling. Take it out, or seed it by item."
+            f"the {who} gives other model inputs each time it is asked for the same item{seeded}, and no generator "
+            f"that can be reached has moved: one draw would be frozen at the moment of filling. {step}; or take it out."
         )
     difference = first_difference(*batches)
     if difference:
         raise RandomInputError(
             f"the data set gives other targets each time it is asked for the same item ({difference}): one draw would "
-            "be frozen at the moment of filling. Draw them in the loop, or seed them by item."
+            f"be frozen at the moment of filling. {step}; or draw them in the loop."
         )
 
 
@@ -212,6 +224,7 @@ class _Pass:
         self.deepest = _deepest(recyclings)
         self.began = time.perf_counter()
         self.objects = objects
+        self.views = 1
         self.prefix_seconds = 0.0
         self.computed = [0] * len(recyclings)
         self.written = [r.source.rows.bytes_written for r in recyclings]
@@ -427,18 +440,18 @@ class _Pass:
         """Reports and manifests, after the last row was published."""
         seconds = time.perf_counter() - self.began
         manifests = [self._manifest(number, recycling) for number, recycling in enumerate(self.recyclings)]
-        reports = [self._report(number, manifest, seconds) for number, manifest in enumerate(manifests)]
+        reports = [self._report(number, manifest.keys, seconds) for number, manifest in enumerate(manifests)]
         self._warn_of_refusal(reports)
         return list(zip(reports, manifests, strict=True))
 
-    def _report(self, number: int, manifest: Manifest, seconds: float) -> FillReport:
+    def _report(self, number: int, keys: np.ndarray, seconds: float) -> FillReport:
         rows, computed = self.recyclings[number].source.rows, self.computed[number]
         written = rows.bytes_written - self.written[number]
         if self.refused[number] is not None:
             rows.refresh()
-        missing = int((rows.lookup(manifest.keys) < 0).sum())
+        missing = int((rows.lookup(keys) < 0).sum())
         found = max(0, self.objects - computed - missing)
-        return FillReport(self.objects, found, computed, written, seconds, self.prefix_seconds, missing)
+        return FillReport(self.objects, found, computed, written, seconds, self.prefix_seconds, missing, self.views)
 
     def _warn_of_refusal(self, reports: Sequence[FillReport]) -> None:
         full = [number for number, error in enumerate(self.refused) if error is not None and reports[number].missing]

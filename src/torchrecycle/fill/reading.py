@@ -7,7 +7,10 @@ the manifest keeps (an image that is a model input becomes its shape), and the u
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,91 +18,111 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from torchrecycle.bypass import BatchRule
-from torchrecycle.data import Template, generators_of
+from torchrecycle.data import Generators, Template, Views
 from torchrecycle.data.batches import path_of
 from torchrecycle.data.known import items_of, user_key_of
 from torchrecycle.errors import BatchError, RandomInputError
 from torchrecycle.keys import tensor_row_keys
-from torchrecycle.trace import random_state
 
 __all__ = ["Reading", "Watched"]
 
 
 class Watched(Dataset[Any]):
-    """The user's data set, each item read between two looks at the random generators."""
+    """The user's data set, each item read between two looks at the random generators; of `Views`, each under its seed.
+
+    Args:
+        base: map-style.
+    """
 
     def __init__(self, base: Any) -> None:
         self.base = base
-        self._private: list[Any] | None = None
+        self._generators: Generators | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_private": None}  # a worker has generators of its own
+        return {**self.__dict__, "_generators": None}  # a worker has generators of its own
 
     def __len__(self) -> int:
         return len(self.base)
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        if self._private is None:
-            self._private = generators_of(self.base)
-        before = random_state()
-        private = [_state_of_generator(one) for one in self._private]
+        if isinstance(self.base, Views):
+            return SeededItems(self.base.__getitems__(indices), self.base.seeds(indices))
+        if self._generators is None:
+            self._generators = Generators(self.base)
+        before = self._generators.states()
         items = items_of(self.base, list(indices))
-        self._compare(before, indices)
-        if [_state_of_generator(one) for one in self._private] != private:
+        drawn = self._generators.moved(before)
+        if drawn:
             raise RandomInputError(
-                f"reading the items {list(indices)[:3]} of the data set drew from a random generator that it holds: a "
-                f"random transform ({_suspects(self.base)}) would be frozen at the moment of filling. Take it out of "
-                "the data set."
+                f"reading the items {list(indices)[:3]} of the data set drew from {' and from '.join(drawn)}: a "
+                f"random transform ({_suspects(self.base, indices)}) would be frozen at the moment of filling. Keep "
+                "each object in several views, of which each epoch draws one: views=4, given to recycle() or to "
+                "loader(), dataset() and fill(). Or take it out of the data set."
             )
         return items
 
-    def _compare(self, before: tuple[Any, ...], indices: Sequence[int]) -> None:
-        after = random_state()
-        drawn = []
-        if before[0] != after[0]:
-            drawn.append("Python's random")
-        if before[1] is not None and after[1] is not None and not _same_numpy(before[1], after[1]):
-            drawn.append("NumPy's")
-        if not torch.equal(before[2], after[2]):
-            drawn.append("torch's")
-        if drawn:
-            raise RandomInputError(
-                f"reading the items {list(indices)[:3]} of the data set drew from {' and '.join(drawn)} generator: a "
-                f"random transform ({_suspects(self.base)}) would be frozen at the moment of filling. Take it out of "
-                "the data set."
-            )
+
+class SeededItems(list[Any]):
+    """Items of `Views`, with index and view of each."""
+
+    def __init__(self, items: Iterable[Any], seeds: list[tuple[int, int]]) -> None:
+        super().__init__(items)
+        self.seeds = seeds
 
 
-def _state_of_generator(generator: Any) -> str:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy().tobytes().hex()
-    if isinstance(generator, np.random.Generator):
-        return repr(_whole(generator.bit_generator.state))
-    state = generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-    return repr(_whole(state))
-
-
-def _whole(state: Any) -> Any:
-    """With arrays as lists: what NumPy prints of a long one is not all of it."""
-    if isinstance(state, dict):
-        return {name: _whole(part) for name, part in state.items()}
-    if isinstance(state, tuple):
-        return tuple(_whole(part) for part in state)
-    return state.tolist() if isinstance(state, np.ndarray) else state
-
-
-def _same_numpy(a: Any, b: Any) -> bool:
-    return a[0] == b[0] and np.array_equal(a[1], b[1]) and a[2:] == b[2:]
-
-
-def _suspects(dataset: Any) -> str:
-    """The data set's transforms that look random, by name."""
-    found = []
-    for name in ("transform", "transforms", "target_transform"):
+def _suspects(dataset: Any, indices: Sequence[int]) -> str:
+    """What of a data set draws random numbers, by name."""
+    found = _seen_drawing(dataset, indices[:4])
+    for name in () if found else ("transform", "transforms", "target_transform"):
         transform = getattr(dataset, name, None)
         parts = getattr(transform, "transforms", [transform] if transform is not None else [])
         found += [type(part).__name__ for part in parts if "Random" in type(part).__name__]
-    return ", ".join(found) or "a flip, a crop, dropout on the input"
+    return ", ".join(dict.fromkeys(found)) or "a flip, a crop, dropout on the input"
+
+
+def _name_of(frame: types.FrameType, dataset: Any) -> str | None:
+    """What a call is called by its user: the object whose method it is, or the user's own function."""
+    own = frame.f_locals.get("self")
+    if own is dataset:
+        return f"{type(own).__name__}.{frame.f_code.co_name}"
+    if own is not None:
+        return None if isinstance(own, random.Random) else type(own).__name__
+    package = str(frame.f_globals.get("__name__")).split(".")[0]
+    return None if package in _FUNCTIONS or package in sys.stdlib_module_names else frame.f_code.co_name
+
+
+_FUNCTIONS = frozenset({"torch", "torchvision", "numpy", "PIL", "albumentations", "torchrecycle"})
+"""Packages whose functions draw in the name of whoever calls them."""
+
+
+def _seen_drawing(dataset: Any, indices: Sequence[int]) -> list[str]:
+    """The innermost objects and functions in which generators move while these items are read once more."""
+    generators = Generators(dataset)
+    calls: list[list[Any]] = []
+    """Of each call of Python that runs: the states when it began, and whether one within it has been named."""
+    found: list[str] = []
+
+    def look(frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            calls.append([generators.states(), False])
+        elif event == "return" and calls:
+            before, named = calls.pop()
+            if not named and generators.moved(before):
+                name = _name_of(frame, dataset)
+                if name is not None:
+                    found.append(name)
+                    named = True
+            if calls:
+                calls[-1][1] |= named
+
+    others = sys.getprofile()
+    with generators.undisturbed(), suppress(Exception):
+        sys.setprofile(look)
+        try:
+            items_of(dataset, list(indices))
+        finally:
+            sys.setprofile(others)
+    return found
 
 
 class Reading:
@@ -128,11 +151,37 @@ class Reading:
         self.some, self.absent = some, absent
         self.user_key = user_key
         self.key_name = key_name
+        self._generators: Generators | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generators": None}  # a worker has generators of its own
+
+    def collated(self, items: Sequence[Any]) -> Any:
+        """The user's batch of some items.
+
+        Raises:
+            RandomInputError: the collate function draws random numbers.
+        """
+        if self.collate_fn is default_collate:
+            return default_collate(list(items))
+        if self._generators is None:
+            self._generators = Generators(self.collate_fn)
+        before = self._generators.states()
+        batch = self.collate_fn(list(items))
+        drawn = self._generators.moved(before)
+        if drawn:
+            name = getattr(self.collate_fn, "__qualname__", type(self.collate_fn).__name__)
+            raise RandomInputError(
+                f"the collate function {name} drew from {' and from '.join(drawn)}: what it makes of an item would be "
+                "frozen at the moment of filling. Draw in the data set's __getitem__, and keep several views of each "
+                "object: views=4."
+            )
+        return batch
 
     def __call__(
         self, items: Sequence[Any]
     ) -> tuple[Any, Template, dict[int, str], list[list[Any]], np.ndarray | None]:
-        batch = self.collate_fn(list(items))
+        batch = self.collated(items)
         inputs = self.rule(batch)
         tensors = inputs.tensors()
         if not tensors:
@@ -179,7 +228,8 @@ class Reading:
     def _user_keys(self, items: Sequence[Any]) -> np.ndarray | None:
         if self.user_key is None:
             return None
-        found = [user_key_of(item, self.key_name, self.user_key) for item in items]
+        seeds = items.seeds if isinstance(items, SeededItems) else [None] * len(items)
+        found = [user_key_of(item, self.key_name, self.user_key, seed) for item, seed in zip(items, seeds, strict=True)]
         return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16).copy()
 
 
