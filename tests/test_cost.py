@@ -88,6 +88,13 @@ def test_a_level_outside_of_its_range_is_refused(level):
         recycle(sequential(), torch.randn(2, 6), level=level, store="memory://")
 
 
+def test_a_level_is_found_under_the_autocast_that_was_declared():
+    with recycle(bert(), _two(), level=0.5, store="memory://cast", autocast=torch.bfloat16) as recycling:
+        assert recycling.cut == "bert.encoder.layer.1"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert any(cut.valid for cut in cuts(resnet(), images(2)))
+
+
 def test_level_one_recycles_all_but_the_head():
     for make, example in ((efficientnet, images(2)), (lambda: vit(4), images(2)), (resnet, images(2))):
         model = make()

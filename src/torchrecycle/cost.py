@@ -27,6 +27,7 @@ from torchrecycle.bypass import (
     Inputs,
     Plan,
     Probes,
+    device_of,
     evaluating,
     example_inputs,
     make_plan,
@@ -303,6 +304,11 @@ def _measure(model: nn.Module, inputs: Inputs) -> _Measured:
         return _Measured(timed, trace(model, inputs.args, inputs.kwargs, count_flops=True, keep_outputs=False))
 
 
+def _ambient_autocast(model: nn.Module) -> torch.dtype | None:
+    device = device_of(model).type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _cut(probes: Probes, measured: _Measured, levels: _Levels, name: str) -> Cut:
     call = _calls(probes.traces[0], name)[0]
     number = call.number
@@ -312,7 +318,7 @@ def _cut(probes: Probes, measured: _Measured, levels: _Levels, name: str) -> Cut
     level = levels.of(name)
     try:
         plan = make_plan(probes, name)
-        bypass = Bypass(probes.model, plan, probes.traces[0])
+        bypass = Bypass(probes.model, plan, probes.traces[0], autocast=_ambient_autocast(probes.model))
     except CutError as error:
         reason = str(error).removeprefix(f"cannot cut at '{name}': ").removesuffix(" See cuts(model, example).")
         return Cut(name, level, False, reason, 0, flops, seconds, _bytes(call.output), 0)
@@ -590,7 +596,7 @@ def _valid(probes: Probes, name: str, reasons: list[str]) -> tuple[str, int, int
     """(name, parameters frozen, bytes per object) of a cut, or None with the reason noted."""
     try:
         plan = make_plan(probes, name)
-        bypass = Bypass(probes.model, plan, probes.traces[0])
+        bypass = Bypass(probes.model, plan, probes.traces[0], autocast=_ambient_autocast(probes.model))
     except CutError as error:
         reasons.append(str(error))
         return None

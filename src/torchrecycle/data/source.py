@@ -279,19 +279,38 @@ class RowSource:
             locations: where the rows are, ``[batch]`` int64; negative for objects without one.
             leaves: the rows, as of `gather`, if they have been gathered.
         """
+        for name, recycled in self.carriers(inputs, locations, leaves).items():
+            if name in inputs.lists:
+                for entry, one in zip(inputs.entries(name), recycled.unbind(0), strict=True):
+                    batch = self._put(batch, name, entry, one)
+            else:
+                batch = self._put(batch, name, inputs.tensors()[name], recycled)
+        return batch
+
+    def carriers(
+        self, inputs: Inputs, locations: torch.Tensor, leaves: list[torch.Tensor] | None = None
+    ) -> dict[str, RecycledTensor]:
+        """What takes the place of model inputs where rows are at hand: that which carries them first.
+
+        Args:
+            inputs: of a batch.
+            locations: where the rows are, ``[batch]`` int64; negative for objects without one.
+            leaves: the rows, as of `gather`, if they have been gathered.
+        """
         tensors = inputs.tensors()
         misses = (locations < 0).nonzero()[:, 0]
         if leaves is None and len(misses) < len(locations):
             leaves = self.gather(locations, inputs)
+        made: dict[str, RecycledTensor] = {}
         for name in [self.carrier, *sorted(self.absent - {self.carrier})]:
             given = tensors[name]
             if isinstance(given, RecycledTensor):
                 value, missing = given.value, given.missing
             elif name in self.absent:
-                value, missing = None, given.index_select(0, misses) if len(misses) else None
+                value, missing = None, given.index_select(0, misses.to(given.device)) if len(misses) else None
             else:
                 value, missing = given, None
-            recycled = RecycledTensor(  # pyright: ignore[reportCallIssue]
+            made[name] = RecycledTensor(  # pyright: ignore[reportCallIssue]
                 given.shape,
                 given.dtype,
                 locations=locations,
@@ -303,12 +322,7 @@ class RowSource:
                 witnesses=self.witnesses(tensors) if name == self.carrier else None,
                 device=given.device,
             )
-            if name in inputs.lists:
-                for entry, one in zip(inputs.entries(name), recycled.unbind(0), strict=True):
-                    batch = self._put(batch, name, entry, one)
-            else:
-                batch = self._put(batch, name, given, recycled)
-        return batch
+        return made
 
     def _put(self, batch: Any, name: str, given: Any, recycled: Any) -> Any:
         path = path_of(batch, given)
