@@ -28,8 +28,10 @@ What counts, where it is not obvious:
   the colours of its palette that they use, and transparency; format, file name and Exif do not count.
 - An instance of a class counts by the qualified name of the class, so a class moved to another module gives
   new keys.
-- Subclasses of ``str``, ``int``, ``list``, ``datetime`` and the like may carry more than their base shows
-  (``pandas.Timestamp`` has nanoseconds): they have no key.
+- Subclasses of ``str``, ``int``, ``list``, ``datetime`` and the like may carry more than their base shows: they have
+  no key.
+- Frames, tables, series, arrays and scalars of pandas, Arrow and polars count by types, names, index and
+  values. Arrow's chunks and what lies in the places of nulls do not count, nor does who holds pandas' strings.
 
 Numbers are little-endian in the stream; on a big-endian machine contents are swapped first.
 """
@@ -57,6 +59,7 @@ import torch
 from blake3 import blake3
 
 from torchrecycle.errors import BatchError, KeyTypeError
+from torchrecycle.frames import FRAME_PACKAGES, is_frame, plain_of
 
 __all__ = ["KEY_BYTES", "KEY_VERSION", "Key", "hash_threads", "key", "tensor_row_keys"]
 
@@ -102,8 +105,8 @@ def key(obj: Any, *, where: str = "item") -> Key:
 
     Args:
         obj: strings, bytes, numbers, None, NumPy arrays, tensors, PIL images, paths (the file's content),
-            dates, enums, dataclasses, objects with ``__recycle_key__``, and tuples, lists, dicts and sets of
-            these.
+            dates, enums, dataclasses, frames and scalars of pandas, Arrow and polars, objects with
+            ``__recycle_key__``, and tuples, lists, dicts and sets of these.
         where: what the object is called in an error.
 
     Returns:
@@ -559,6 +562,8 @@ def _writer_for(obj: Any) -> Callable[[_Stream, Any], None]:
         return _namedtuple
     if _is_image(obj):
         return _image
+    if is_frame(obj):
+        return _frame
     if isinstance(obj, Mapping):
         return _mapping
     return _refuse
@@ -726,6 +731,25 @@ def _image(out: _Stream, image: Any) -> None:
     else:
         out.buffer += b"N"
     out.write_at(".info['transparency']", image.info.get("transparency"))
+
+
+def _frame(out: _Stream, frame: Any) -> None:
+    if type(frame).__module__.partition(".")[0] not in FRAME_PACKAGES:
+        raise _RefusedError(frame, f"a subclass of {_base_of(frame)} may carry more than its content shows")
+    try:
+        content = plain_of(frame)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise _RefusedError(frame, str(error).splitlines()[0]) from error
+    out.buffer += b"x"
+    try:
+        out.write(content)
+    except _RefusedError as refused:
+        raise _RefusedError(frame, f"it holds a {_name_of(refused.type)}: {refused.why}") from None
+
+
+def _base_of(frame: Any) -> str:
+    bases = (base for base in type(frame).__mro__ if base.__module__.partition(".")[0] in FRAME_PACKAGES)
+    return _name_of(next(bases))
 
 
 def _path(out: _Stream, path: pathlib.PurePath) -> None:

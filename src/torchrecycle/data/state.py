@@ -16,6 +16,7 @@ A class that knows better says with ``__recycle_state__(self)`` what its state c
 
 from __future__ import annotations
 
+import dis
 import functools
 import marshal
 import os
@@ -31,6 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 from blake3 import blake3
+
+from torchrecycle.frames import is_frame, plain_of
 
 __all__ = ["generators_of", "state_of"]
 
@@ -207,14 +210,16 @@ class _Walk:
                 self._code(constant, names)
             else:
                 self.say(repr(constant))
+        asked = _globals_of(code)
         for name in code.co_names:
             self.say(name)
-            value = names.get(name)
+            # An attribute's name may be that of a global which has nothing to do with it: a loop's `x` and `self.x`.
+            value = names.get(name) if name in asked else None
             if isinstance(value, types.ModuleType) and not _is_of_a_library(value.__name__):
                 for attribute in code.co_names:
                     if attribute in vars(value):
                         self.visit(vars(value)[attribute])
-            elif name in names and name != "__builtins__":
+            elif name in asked and name in names and name != "__builtins__":
                 self.visit(value)
 
     def _method(self, method: types.MethodType) -> None:
@@ -272,10 +277,22 @@ class _Walk:
             self.say(value.mode, value.size, value.info.get("transparency"), value.getpalette())
             self._bytes(np.frombuffer(value.tobytes(), np.uint8))
             return
+        if is_frame(value):
+            self._frame(value)
+            return
         if _is_image_folder(kind):
             self._files(value)
         if not self._attributes(value):
             self.say("id", id(value))
+
+    def _frame(self, frame: Any) -> None:
+        """Of a pandas, Arrow or polars object its content: it may have been edited in place."""
+        try:
+            content = plain_of(frame, by_chunk=True)
+        except (ValueError, TypeError, NotImplementedError):
+            self.say("id", id(frame))
+        else:
+            self.visit(content)
 
     def _files(self, folder: Any) -> None:
         """What tells whether a file was edited under the same path, without reading it."""
@@ -344,6 +361,14 @@ _WRITERS: list[tuple[Any, Callable[[_Walk, Any], None]]] = [
     (type, _Walk._class),
     (object, _Walk._other),
 ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _globals_of(code: types.CodeType) -> frozenset[str]:
+    """The names that some code looks up among its module's globals."""
+    return frozenset(
+        str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )
 
 
 # -- whose code is it --------------------------------------------------------------------------------------------------
