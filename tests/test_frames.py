@@ -233,6 +233,26 @@ def test_the_state_of_an_arrow_array_shows_what_was_written_under_it():
     assert state_of(array) != before
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda path: pd.DataFrame({"label": [0, 1], "path": [path, "none"]}),
+        lambda path: pd.Series([path, "none"]),
+        lambda path: pa.table({"label": [0, 1], "path": [path, "none"]}),
+        lambda path: pa.array([path, "none"]),
+    ],
+    ids=["frame", "series", "table", "array"],
+)
+def test_the_state_of_a_column_of_paths_shows_an_edited_file(made, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    held = made(str(path))
+    before = state_of(held)
+    assert state_of(held) == before
+    path.write_text("other")
+    assert state_of(held) != before
+
+
 def test_polars_frames_have_keys_and_states_by_content():
     pl = pytest.importorskip("polars")
     samples = [

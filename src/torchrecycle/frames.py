@@ -10,12 +10,12 @@ The packages are asked for only if somebody has loaded them. What has no content
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["FRAME_PACKAGES", "is_frame", "plain_of"]
+__all__ = ["FRAME_PACKAGES", "is_frame", "plain_of", "texts_of"]
 
 FRAME_PACKAGES = ("pandas", "pyarrow", "polars")
 
@@ -45,6 +45,25 @@ def plain_of(value: Any, *, by_chunk: bool = False) -> Any:
         if found is not None:
             return (name, *found)
     raise ValueError(f"a {type(value).__module__}.{type(value).__qualname__} has no content that is known here")
+
+
+def texts_of(value: Any) -> Iterator[list[Any]]:
+    """The columns of a frame, table, series or array that begin with a string, which may be the path of a file."""
+    for column in _columns_of(value):
+        first = column[0] if hasattr(column, "__getitem__") and hasattr(column, "__len__") and len(column) else None
+        if isinstance(first.as_py() if hasattr(first, "as_py") else first, str):
+            yield column.to_pylist() if hasattr(column, "to_pylist") else list(column)
+
+
+def _columns_of(value: Any) -> Sequence[Any]:
+    pd, pa, pl = (sys.modules.get(name) for name in FRAME_PACKAGES)
+    if pd is not None and isinstance(value, pd.DataFrame):
+        return [value.iloc[:, at].array for at in range(value.shape[1])]
+    if pd is not None and isinstance(value, (pd.Series, pd.Index)):
+        return [value.array]
+    if pa is not None and isinstance(value, (pa.Table, pa.RecordBatch)):
+        return value.columns
+    return value.get_columns() if pl is not None and isinstance(value, pl.DataFrame) else [value]
 
 
 # -- pandas ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from torchrecycle.frames import is_frame, plain_of
+from torchrecycle.frames import is_frame, plain_of, texts_of
 
 __all__ = ["generators_of", "state_of"]
 
@@ -293,6 +293,8 @@ class _Walk:
             self.say("id", id(frame))
         else:
             self.visit(content)
+            for texts in texts_of(frame):
+                self._files_among(texts)
 
     def _files(self, folder: Any) -> None:
         """What tells whether a file was edited under the same path, without reading it."""
