@@ -50,7 +50,9 @@ def plain_of(value: Any, *, by_chunk: bool = False) -> Any:
 def texts_of(value: Any) -> Iterator[list[Any]]:
     """The columns of a frame, table, series or array that begin with a string, which may be the path of a file."""
     for column in _columns_of(value):
-        first = column[0] if hasattr(column, "__getitem__") and hasattr(column, "__len__") and len(column) else None
+        first: Any = (
+            column[0] if hasattr(column, "__getitem__") and hasattr(column, "__len__") and len(column) else None
+        )
         if isinstance(first.as_py() if hasattr(first, "as_py") else first, str):
             yield column.to_pylist() if hasattr(column, "to_pylist") else list(column)
 

@@ -66,6 +66,7 @@ from torchrecycle.data import (
     viewed,
 )
 from torchrecycle.data.collate import MixedCollate
+from torchrecycle.data.resident import Residency, Residents, refuse_residency
 from torchrecycle.errors import (
     BatchError,
     CutError,
@@ -166,6 +167,7 @@ def recycle(
     share: Literal["refuse", "freeze"] = "refuse",
     verify_every: int = 0,
     augment: Callable[[Any], Any] | None = None,
+    resident: Residency | None = None,
 ) -> Recycling:
     """Freeze a model up to a cut, and keep what that prefix computes for each object.
 
@@ -196,6 +198,10 @@ def recycle(
         augment: changes the activations of each batch in training mode: a callable that takes what the cut gives for a
             batch (a tensor ``[batch, ...]``, or a list of them) and gives the same form back. See
             `torchrecycle.augment`. Without recycling (`paused`) it is called as well.
+        resident: where loaders gather rows from: ``"disk"``: the files of the store; ``"ram"``: a copy in memory;
+            ``"cuda"``: a copy on the model's GPU, from which the model gathers in its own call, so that batches hold
+            no rows. If None: the GPU where the model is on one and a data set's rows fit a quarter of its free memory,
+            else the disk. What does not fit is an error.
 
     The prefix is all that the model runs up to the cut: it is in eval mode and without gradient also under
     ``model.train()``, with what the modules around the cut do between its layers (dropout, LayerDrop).
@@ -207,6 +213,7 @@ def recycle(
     """
     _refuse_arguments(model, cut, level, store, autocast, inputs, key, verify_every)
     _refuse_no_function(augment)
+    refuse_residency(resident)
     if (cut is None) == (level is None):
         raise CutError("give either cut='layer2' or level=0.5. See cuts(model, example).")
     if precision is not None and precision not in (*PRECISIONS, "auto"):
@@ -219,7 +226,20 @@ def recycle(
     return Recycling(
         model,
         _Options(
-            example, cut, level, opened, precision, autocast, inputs, mask, key, share, verify_every, views, augment
+            example,
+            cut,
+            level,
+            opened,
+            precision,
+            autocast,
+            inputs,
+            mask,
+            key,
+            share,
+            verify_every,
+            views,
+            augment,
+            resident,
         ),
     )
 
@@ -276,6 +296,7 @@ class _Options:
     verify_every: int
     views: int = 1
     augment: Callable[[Any], Any] | None = field(default=None, repr=False)
+    resident: Residency | None = None
 
 
 _WRAPPERS = {
@@ -331,6 +352,9 @@ class Recycling:
         loader or collate function of ours can stand (a trainer that cuts batches into smaller ones). It reads its data
         as without us, and the prefix runs only for objects that have no row. `fill` makes the rows."""
         self._augment = options.augment
+        self._resident: Residency | None = options.resident
+        self.residents = Residents()
+        """The copies of rows in memory and on the GPU that its loaders have now."""
         self._paused = 0
         self._warned = False
         self._marks = Marks()
@@ -737,6 +761,16 @@ class Recycling:
         self._augment = augment
 
     @property
+    def resident(self) -> Residency | None:
+        """Where loaders gather rows from; may be set at any time, and holds from their next iteration on."""
+        return self._resident
+
+    @resident.setter
+    def resident(self, resident: Residency | None) -> None:
+        refuse_residency(resident)
+        self._resident = resident
+
+    @property
     def mixed_modules(self) -> set[nn.Module]:
         """Modules that are called on both sides of the cut."""
         return self.bypass.mixed_modules
@@ -765,11 +799,14 @@ class Recycling:
         carriers = {name: value for name, value in inputs.items() if isinstance(value, RecycledTensor)}
         if not carriers:
             return self.bypass.full(inputs) if self.off and not self._augments() else self._raw(inputs)
-        fingerprint = next(iter(carriers.values())).fingerprint
-        for entry in self.bypass.interceptor.entries:
-            if isinstance(entry, Recycling) and entry.fingerprint == fingerprint:
-                return entry._recycled(inputs, carriers)
-        return self._recycled(inputs, carriers)
+        first = next(iter(carriers.values()))
+        fitting = [
+            entry
+            for entry in self.bypass.interceptor.entries
+            if isinstance(entry, Recycling) and entry.fingerprint == first.fingerprint
+        ]
+        own = [entry for entry in fitting if entry.source.numbering == first.numbering]
+        return next(iter(own or fitting), self)._recycled(inputs, carriers)
 
     def _raw(self, inputs: Inputs) -> Any:
         if torch.is_grad_enabled() and any(
@@ -849,9 +886,9 @@ class Recycling:
         hits = main.rows - len(misses)
         rows = main.leaves
         if rows is None and (hits or not len(misses)):
-            rows = tuple(leaf.to(main.device) for leaf in self._gathered(main.locations, given))
+            rows = tuple(_moved(leaf, main.device) for leaf in self._gathered(main, given))
         self._compare_witnesses(main, given)
-        self._prove_signature(given, lambda: self._example_like(given))
+        self._prove_signature(given, lambda: self._some_of(given))
         if rows is not None:
             self.stats.bytes_read += sum(leaf.numel() * leaf.itemsize for leaf in rows) * hits // max(1, main.rows)
         if len(misses):
@@ -867,10 +904,17 @@ class Recycling:
         self.stats.misses += len(misses)
         return output
 
-    def _gathered(self, locations: torch.Tensor, given: Inputs) -> list[torch.Tensor]:
-        """Rows of a batch that was collated without our collate function."""
+    def _gathered(self, main: RecycledTensor, given: Inputs) -> list[torch.Tensor]:
+        """Rows of a batch that holds none: they are on the model's device, or it was collated without our function."""
+        if main.numbering != self.source.numbering:
+            raise StaleActivationError(
+                "this batch tells where its rows are, and was made by another recycling, or before this one was "
+                "divided anew: the same places may hold other objects now. Make a new iterator of the loader."
+            )
         try:
-            return self.source.gather(locations, given)
+            return self.source.gather(
+                main.locations, given, lambda locations: self.residents.gather(locations, main.numbering)
+            )
         except GoneRowsError as error:
             raise GoneRowsError(
                 f"{error}. Collate with recycling.collate(...), which reads objects whose rows have left, or make the "
@@ -1026,11 +1070,18 @@ class Recycling:
                         fresh = other
         difference = first_difference(self.reference, fresh)
         if difference:
+            compare_autocast(self._options.autocast, self.device.type)
             raise StaleActivationError(
                 "an argument or a flag of the model (see its config and attributes) was changed since the recycling "
                 f"was made, and it changes what the prefix computes ({difference}). Put it back, or make another "
                 "recycling."
             )
+
+    def _some_of(self, inputs: Inputs) -> Inputs:
+        """A few objects of a call to prove its signature with: its own, if all of their inputs came along."""
+        if any(isinstance(tensor, Absent) for tensor in inputs.tensors().values()):
+            return self._example_like(inputs)
+        return take_rows(inputs, range(min(4, inputs.batch())))  # labels of tokens are as long as the batch's texts
 
     def _example_like(self, inputs: Inputs) -> Inputs:
         """The example's values in a call of this form; of inputs that the example has not, the first rows."""
@@ -1232,6 +1283,7 @@ class Recycling:
         self._keeping.on = not tally.useless
         self._keeping.publish(self.source)
         self.source.rows.refresh()
+        tally.begin(self.source, self._keeping.kept)
 
     def end_of_stream(self, tally: Tally) -> None:
         """An epoch of an iterable data set has ended, or was broken off: what it has computed can be found."""
@@ -1341,6 +1393,9 @@ class Recycling:
         self._renew_prefix()
         known = self._manifests.of(dataset, lambda: self._fill(dataset), made=made)
         dataset.renew(known.manifest, known.locations, self.source, known.views)
+        dataset.take_resident(
+            self.residents.of(self._resident, self.source.rows, known.locations, self.source.numbering, self.device)
+        )
 
     def _renew_prefix(self) -> None:
         """Divide the model anew if its prefix is not what it was."""
@@ -1492,6 +1547,12 @@ class Recycling:
 
     def __exit__(self, *error: Any) -> None:
         self.detach()
+
+
+def _moved(leaf: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and not leaf.is_cuda:  # from pinned memory, so that the copy runs beside the computing
+        return leaf.pin_memory().to(device, non_blocking=True)
+    return leaf.to(device)
 
 
 def _absent(name: str, tensor: RecycledTensor) -> Absent:

@@ -72,14 +72,27 @@ class Tally:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._epoch = 0
-        self._first = self._later = self._found = 0
+        self._of: Any = None
+        self._reset()
         self.useless = False
         """Whether it was found that nothing comes again."""
 
-    def begin(self) -> None:
-        """An epoch begins."""
+    def _reset(self) -> None:
+        self._epoch = self._first = self._later = self._found = self._kept = 0
+
+    def begin(self, source: RowSource, kept: int) -> None:
+        """An epoch begins.
+
+        Args:
+            source: of the rows. With another one, nothing of before can be found.
+            kept: how many rows of streams were kept so far.
+        """
+        if source is not self._of:
+            self._of = source
+            self._reset()
         self._epoch += 1
+        if self._epoch == 1:
+            self._kept = kept
 
     def add(self, objects: int, found: int) -> None:
         """One batch."""
@@ -93,10 +106,12 @@ class Tally:
         """Warn once if as many objects as the first epoch had have come since, and almost none was found.
 
         Args:
-            kept: how many rows were kept so far: without any, nothing could have been found.
+            kept: how many rows of streams were kept so far: after an epoch that kept none, nothing can be found.
         """
+        if self._epoch == 1 and kept == self._kept:
+            self._reset()
         enough = self._later >= max(1, self._first)
-        if self.useless or not kept or not enough or self._found > ALMOST_NOTHING * self._later:
+        if self.useless or not enough or self._found > ALMOST_NOTHING * self._later:
             return
         self.useless = True
         warnings.warn(
@@ -124,7 +139,6 @@ class StreamLoader(DataLoader[Any]):
         owner, tally, collate = self.owner, self.tally, self.collate_fn
         if tally is None or not isinstance(collate, RecycledCollate):
             return super().__iter__()
-        tally.begin()
         owner.renew_stream(tally)
         collate.source = None if owner.off else owner.source
         self._end_old_workers(collate.source)
