@@ -283,6 +283,7 @@ class RecycledTensor(torch.Tensor):
         locations: int64 ``[batch]`` on the CPU: where the store has each row. Negative for an object without a row, and
             then a number that is the object's own, so that objects can be told apart.
         fingerprint: of the recycling that the rows belong to.
+        numbering: whose locations these are; where rows have not been gathered, another one's would be other rows.
         input_name: of the model input that it stands for; a forward refuses it in another place.
         leaves: the activation's leaves, each ``[batch, ...]``, with anything at the places of objects without a row;
             None as long as they have not been gathered.
@@ -296,6 +297,7 @@ class RecycledTensor(torch.Tensor):
 
     locations: torch.Tensor
     fingerprint: str
+    numbering: str
     input_name: str
     leaves: tuple[torch.Tensor, ...] | None
     value: torch.Tensor | None
@@ -310,6 +312,7 @@ class RecycledTensor(torch.Tensor):
         *,
         locations: torch.Tensor,
         fingerprint: str,
+        numbering: str = "",
         input_name: str = "",
         leaves: Sequence[torch.Tensor] | None = None,
         value: torch.Tensor | None = None,
@@ -320,6 +323,7 @@ class RecycledTensor(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device(device))
         made.locations = locations
         made.fingerprint = fingerprint
+        made.numbering = numbering
         made.input_name = input_name
         made.leaves = None if leaves is None else tuple(leaves)
         made.value = value
@@ -391,6 +395,7 @@ class RecycledTensor(torch.Tensor):
             dtype or self.dtype,
             locations=function(self.locations) if locations is None else locations,
             fingerprint=self.fingerprint,
+            numbering=self.numbering,
             input_name=self.input_name,
             leaves=None if self.leaves is None else [function(leaf) for leaf in self.leaves],
             value=value if value is not None else None if own is None else function(own),
@@ -426,6 +431,7 @@ class RecycledTensor(torch.Tensor):
         return {
             "locations": self.locations,
             "fingerprint": self.fingerprint,
+            "numbering": self.numbering,
             "input_name": self.input_name,
             "leaves": self.leaves,
             "value": self.value,
@@ -595,6 +601,8 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
         (t.leaves is None) != (first.leaves is None) or t.witnesses.keys() != first.witnesses.keys() for t in tensors
     ):
         raise BatchError("cannot join recycled batches of which only some have their rows at hand")
+    if first.leaves is None and any(t.numbering != first.numbering for t in tensors):
+        raise BatchError("cannot join batches of different recyclings whose rows have not been gathered")
     for a, b in itertools.pairwise(tensors):
         ours, theirs = ([leaf.shape[depth:] for leaf in t.leaves or ()] for t in (a, b))
         if ours != theirs:
@@ -611,6 +619,7 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
         first.dtype,
         locations=join([t.locations for t in tensors]),
         fingerprint=first.fingerprint,
+        numbering=first.numbering,
         input_name=first.input_name,
         leaves=None
         if first.leaves is None

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchrecycle.data.dataset import Fetched
 from torchrecycle.data.loader import RecycledCollate
+from torchrecycle.data.resident import Resident
 from torchrecycle.data.source import TRIES, RowSource
 from torchrecycle.data.stream import Marks, place_of_stream
 from torchrecycle.errors import GoneRowsError, StoreError
@@ -38,10 +39,10 @@ class MixedCollate(RecycledCollate):
         super().__init__(collate_fn, source)
         self.marks = marks or Marks()
 
-    def _placed(self, batch: Any, source: RowSource) -> Any:
+    def _placed(self, batch: Any, source: RowSource, resident: Resident | None = None) -> Any:
         if self.marks.on and not source.user_keys:
             return place_of_stream(source, batch)
-        return super()._placed(batch, source)
+        return super()._placed(batch, source, resident)
 
     def __call__(self, items: Sequence[Any]) -> Any:
         for _ in range(TRIES):

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from torchrecycle.absent import RecycledTensor
 from torchrecycle.data.columns import Column
 from torchrecycle.data.manifest import Manifest
+from torchrecycle.data.resident import Resident
 from torchrecycle.data.source import RowSource, own_numbers
 from torchrecycle.data.views import Draws, viewed
 from torchrecycle.errors import StaleActivationError
@@ -55,6 +56,8 @@ class RecycledDataset(Dataset[Any]):
         self._raw = False
         self.name: str | None = None
         self.fill_arguments: dict[str, Any] = {}
+        self.resident: Resident | None = None
+        """A copy of its rows in memory, if there is one."""
         self._given: np.ndarray | None = None
         self._objects: Any = base
         self._draws: Draws | None = None
@@ -90,6 +93,12 @@ class RecycledDataset(Dataset[Any]):
         self.locations = shared.share_memory_() if len(shared) else shared
         if not self._losses.is_shared():
             self._losses.share_memory_()
+
+    def take_resident(self, resident: Resident | None) -> None:
+        """Gather from this copy of the rows from now on; from the store if None."""
+        if self.resident is not resident:
+            self.generation += 1
+            self.resident = resident
 
     def look_again(self) -> None:
         """Look all keys up again, for this process, since rows have left the store."""
@@ -239,6 +248,7 @@ class Fetched(Sequence[Any]):
             getattr(torch, column.dtype) if missing is None else missing.dtype,
             locations=self.locations[at],
             fingerprint=source.fingerprint,
+            numbering=source.numbering,
             input_name=name,
             missing=None if missing is None else missing[None],
         )
@@ -276,5 +286,6 @@ class Fetched(Sequence[Any]):
             getattr(torch, column.dtype),
             locations=self.locations,
             fingerprint=source.fingerprint,
+            numbering=source.numbering,
             input_name=name,
         )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from torchrecycle.data.dataset import Fetched, RecycledDataset
 from torchrecycle.data.order import ReadAhead, draws_at_once
+from torchrecycle.data.resident import Resident
 from torchrecycle.data.source import RowSource
 from torchrecycle.errors import BatchError
 
@@ -42,12 +43,13 @@ class RecycledCollate:
         else:  # in the order of the data set, so that the manifest tells the rows
             batch = items.batch()
             batch = default_collate(list(items)) if batch is None else batch
-            return batch if source is None else source.place(batch, items.locations)
-        return batch if source is None else self._placed(batch, source)
+            return batch if source is None else source.place(batch, items.locations, items.dataset.resident)
+        resident = items.dataset.resident if isinstance(items, Fetched) else None
+        return batch if source is None else self._placed(batch, source, resident)
 
-    def _placed(self, batch: Any, source: RowSource) -> Any:
+    def _placed(self, batch: Any, source: RowSource, resident: Resident | None = None) -> Any:
         """A batch of items that tell nothing of their rows, with these in it."""
-        return source.place(batch)
+        return source.place(batch, resident=resident)
 
     def _by_user(self, items: Sequence[Any], fetched: bool) -> Any:
         assert self.collate_fn is not None
@@ -71,6 +73,8 @@ class RecycledLoader(DataLoader[Any]):
     def _index_sampler(self) -> Any:
         sampler, dataset = super()._index_sampler, self.dataset
         if not isinstance(dataset, RecycledDataset) or dataset.source is None or not draws_at_once(sampler):
+            return sampler
+        if dataset.resident is not None:
             return sampler
         # Which view comes next only the worker knows that takes it.
         return sampler if self.num_workers and dataset.views > 1 else ReadAhead(sampler, dataset)

@@ -8,7 +8,8 @@ lie, how padding is put back. `place` turns a batch of 64 texts into the same ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchrecycle.absent import RecycledTensor
 from torchrecycle.bypass import BatchRule, Inputs, Padding, Sequences, positions
 from torchrecycle.codec import Layout
 from torchrecycle.data.batches import path_of, with_leaf
+from torchrecycle.data.resident import Resident
 from torchrecycle.errors import BatchError, GoneRowsError
 from torchrecycle.keys import tensor_row_keys
 from torchrecycle.store import Leaf, Ragged, Rows
@@ -57,6 +59,8 @@ class RowSource:
     """The input in whose place a batch carries the rows."""
     user_keys: bool = False
     """Whether keys come from the user's function, so that a batch does not tell them."""
+    numbering: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Whose locations are meant: other `Rows` of the same fingerprint may number its rows in another way."""
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
@@ -117,20 +121,35 @@ class RowSource:
         """The activation of a batch as `gather` would give it, without the store and on its own device."""
         return self.padded(self._encode(leaves, inputs, leaves[0].device), inputs)
 
-    def gather(self, locations: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
+    def gather(
+        self, locations: torch.Tensor, inputs: Inputs, copied: Callable[[torch.Tensor], list[Leaf] | None] | None = None
+    ) -> list[torch.Tensor]:
         """The rows at these places, ``[batch, (ragged,)* ...]`` in kept dtype, padded as the batch is.
 
         Of scaled leaves the whole numbers, and after them their scales: see `decode`. Zeros where a location is
         negative; one at least is not.
+
+        Args:
+            locations: ``[batch]`` int64.
+            inputs: of the batch.
+            copied: asked first, as `Resident.gather`; where it has not all of them, they come from the store.
 
         Raises:
             GoneRowsError: a row has left the store: look the keys up again.
         """
         at = (locations >= 0).nonzero()[:, 0]
         if len(at) == len(locations):
-            return self.padded(self.rows.gather(locations), inputs)
-        found = self.padded(self.rows.gather(locations[at]), inputs, at)
-        return [leaf.new_zeros((len(locations), *leaf.shape[1:])).index_copy_(0, at, leaf) for leaf in found]
+            return self.padded(self._gather(locations, copied), inputs)
+        found = self.padded(self._gather(locations[at], copied), inputs, at)
+        return [
+            leaf.new_zeros((len(locations), *leaf.shape[1:])).index_copy_(0, at.to(leaf.device), leaf) for leaf in found
+        ]
+
+    def _gather(
+        self, locations: torch.Tensor, copied: Callable[[torch.Tensor], list[Leaf] | None] | None
+    ) -> Sequence[Leaf]:
+        found = None if copied is None else copied(locations)
+        return self.rows.gather(locations) if found is None else found
 
     def padded(self, rows: Sequence[Leaf], inputs: Inputs, at: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Rows as the store has them, or as `encode` gives them, padded as the batch is.
@@ -230,29 +249,36 @@ class RowSource:
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def place(self, batch: Any, locations: torch.Tensor | None = None) -> Any:
+    def place(self, batch: Any, locations: torch.Tensor | None = None, resident: Resident | None = None) -> Any:
         """The batch with its rows in place of its inputs; the batch itself where none of its objects has a row.
 
         Args:
             batch: as the user's collate function gives it.
             locations: where the rows are, if that is known; else found by stand-ins or by content.
+            resident: the rows' copy, if there is one.
 
         Raises:
             GoneRowsError: rows have left the store since they were found, if that was not now.
         """
         inputs = self.rule(batch)
         if locations is not None:
-            return self.fill_in(batch, inputs, locations)
+            return self.fill_in(batch, inputs, locations, resident=resident)
         tensors = inputs.tensors()
         stand_ins = [t for t in tensors.values() if isinstance(t, RecycledTensor)]
         if stand_ins:
             locations = stand_ins[0].locations
             if any(not torch.equal(t.locations, locations) for t in stand_ins[1:]):
                 raise BatchError("the collate function ordered the inputs of a batch in different ways")
-            return self.fill_in(batch, inputs, locations)
+            return self.fill_in(batch, inputs, locations, resident=resident)
         if self.user_keys:
             return batch
-        found = self.find(self.keys(inputs), inputs)
+        keys = self.keys(inputs)
+        if resident is not None:
+            found = self.rows.lookup(keys)
+            locations = torch.from_numpy(np.where(found < 0, own_numbers(keys).numpy(), found))
+            if (found >= 0).any() and resident.has(locations):
+                return self.fill_in(batch, inputs, locations, resident=resident)
+        found = self.find(keys, inputs)
         return batch if found is None else self.fill_in(batch, inputs, *found)
 
     def find(self, keys: np.ndarray, inputs: Inputs) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
@@ -269,7 +295,13 @@ class RowSource:
         return None
 
     def fill_in(
-        self, batch: Any, inputs: Inputs, locations: torch.Tensor, leaves: list[torch.Tensor] | None = None
+        self,
+        batch: Any,
+        inputs: Inputs,
+        locations: torch.Tensor,
+        leaves: list[torch.Tensor] | None = None,
+        *,
+        resident: Resident | None = None,
     ) -> Any:
         """The batch with these rows in it.
 
@@ -278,8 +310,9 @@ class RowSource:
             inputs: of the batch.
             locations: where the rows are, ``[batch]`` int64; negative for objects without one.
             leaves: the rows, as of `gather`, if they have been gathered.
+            resident: the rows' copy, if there is one.
         """
-        for name, recycled in self.carriers(inputs, locations, leaves).items():
+        for name, recycled in self.carriers(inputs, locations, leaves, resident=resident).items():
             if name in inputs.lists:
                 for entry, one in zip(inputs.entries(name), recycled.unbind(0), strict=True):
                     batch = self._put(batch, name, entry, one)
@@ -288,7 +321,12 @@ class RowSource:
         return batch
 
     def carriers(
-        self, inputs: Inputs, locations: torch.Tensor, leaves: list[torch.Tensor] | None = None
+        self,
+        inputs: Inputs,
+        locations: torch.Tensor,
+        leaves: list[torch.Tensor] | None = None,
+        *,
+        resident: Resident | None = None,
     ) -> dict[str, RecycledTensor]:
         """What takes the place of model inputs where rows are at hand: that which carries them first.
 
@@ -296,11 +334,13 @@ class RowSource:
             inputs: of a batch.
             locations: where the rows are, ``[batch]`` int64; negative for objects without one.
             leaves: the rows, as of `gather`, if they have been gathered.
+            resident: the rows' copy: if it is on the model's device, rows are left to the model's next call.
         """
         tensors = inputs.tensors()
         misses = (locations < 0).nonzero()[:, 0]
-        if leaves is None and len(misses) < len(locations):
-            leaves = self.gather(locations, inputs)
+        waits = resident is not None and resident.late and resident.has(locations)
+        if leaves is None and len(misses) < len(locations) and not waits:
+            leaves = self.gather(locations, inputs, None if resident is None else resident.gather)
         made: dict[str, RecycledTensor] = {}
         for name in [self.carrier, *sorted(self.absent - {self.carrier})]:
             given = tensors[name]
@@ -315,6 +355,7 @@ class RowSource:
                 given.dtype,
                 locations=locations,
                 fingerprint=self.fingerprint,
+                numbering=self.numbering,
                 input_name=given.input_name if isinstance(given, RecycledTensor) else name,
                 leaves=leaves if name == self.carrier else None,
                 value=value,
