@@ -650,7 +650,8 @@ def measure_size(size: Size, folder: Path, options: argparse.Namespace) -> dict[
     ours.close()
     options.cold_nbytes = min(data.nbytes, int(options.cold_mb * MEGABYTE), COLD_ROWS * data.nbytes // data.count)
     cold = Cold(ours, options.cold_nbytes, options.cold_rounds)
-    result["cold"] = {batch: cold.run(batch) for batch in BATCHES[: 1 if options.quick else 2]}
+    batches = () if options.warm_only else BATCHES[: 1 if options.quick else 2]
+    result["cold"] = {batch: cold.run(batch) for batch in batches}
     for batch, ways in result["cold"].items():
         for name, way in ways.items():
             goal = {"blocks": 0.9, "random": 0.7, "read ahead": 0.7}.get(name.split(",")[0])
@@ -959,6 +960,7 @@ def main() -> None:
     parser.add_argument("--only", help="a part of a size's name, or 'memory' or 'index'")
     parser.add_argument("--ours-only", action="store_true", help="without the five others")
     parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk that is meant")
+    parser.add_argument("--warm-only", action="store_true", help="without reading from the disk")
     parser.add_argument("--quick", action="store_true", help="0.1 GB, three rounds: for a look")
     parser.add_argument("--no-results", action="store_true", help="only print")
     for hidden, kind in (("--index-child", Path), ("--memory-child", Path), ("--epochs", int), ("--kind", str)):
@@ -999,10 +1001,19 @@ def main() -> None:
                 keep(about, results)
 
 
+def merged(before: Any, now: Any) -> Any:
+    """Nests of dicts, of which the later values count."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return now
+    return {**before, **{str(key): merged(before.get(str(key)), value) for key, value in now.items()}}
+
+
 def keep(about: dict[str, Any], results: dict[str, Any]) -> None:
-    """After each part: all of them take half an hour."""
+    """After each part: all of them take half an hour. What was not measured this time stays from earlier that day."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(about["machine"]).lower()).strip("-")
     path = RESULTS / f"store-{slug}-{about['date']}.json"
+    if path.exists():
+        results = merged(json.loads(path.read_text())["results"], results)
     path.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
     print(f"kept as {path.relative_to(RESULTS.parents[1])}", file=sys.stderr)
 
