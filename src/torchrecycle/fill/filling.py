@@ -2,7 +2,8 @@
 
 Of 8,144 photos each is read and hashed once, for the manifest, and the prefix runs for those that have no row. Where
 eight processes fill at once, each claims a batch before it computes it and leaves to the others what they have claimed;
-what one of them did not publish after all is read again at the end, and computed.
+what one of them did not publish after all is read again at the end, and computed. Ranks of one training begin at
+different items (`torchrecycle.fill.ranks`), and end with the same manifest.
 
 When the disk is full after 5,000, the pass goes on reading, since training needs all keys and targets, and computes no
 more: one warning says how many objects have rows. Rows that wait are dropped then, so that memory stays bounded.
@@ -20,12 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from torchrecycle.bypass import Bypass, Inputs, first_difference, relative_difference, take_rows
 from torchrecycle.data import Manifest, RowSource, Template, Views, absent_column, make_column
 from torchrecycle.data.views import some_of
 from torchrecycle.errors import BatchError, CutError, RandomInputError, RecycleWarning, StoreError
+from torchrecycle.fill.ranks import Ranks, ReadingOrder
 from torchrecycle.fill.reading import AbsentLeaf, Reading, Watched
 from torchrecycle.progress import progress
 from torchrecycle.store.claims import claims_of
@@ -153,13 +155,9 @@ def fill_pass(
     some = frozenset().union(*(r.source.absent for r in recyclings))
     reading = Reading(collate_fn, recyclings[0].source.rule, some, absent, user_key, key_name)
 
-    def batches(indices: list[int] | None = None) -> Iterable[Any]:
-        arguments = (
-            dict(loader_arguments or {}) if indices is None else {**(loader_arguments or {}), "sampler": indices}
-        )
-        return DataLoader(
-            Watched(dataset), batch_size=batch_size, num_workers=num_workers, collate_fn=reading, **arguments
-        )
+    def batches(order: ReadingOrder | BatchSampler) -> Iterable[Any]:
+        arguments = {**(loader_arguments or {}), "batch_sampler": order}
+        return DataLoader(Watched(dataset), num_workers=num_workers, collate_fn=reading, **arguments)
 
     fill: _Pass | None = None
     try:
@@ -167,16 +165,22 @@ def fill_pass(
         for recycling in recyclings:
             # Rows that we know of may have left the store since.
             recycling.source.rows.refresh()
-        fill = _Pass(recyclings, len(dataset), refused or {})
+        order = ReadingOrder(len(dataset), batch_size, Ranks.present())
+        fill = _Pass(recyclings, len(dataset), refused or {}, order.places())
         fill.views = dataset.count if isinstance(dataset, Views) else 1
         with progress(title, len(dataset)) as shown:
             try:
-                for batch, template, at, leaves, user_keys in batches():
+                for number, (batch, template, at, leaves, user_keys) in enumerate(batches(order)):
+                    if number == order.own:  # the others come to these soon
+                        fill.publish()
                     fill.add(reading.rule(batch), template, at, leaves, user_keys)
                     shown.advance(len(leaves))
-                fill.take_over(
-                    lambda indices: ((reading.rule(batch), user) for batch, _, _, _, user in batches(indices))
-                )
+
+                def read_again(indices: list[int]) -> Iterable[tuple[Inputs, np.ndarray | None]]:
+                    chosen = BatchSampler(indices, batch_size, drop_last=False)
+                    return ((reading.rule(batch), user) for batch, _, _, _, user in batches(chosen))
+
+                fill.take_over(read_again)
             finally:
                 fill.publish()
         return fill.results()
@@ -219,8 +223,16 @@ def _read_twice(dataset: Any, reading: Reading, source: RowSource) -> None:
 class _Pass:
     """Rows, keys and targets of one pass, for several cuts."""
 
-    def __init__(self, recyclings: Sequence[Fillable], objects: int, refused: Mapping[int, StoreError]) -> None:
+    def __init__(
+        self,
+        recyclings: Sequence[Fillable],
+        objects: int,
+        refused: Mapping[int, StoreError],
+        places: np.ndarray | None = None,
+    ) -> None:
         self.recyclings = recyclings
+        self.places = places
+        """The index of each item in the order of reading, if that is not the data set's."""
         self.deepest = _deepest(recyclings)
         self.began = time.perf_counter()
         self.objects = objects
@@ -302,9 +314,13 @@ class _Pass:
         rows = np.fromiter(new.values(), dtype=np.int64, count=len(new))
         ours, theirs = self.claims[number].take(keys[rows])
         pending.update(keys[row].tobytes() for row in rows[ours])
-        deferred.update((keys[row].tobytes(), first + row) for row in rows[theirs].tolist())
+        deferred.update((keys[row].tobytes(), self._index(first + row)) for row in rows[theirs].tolist())
         self._forget_found(number)
         return rows[ours].tolist()
+
+    def _index(self, number: int) -> int:
+        """Which item of the data set was the so manieth that was read."""
+        return number if self.places is None else int(self.places[number])
 
     def _forget_found(self, number: int) -> None:
         """Of millions of keys, only those that have no row yet need to be remembered."""
@@ -438,11 +454,21 @@ class _Pass:
 
     def results(self) -> list[tuple[FillReport, Manifest]]:
         """Reports and manifests, after the last row was published."""
+        self._sort()
         seconds = time.perf_counter() - self.began
         manifests = [self._manifest(number, recycling) for number, recycling in enumerate(self.recyclings)]
         reports = [self._report(number, manifest.keys, seconds) for number, manifest in enumerate(manifests)]
         self._warn_of_refusal(reports)
         return list(zip(reports, manifests, strict=True))
+
+    def _sort(self) -> None:
+        """What was read, in the order of the data set."""
+        if self.places is None:
+            return
+        order = np.argsort(self.places)
+        self.leaves = [self.leaves[at] for at in order.tolist()]
+        self.keys = [[np.concatenate(parts)[order]] for parts in self.keys]
+        self.places = None
 
     def _report(self, number: int, keys: np.ndarray, seconds: float) -> FillReport:
         rows, computed = self.recyclings[number].source.rows, self.computed[number]
