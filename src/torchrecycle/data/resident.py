@@ -204,6 +204,12 @@ def _lengths(rows: Rows, where: np.ndarray) -> list[np.ndarray | None]:
     ]
 
 
+def _row_bytes(rows: Rows) -> int:
+    """Of a row on the average, without its key, its sum and where its ragged leaves begin."""
+    beside = 24 + 8 * sum(spec.ragged for spec in rows.leaves)
+    return max(0, rows.nbytes // max(1, len(rows)) - beside)
+
+
 def _bytes_of(specs: Sequence[LeafSpec], count: int, lengths: Sequence[np.ndarray | None]) -> int:
     sizes = (count if own is None else int(own.sum()) for own in lengths)
     return sum(size * math.prod(spec.shape) * spec.dtype.itemsize for size, spec in zip(sizes, specs, strict=True))
@@ -274,8 +280,7 @@ class Residents:
     def _make(
         self, word: Residency | None, rows: Rows, locations: np.ndarray, numbering: str, to: torch.device, most: int
     ) -> Resident | None:
-        count = len(np.unique(locations[locations >= 0]))
-        about = rows.nbytes // max(1, len(rows)) * count
+        about = _row_bytes(rows) * len(np.unique(locations[locations >= 0]))
         try:
             if about > 1.25 * most:  # without reading them all
                 raise TooLarge(about, most)
