@@ -31,6 +31,7 @@ LEVELS = {
     "recycling": 5,
     "similarity": 6,
     "sentence_transformers": 6,
+    "lightning": 6,
     "sweep": 7,
     "report": 8,
     "demo": 9,
