@@ -54,7 +54,7 @@ class Keeping:
         """
         wanted = {key.tobytes() for key in keys}
         if wanted & self._unpublished:  # they come again: a new epoch has begun, of a loader that is not ours
-            self.publish()
+            self.publish(source)
         self._unpublished |= wanted
         self._held.append((source, keys, [_copied(leaf) for leaf in leaves]))
         self._bytes += sum(map(_nbytes, leaves))
@@ -72,18 +72,15 @@ class Keeping:
         """The prefix has moved since the rows that are held were computed, or while."""
         self._held, self._bytes = [], 0
 
-    def publish(self, source: RowSource | None = None) -> None:
-        """Let all that is held be found, after the prefix was hashed.
+    def publish(self, source: RowSource) -> None:
+        """Let all that was kept be found, after the prefix was hashed.
 
         Args:
-            source: whose rows may wait to be published; that of the rows that are held, if None.
+            source: whose rows may wait to be published.
         """
-        sources = {id(one): one for one in ([] if source is None else [source])}
-        sources.update((id(one), one) for one, _, _ in self._held)
         if self._held:
             self._confirm()
-        for one in sources.values():
-            self._write(one.rows.publish, one)
+        self._write(source.rows.publish, source)
         self._unpublished.clear()
 
     def _write(self, write: Callable[[], None], source: RowSource) -> bool:
