@@ -63,6 +63,17 @@ def opened(rows: ShelfRows) -> int:
 # -- the index ---------------------------------------------------------------------------------------------------------
 
 
+def test_amid_a_long_fill_few_keys_are_outside_of_the_index(tmp_path: Path):
+    rows = rows_in(tmp_path)
+    outside = []
+    for start in range(0, 600, 10):
+        rows.append(keys_of(range(start, start + 10)), leaves_of(range(start, start + 10)))
+        rows.publish()
+        outside.append(len(rows._lookup._in_memory()) / (start + 10))
+    assert (rows.lookup(keys_of(range(600))) >= 0).all()
+    assert max(outside[30:]) <= 1 / 8
+
+
 def test_a_store_with_a_current_index_is_opened_without_its_segments(folder: Path):
     rows_in(folder).lookup(keys_of([0]))
     assert (folder / FINGERPRINT / INDEX).exists()

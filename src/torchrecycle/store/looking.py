@@ -23,6 +23,10 @@ from torchrecycle.store.shelf import Shelf
 IN_MEMORY = 200_000
 """How many keys are kept in memory before they are written to an index on disk."""
 
+OUTSIDE = 8
+"""Of so many keys of an index on disk, one may be outside of it: with 10 million that is 30 MB of memory for each
+process, and an index is written some thirty times while they come."""
+
 
 class Lookup:
     """Which location a key has, as far as one process knows."""
@@ -161,7 +165,7 @@ class Lookup:
         listed = self._segments.listed
         covered = sum(listed[number].rows for number in self._covered)
         outside = sum(listed[number].rows for number in self._segments.visible() if number not in self._covered)
-        if not self._shelf.maps or outside <= max(IN_MEMORY, covered // 2):
+        if not self._shelf.maps or outside <= max(IN_MEMORY, covered // OUTSIDE):
             return
         there = set(names)
         known = [number for number in self._segments.visible() if listed[number].name in there]
