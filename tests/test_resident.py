@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_refused_in_words_and_takes_no_memory(tmp_path, mon
         recycling.loader(DATA)
     monkeypatch.setattr(room, "free_bytes", lambda device: 100)
     monkeypatch.setattr(room, "_copied", lambda *arguments: pytest.fail("rows were copied"))
-    with pytest.raises(StoreError, match="has 0.00 GB free"):
+    with pytest.raises(StoreError, match=r"has 0\.00 GB free"):
         recycling.loader(DATA)
     assert not list(recycling.residents)
 
