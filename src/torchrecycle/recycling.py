@@ -60,6 +60,7 @@ from torchrecycle.data import (
     RowSource,
     StreamLoader,
     Tally,
+    compare_samplers,
     draws,
     in_blocks,
     is_stream,
@@ -1070,7 +1071,6 @@ class Recycling:
                         fresh = other
         difference = first_difference(self.reference, fresh)
         if difference:
-            compare_autocast(self._options.autocast, self.device.type)
             raise StaleActivationError(
                 "an argument or a flag of the model (see its config and attributes) was changed since the recycling "
                 f"was made, and it changes what the prefix computes ({difference}). Put it back, or make another "
@@ -1248,6 +1248,8 @@ class Recycling:
                 "batch_size=None gives single items or the data set's own batches, in which rows have no place: give "
                 "batch_size=, or batch_sampler= for batches of your own."
             )
+        _refuse_no_map_style(dataset)
+        compare_samplers(dataset, arguments)
         reading = {
             "batch_size": size if "batch_size" in arguments and isinstance(size, int) else 64,
             "num_workers": arguments.get("num_workers", 0),

@@ -7,6 +7,7 @@ from torchrecycle.data.known import KnownManifests
 from torchrecycle.data.loader import RecycledCollate, RecycledLoader
 from torchrecycle.data.manifest import Manifest, identity_of
 from torchrecycle.data.order import BlockShuffleSampler, draws_at_once, in_blocks
+from torchrecycle.data.samplers import compare_samplers
 from torchrecycle.data.source import RowSource
 from torchrecycle.data.state import generators_of, state_of
 from torchrecycle.data.stream import Marks, StreamLoader, Tally, is_stream
@@ -29,6 +30,7 @@ __all__ = [
     "Template",
     "Views",
     "absent_column",
+    "compare_samplers",
     "draws",
     "draws_at_once",
     "generators_of",

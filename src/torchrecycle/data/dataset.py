@@ -186,7 +186,10 @@ class RecycledDataset(Dataset[Any]):
         index = torch.from_numpy(np.array(indices, dtype=np.int64).reshape(-1))
         wrong = (index < -count) | (index >= count)
         if bool(wrong.any()):
-            raise IndexError(f"item {int(index[wrong][0])} was asked of a data set of {count}")
+            raise IndexError(
+                f"item {int(index[wrong][0])} was asked of a data set of {count}: the sampler counts the items of "
+                "another one"
+            )
         return torch.where(index < 0, index + count, index)
 
 
