@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -606,3 +609,45 @@ def test_the_modules_own_example_is_used(tmp_path):
     fit(module, recycler(tmp_path))
     assert module.asked == 1
     assert set(module.seen) == {RecycledTensor}
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_with_ddp_train_as_two_that_compute_all(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+        script = Path(__file__).with_name("loops_lightning_ddp.py")
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(script), str(tmp_path)],
+                env={**os.environ, **places},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(err[-3000:] for _, err in outputs)
+    lines = [next(line for line in out.splitlines() if line.startswith("found ")) for out, _ in outputs]
+    ranks = [json.loads(line.removeprefix("found ")) for line in lines]
+    for name in ("net", "itself"):
+        for rank in ranks:
+            one = rank[name]
+            assert one["recycled"], name
+            assert not one["attached"]
+            assert one["losses"] == pytest.approx(one["expected"], rel=1e-3)
+            assert len(one["losses"]) == 2 * 3, "each process has half of the 24 objects, four at a time"
+            assert one["tested"][0] == pytest.approx(one["tested"][1], rel=1e-3)
+            assert one["weights"] < 1e-3
+        assert ranks[0][name]["losses"] != ranks[1][name]["losses"]
+        assert ranks[0][name]["sum"] == ranks[1][name]["sum"]
+        assert sum(rank[name]["computed"] for rank in ranks) == 24 + 8, "each object is computed by one of them"
