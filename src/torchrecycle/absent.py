@@ -481,9 +481,16 @@ def _unreadable(what: Any, tensor: RecycledTensor) -> str:
     )
 
 
+def _writes_into_rows(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation changes a recycled batch in place, and does not copy one into a buffer."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
+    written = (given.get(one.name) for one in func._schema.arguments if one.alias_info and one.alias_info.is_write)
+    return any(isinstance(leaf, RecycledTensor) for leaf in pytree.tree_leaves(list(written)))
+
+
 def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
     """Any other operation reads values: possible where the real input came along, and the result is plain."""
-    if any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments):
+    if _writes_into_rows(func, args, kwargs):
         raise BatchError(f"{func} changes a recycled batch in place: its kept rows would no longer belong to it")
 
     def value_of(leaf: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from torchrecycle.bypass import (
     Bypass,
     Inputs,
     Interceptor,
+    Offloaded,
+    OffloadReport,
     Padding,
     Plan,
     Probes,
@@ -40,6 +43,7 @@ from torchrecycle.bypass import (
     first_difference,
     make_plan,
     noise,
+    only_in_prefix,
     parameter_names,
     prove,
     prove_rows,
@@ -79,7 +83,7 @@ from torchrecycle.errors import (
     StoreError,
 )
 from torchrecycle.fill import FillReport, Keeping, fill_pass, fill_stream, takes_no_more
-from torchrecycle.fingerprint import Fingerprint, Watch, settings_of, take_fingerprint
+from torchrecycle.fingerprint import Fingerprint, Watch, reset_statistics, settings_of, take_fingerprint
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
 from torchrecycle.trace import is_sharded, slot_of, undisturbed
 
@@ -340,6 +344,9 @@ class Recycling:
     """A model, a cut and a store at work. Made by `recycle`; a context manager that detaches at its end."""
 
     def __init__(self, model: nn.Module, options: _Options) -> None:
+        attached = Interceptor.of(model)
+        if attached is not None:
+            attached.bring_back()
         self.model = model
         self._options = options
         self.store = options.store
@@ -353,6 +360,8 @@ class Recycling:
         loader or collate function of ours can stand (a trainer that cuts batches into smaller ones). It reads its data
         as without us, and the prefix runs only for objects that have no row. `fill` makes the rows."""
         self._augment = options.augment
+        self._offloaded: Offloaded | None = None
+        self._folders: list[str] | None = None
         self._resident: Residency | None = options.resident
         self.residents = Residents()
         """The copies of rows in memory and on the GPU that its loaders have now."""
@@ -791,6 +800,8 @@ class Recycling:
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model: with rows, raw, or without recycling."""
         self.bypass.refuse_lost()
+        if self.bypass.interceptor.offloaded is not None:
+            args, kwargs = self._where_the_rest_is(args, kwargs)
         try:
             inputs = Inputs(self._names, args, kwargs, self._rule.lists)
         except BatchError:  # objects of several sizes: no row would be of one object alone, so nothing is recycled
@@ -831,6 +842,11 @@ class Recycling:
         self.stats.prefix_seconds += middle - began
         self.stats.suffix_seconds += time.perf_counter() - middle
         return output
+
+    def _where_the_rest_is(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """A call's tensors on the suffix's device: a loop that asks the first parameter has been told another."""
+        device = self.device
+        return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
 
     def _augments(self) -> bool:
         """Whether activations are to be changed in this forward; what changes them is told if not."""
@@ -882,14 +898,16 @@ class Recycling:
         if main.locations.dim() == 0:
             raise BatchError("a single item came where a batch was expected: collate items into a batch first")
         given = inputs.replace({n: v.value if v.value is not None else _absent(n, v) for n, v in carriers.items()})
-        self._prove_count_of_rows(main.rows)
+        with self._borrowed():
+            self._prove_count_of_rows(main.rows)
         misses = main.misses
         hits = main.rows - len(misses)
         rows = main.leaves
         if rows is None and (hits or not len(misses)):
             rows = tuple(_moved(leaf, main.device) for leaf in self._gathered(main, given))
         self._compare_witnesses(main, given)
-        self._prove_signature(given, lambda: self._some_of(given))
+        with self._borrowed():
+            self._prove_signature(given, lambda: self._some_of(given))
         if rows is not None:
             self.stats.bytes_read += sum(leaf.numel() * leaf.itemsize for leaf in rows) * hits // max(1, main.rows)
         if len(misses):
@@ -1286,6 +1304,7 @@ class Recycling:
         self._keeping.publish(self.source)
         self.source.rows.refresh()
         tally.begin(self.source, self._keeping.kept)
+        self._put_away()
 
     def end_of_stream(self, tally: Tally) -> None:
         """An epoch of an iterable data set has ended, or was broken off: what it has computed can be found."""
@@ -1395,6 +1414,7 @@ class Recycling:
         self._renew_prefix()
         known = self._manifests.of(dataset, lambda: self._fill(dataset), made=made)
         dataset.renew(known.manifest, known.locations, self.source, known.views)
+        self._put_away()
         dataset.take_resident(
             self.residents.of(self._resident, self.source.rows, known.locations, self.source.numbering, self.device)
         )
@@ -1403,6 +1423,9 @@ class Recycling:
         """Divide the model anew if its prefix is not what it was."""
         self.bypass.interceptor.refuse_lost(self.bypass.plan.modules)
         if self.bypass.replaced() or self._look_again(trying=True):
+            reset = reset_statistics(self._modules(self.model), self._changed)
+            if reset:
+                raise StaleActivationError(_reset(reset))
             self._rebuild()
 
     def _fill(self, dataset: RecycledDataset) -> None:
@@ -1439,6 +1462,7 @@ class Recycling:
 
     def _rebuild(self, options: _Options | None = None) -> None:
         """Divide the model anew, since the prefix or the cut has moved, and open the rows that belong to it now."""
+        self._take_back()
         before = dict(self.__dict__)
         if options is not None:
             self._options, self._cut = options, options.cut
@@ -1516,6 +1540,90 @@ class Recycling:
                     f"made. Remove the store's folder {self.fingerprint} and fill again."
                 )
 
+    # -- putting the prefix away ---------------------------------------------------------------------------------------
+
+    def offload(self, folder: str | os.PathLike[str] | None = None) -> OffloadReport:
+        """Free the memory that the prefix takes on the model's device, where all rows are kept.
+
+        What only skipped layers read goes to the memory of the CPU; of a model on the CPU into a mapped file, so that
+        the system can drop it. It comes back by itself where the prefix runs (a miss, a raw batch, a pause), and is
+        put away again at the next iteration of a loader. `onload` is the inverse, and `detach` does it, too.
+
+        Every parameter stays the object that it is: optimisers, ``state_dict`` and checkpoints go on working. Those of
+        the prefix say another device meanwhile: a ``deepcopy`` needs ``.to(device)``, and DDP is put around the model
+        before.
+
+        Args:
+            folder: for the mapped file, which has no name there; the store's if it is one on a disk, else the system's
+                for temporary files.
+
+        Returns:
+            What was moved.
+
+        Raises:
+            CutError: this recycling has been detached.
+            StoreError: there is no room for the file.
+        """
+        if not self._attached:
+            raise CutError("this recycling has been detached: there is no prefix to put away")
+        self._folders = [self.store.url, tempfile.gettempdir()] if folder is None else [os.fspath(folder)]
+        self._take_back()
+        try:
+            report = self._put_away()
+        except BaseException:
+            self.onload()
+            raise
+        assert report is not None
+        return report
+
+    def onload(self) -> None:
+        """Have the prefix back on the model's device, for good: the inverse of `offload`."""
+        self._folders = None
+        self._take_back()
+
+    def _take_back(self) -> None:
+        interceptor = self.bypass.interceptor
+        if self._offloaded is not None:
+            self._offloaded.bring_back(for_good=True)
+            if interceptor.offloaded is self._offloaded:
+                interceptor.offloaded = None
+            self._offloaded = None
+
+    def _put_away(self) -> OffloadReport | None:
+        """If that is wanted, and no other recycling of the model has asked for it since."""
+        interceptor = self.bypass.interceptor
+        if self._folders is None or not self._attached:
+            return None
+        if self._offloaded is None:
+            if interceptor.offloaded is not None:
+                interceptor.offloaded.bring_back(for_good=True)
+            parameters = only_in_prefix(self.model, self.bypass.plan, self.bypass.read_on_hits)
+            self._offloaded = interceptor.offloaded = None
+            offloaded = Offloaded(parameters, lambda: self.device, self._folders, lambda: self._watch)
+            self._offloaded = interceptor.offloaded = offloaded
+        if interceptor.offloaded is not self._offloaded:
+            return None
+        with interceptor.turns.take(lambda: True):  # nobody is running them
+            return self._offloaded.put_away(self._read_by_others(self._offloaded.ids))
+
+    def _read_by_others(self, own: frozenset[int]) -> frozenset[int]:
+        """Those of these parameters that the suffix of another recycling of the model reads."""
+        spared: set[int] = set()
+        for entry in self.bypass.interceptor.entries:
+            if isinstance(entry, Recycling) and entry is not self:
+                bypass = entry.bypass
+                spared |= own - {id(p) for p in only_in_prefix(self.model, bypass.plan, bypass.read_on_hits)}
+        return frozenset(spared)
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[None]:
+        """What is brought back within, for a moment, is put away again after."""
+        offloaded = self._offloaded
+        away = offloaded is not None and offloaded.away
+        yield
+        if offloaded is not None and away and offloaded is self._offloaded and not offloaded.away:
+            self._put_away()
+
     # -- pausing and detaching -----------------------------------------------------------------------------------------
 
     @contextmanager
@@ -1534,6 +1642,7 @@ class Recycling:
         """Leave the model as it was, plus what it has learned: slots and ``requires_grad`` as before."""
         if self._attached:
             self._keeping.publish(self.source)
+            self.onload()
             self._attached = False
             self.bypass.detach(self)
 
@@ -1608,7 +1717,17 @@ def _stale(changed: Sequence[str]) -> str:
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     return (
         f"the frozen prefix has moved: '{changed[0]}'{more} is not what it was when the rows were made. Make a new "
-        "iterator of the loader: it fills anew. Without a loader, call fill() again."
+        "iterator of the loader: it fills anew. Without a loader, call fill() again. If an optimiser moves it by a "
+        "history from before (LBFGS), make it again over recycling.parameters()."
+    )
+
+
+def _reset(name: str) -> str:
+    return (
+        f"the running statistics of the frozen batch norm '{name}' have been reset to 0 and 1, as update_bn and "
+        "Lightning's StochasticWeightAveraging do. A frozen layer does not learn them anew, so that the model would go "
+        "on without. Put them back (model.load_state_dict), and call update_bn on a copy of the model "
+        "(AveragedModel), with the objects themselves, or after detach()."
     )
 
 
