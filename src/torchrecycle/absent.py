@@ -410,6 +410,8 @@ class RecycledTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = _ROW_WISE.get(func)
+        if func.namespace in _COLLECTIVE:
+            raise BatchError(_UNSENDABLE.format(func))
         if handler is not None:
             result = handler(func, args, kwargs)
             if result is not NotImplemented:
@@ -486,6 +488,16 @@ def _writes_into_rows(func: Any, args: Any, kwargs: Any) -> bool:
     given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
     written = (given.get(one.name) for one in func._schema.arguments if one.alias_info and one.alias_info.is_write)
     return any(isinstance(leaf, RecycledTensor) for leaf in pytree.tree_leaves(list(written)))
+
+
+_COLLECTIVE = frozenset({"c10d", "_c10d_functional"})
+"""Operations in which processes take part together. One that received into a batch would leave its rows behind."""
+
+_UNSENDABLE = (
+    "{} sends a recycled batch to other processes, or takes one from them: each process finds the rows of its own "
+    "batches. Let every process read its own, with a DistributedSampler or as Accelerate does unless it is given "
+    "DataLoaderConfiguration(dispatch_batches=True) or an iterable data set; give it dispatch_batches=False then."
+)
 
 
 def _on_values(func: Any, args: Any, kwargs: Any) -> Any:

@@ -127,7 +127,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Whatever runs inside, the modules have the same attributes afterwards, and their dicts, lists and sets the same
     content."""
-    kept = [(module, dict(module.__dict__), _containers(module)) for module in modules if not is_sharded(module)]
+    modules = list(modules)
+    # Their parameters are swapped in each forward, by whoever keeps account of it.
+    swapped = {part for module in modules if is_sharded(module) for part in module.modules()}
+    kept = [(module, dict(module.__dict__), _containers(module)) for module in modules if module not in swapped]
     try:
         yield
     finally:
