@@ -13,8 +13,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from test_loop_lightning import DATA, EVAL, Frozen, Itself, Module, loader, recycler, trainer
 
+from test_loop_lightning import DATA, EVAL, Frozen, Itself, Module, loader, recycler, trainer
 from torchrecycle import RecycledTensor
 from torchrecycle.recycling import Stats
 

@@ -30,7 +30,7 @@ from torchrecycle.codec import Layout
 from torchrecycle.errors import CutError
 from torchrecycle.keys import hash_threads
 
-__all__ = ["FINGERPRINT_VERSION", "OF_ANY_MODULE", "Fingerprint", "Watch", "take_fingerprint"]
+__all__ = ["FINGERPRINT_VERSION", "OF_ANY_MODULE", "Fingerprint", "Watch", "reset_statistics", "take_fingerprint"]
 
 FINGERPRINT_VERSION = 1
 
@@ -320,6 +320,23 @@ _HOOKING_LIBRARIES = frozenset({"torch", "transformers", "accelerate", "peft"})
 _VERSION, _DTYPE = operator.attrgetter("_version"), operator.attrgetter("dtype")
 _WITH_STORAGE = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 """Wrappers of other tensors (int8 weights) have none of their own; their bytes are hashed at each iteration."""
+
+
+def reset_statistics(modules: Mapping[str, nn.Module], changed: Sequence[str]) -> str:
+    """The name of a batch norm whose running statistics were set to 0 and 1; empty if there is none.
+
+    Args:
+        modules: those of the prefix, by name.
+        changed: the parts of the fingerprint that are not what they were.
+    """
+    for name, module in _all_modules(modules):
+        mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+        if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
+            continue
+        moved = not {f"{name}.running_mean", f"{name}.running_var"}.isdisjoint(changed)
+        if moved and not bool(mean.any()) and bool((variance == 1).all()):
+            return name
+    return ""
 
 
 class Watch:
