@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import IterableDataset, default_collate, default_convert
+from torch.utils.data import default_collate, default_convert
 
 from torchrecycle.absent import Absent, RecycledTensor
 from torchrecycle.augment import apply, tell_skipped
@@ -84,6 +84,7 @@ from torchrecycle.errors import (
 )
 from torchrecycle.fill import FillReport, Keeping, fill_pass, fill_stream, takes_no_more
 from torchrecycle.fingerprint import Fingerprint, Watch, reset_statistics, settings_of, take_fingerprint
+from torchrecycle.frames import is_frame
 from torchrecycle.store import LeafSpec, Rows, Store, open_store
 from torchrecycle.trace import is_sharded, slot_of, undisturbed
 
@@ -1697,12 +1698,24 @@ def _refuse_for_streams(key: Any, name: str | None, views: int) -> None:
         )
 
 
+def _some(mapping: Mapping[Any, Any]) -> str:
+    names = [repr(name) for name in list(mapping)[:4]]
+    return ", ".join(names) + (", ..." if len(mapping) > 4 else "")
+
+
 def _refuse_no_map_style(dataset: Any) -> None:
-    if (
-        isinstance(dataset, (IterableDataset, Mapping))
-        or not hasattr(dataset, "__len__")
-        or not hasattr(dataset, "__getitem__")
-    ):
+    if is_frame(dataset) and hasattr(dataset, "columns"):
+        kind = f"{type(dataset).__module__.partition('.')[0]} {type(dataset).__name__}"
+        raise BatchError(
+            f"a {kind} gives no items by number: write a torch.utils.data.Dataset around it, whose __getitem__ makes "
+            "tensors of row i. An edit of the frame is then seen as an edit of the data set."
+        )
+    if isinstance(dataset, Mapping):
+        raise BatchError(
+            f"a {type(dataset).__name__} is no data set: it has {_some(dataset)}. Give one of them: "
+            "loader(splits['train'])."
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise BatchError(
             f"a {type(dataset).__name__} is no map-style data set: with recycling it needs __len__ and __getitem__, "
             "so that an index stands for an object"

@@ -8,6 +8,7 @@ from torchrecycle.bypass.bypass import Bypass
 from torchrecycle.bypass.example import BatchRule, device_of, example_inputs, run_or_explain
 from torchrecycle.bypass.inputs import Inputs, parameter_names
 from torchrecycle.bypass.interceptor import Interceptor, compare_autocast, evaluating
+from torchrecycle.bypass.offload import Offloaded, OffloadReport, only_in_prefix
 from torchrecycle.bypass.plan import Plan, make_plan
 from torchrecycle.bypass.probes import Probes, take_rows
 from torchrecycle.bypass.proof import (
@@ -26,6 +27,8 @@ __all__ = [
     "Bypass",
     "Inputs",
     "Interceptor",
+    "OffloadReport",
+    "Offloaded",
     "Padding",
     "Plan",
     "Probes",
@@ -37,6 +40,7 @@ __all__ = [
     "first_difference",
     "make_plan",
     "noise",
+    "only_in_prefix",
     "parameter_names",
     "positions",
     "prove",

@@ -26,7 +26,7 @@ from torchrecycle.bypass.interceptor import Interceptor, Run, Stopped, absent_so
 from torchrecycle.bypass.plan import Plan, Shared
 from torchrecycle.bypass.probes import Probes, training
 from torchrecycle.bypass.sequences import Sequences
-from torchrecycle.errors import BatchError, CutError, StaleActivationError
+from torchrecycle.errors import AutocastError, BatchError, CutError, StaleActivationError
 from torchrecycle.trace import Trace, attributes_kept, random_state, set_random_state, undisturbed
 
 __all__ = ["Bypass"]
@@ -96,6 +96,8 @@ class Bypass:
         with self.slotted(), undisturbed(model):
             reads = _read_parameters(self)
         self.constants = reads.constants
+        self.read_on_hits = reads.after | reads.glue
+        """The parameters that a forward reads though the prefix is skipped."""
         self.buffers = reads.buffers
         """Names of buffers that the prefix reads, whichever module they belong to."""
         self.prefix_parameters, self.untouched = self._divide(reads, share)
@@ -209,6 +211,7 @@ class Bypass:
         """The ordinary forward, with the prefix in eval mode and without gradient."""
         run = self.plan.run("full")
         with self._turn(self._prefix_parts), self._quiet(run), self.interceptor.running(run):
+            self.interceptor.bring_back()
             output = self.model._call_impl(*inputs.args, **inputs.kwargs)
         self._must_be_complete(run)
         return output
@@ -228,12 +231,15 @@ class Bypass:
             tapped: takes what the taps saw.
             captured: takes what the kept calls returned, whole.
         """
-        run = self.plan.run("prefix", taps=taps)
+        run = self.plan.run("prefix", self.autocast, taps=taps)
         run.forms, run.size = self._forms_for(inputs, self.shapes(inputs)), self.plan.size(inputs)
         device = _device(inputs)
-        # Rows are made under the declared autocast, whatever is ambient.
+        # Rows are made under the declared autocast, whatever is ambient. A forward may turn on another one by itself:
+        # that of a model which Accelerate has prepared does.
+        run.compares_autocast = True
         cast = torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
         with self._turn(self._prefix_parts, self.model):
+            self.interceptor.bring_back()
             state = random_state()
             try:
                 # What the glue writes into attributes is undone, since it runs again in the suffix.
@@ -430,6 +436,7 @@ class Bypass:
                 self._forms.clear()
             like = self.plan.sequences.without_padding(self._like(inputs))
             sequences = Sequences() if self._is_free else self.plan.sequences
+            self.interceptor.bring_back()
             probes = Probes.of(self.model, like.map_tensors(lambda t: t.to(self.device)), sequences)
             found: dict[int, TreeForm] = {}
             for step in self.plan.steps:
@@ -456,6 +463,8 @@ class Bypass:
         try:
             with undisturbed(self.model):
                 self.prefix(without, captured=captured)
+        except AutocastError:
+            raise
         except (AbsentRead, Exception):
             return True
         return bool(absent_sources(captured))
@@ -590,6 +599,8 @@ class _Reads(TorchDispatchMode):
         super().__init__()
         self.before: set[torch.Tensor] = set()
         self.after: set[torch.Tensor] = set()
+        self.glue: set[torch.Tensor] = set()
+        """What is read before the cut though the prefix is skipped."""
         self.constants: list[torch.Tensor] = []
         self.run: Run | None = None
         """The bypass run under way; None in the prefix run."""
@@ -614,6 +625,8 @@ class _Reads(TorchDispatchMode):
             self.before |= parameters
         elif self.run.position == len(self.run.steps):
             self.after |= parameters
+        else:
+            self.glue |= parameters
         output = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, torch.Tensor):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from torchrecycle.bypass.inputs import Inputs
-from torchrecycle.bypass.interceptor import evaluating
+from torchrecycle.bypass.interceptor import Interceptor, evaluating
 from torchrecycle.errors import BatchError
 from torchrecycle.trace import undisturbed
 
@@ -106,9 +106,14 @@ class BatchRule:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies; the CPU if it has none."""
-    first = next(iter(model.parameters()), None)
-    return torch.device("cpu") if first is None else first.device
+    """Where the model's first parameter lies that was not put away; the CPU if it has none."""
+    interceptor = Interceptor.of(model)
+    offloaded = None if interceptor is None else interceptor.offloaded
+    if offloaded is None:
+        first = next(iter(model.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+    first = next((p for p in model.parameters() if id(p) not in offloaded.ids), None)
+    return offloaded.last_home if first is None else first.device
 
 
 def example_inputs(model: nn.Module, rule: BatchRule, example: Any) -> Inputs:

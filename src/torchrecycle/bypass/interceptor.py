@@ -97,6 +97,7 @@ class Run:
         "at_cut",
         "autocast",
         "captured",
+        "compares_autocast",
         "forms",
         "kept",
         "mixed",
@@ -137,6 +138,8 @@ class Run:
         self._in_run = False
         self.restored: dict[int, list[nn.Module]] = {}
         """Per step number, the modules around it that are in training mode again once it has ended."""
+        self.compares_autocast = mode == "bypass"
+        """Whether autocast at the cut must be what was declared."""
         self.at_cut: Callable[[], None] | None = None
         """Called when the last step has ended."""
         self.forms: Mapping[int, Any] = {}
@@ -161,8 +164,8 @@ class Run:
             )
         self.position += 1
         last = self.position == len(self.steps)
-        if last and self.mode == "bypass":
-            self._compare_autocast()
+        if last and self.compares_autocast:
+            self._compare_autocast(args, kwargs)
         if last and self.mode == "glue":
             raise Stopped
         output = self._output(step, module, args, kwargs)
@@ -231,10 +234,11 @@ class Run:
             )
         return module._call_impl(*args, **kwargs)
 
-    def _compare_autocast(self) -> None:
-        kept = pytree.tree_leaves(self.kept.get(self.steps[-1].number))
-        device = next((leaf.device.type for leaf in kept if isinstance(leaf, torch.Tensor)), "cpu")
-        compare_autocast(self.autocast, device)
+    def _compare_autocast(self, *seen: Any) -> None:
+        leaves = pytree.tree_leaves((self.kept.get(self.steps[-1].number), seen))
+        device = next((leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+        if device is not None:
+            compare_autocast(self.autocast, device)
 
 
 def compare_autocast(declared: torch.dtype | None, device: str) -> None:
@@ -348,11 +352,18 @@ class Interceptor:
         """What the model's own call does; the last attached governs."""
         self._frozen: dict[nn.Parameter, list[Any]] = {}
         self.turns = Turns()
+        self.offloaded: Any = None
+        """The `Offloaded` of the recycling that has put its prefix away, if one has."""
 
     @staticmethod
     def of(model: nn.Module) -> Interceptor | None:
         """The interceptor that is attached to this model, if any."""
         return getattr(slot_of(model), "interceptor", None)
+
+    def bring_back(self) -> None:
+        """Have all parameters on one device: the prefix is about to run."""
+        if self.offloaded is not None:
+            self.offloaded.bring_back()
 
     def slots(self, modules: Sequence[nn.Module]) -> None:
         """Put a slot into each of the modules."""
@@ -516,6 +527,7 @@ class Interceptor:
                 "a checkpoint region reaches across the cut: it computes the frozen layers again during backward, "
                 "after the forward has returned, and would give wrong gradients. Checkpoint only after the cut."
             )
+        self.bring_back()
         if any(module in entry.mixed_modules for entry in self.entries):
             return module._call_impl(*args, **kwargs)
         with self.turns.take(lambda: any(part.training for part in module.modules())):
