@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -617,7 +618,7 @@ def test_what_nobody_can_seed_is_refused(dataset, words, tmp_path):
 
 
 def collate_with_noise(items: Sequence[Any]) -> Any:
-    x, y = default_collate(items)
+    x, y = default_collate(list(items))
     return x, y + torch.rand(len(y))
 
 
@@ -667,7 +668,7 @@ def no_room() -> Iterator[None]:
 
 def looks(items: Sequence[Any]) -> Any:
     """Does not run on stand-ins."""
-    x, seen, index = default_collate(items)
+    x, seen, index = default_collate(list(items))
     if isinstance(items[0][0], RecycledTensor):
         raise TypeError("no pixels")
     return x, seen, index
@@ -739,7 +740,7 @@ def test_the_canary_reads_each_place_under_its_seed_and_sees_a_data_set_that_has
 # -- targets, changes, pauses ------------------------------------------------------------------------------------------
 
 
-def boxes_of(items: list[Any]) -> Any:
+def boxes_of(items: Sequence[Any]) -> Any:
     images, boxes = zip(*items, strict=True)
     return torch.utils.data.default_collate(list(images)), list(boxes)
 
@@ -905,3 +906,14 @@ def test_a_loop_s_variable_with_the_name_of_an_attribute_is_no_part_of_a_data_se
     exec(NOTEBOOK, cells)
     assert cells["recycling"].stats.hits == 24
     assert cells["loader"].dataset.generation == cells["generation"]
+
+
+def test_what_the_page_shows_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "augmentation.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks:
+        exec(block, names)
+    assert names["recycling"].stats.hits == 3 * 24
