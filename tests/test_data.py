@@ -18,7 +18,6 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
-    IterableDataset,
     RandomSampler,
     Subset,
     TensorDataset,
@@ -455,23 +454,11 @@ def with_extra(items: Any) -> Any:
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(X)
-
-
-class StreamOfLength(Stream):
-    def __len__(self) -> int:
-        return N
-
-
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
         ([], "the data set is empty"),
         (TensorDataset(X[:0], Y[:0]), "the data set is empty"),
-        (Stream(), "Stream is no map-style data set"),
-        (StreamOfLength(), "StreamOfLength is no map-style data set"),
         ({0: 1}.keys(), "no map-style data set"),
         ([("text", 1)] * 3, "begins with a tuple where the example is a tensor"),
         ([{"image": X[0]}] * 3, "where the example"),
@@ -479,7 +466,7 @@ class StreamOfLength(Stream):
         ([(X[0], object())] * 3, "found <class 'object'>"),
         ([(X[0], 1), (X[1], 1, 2)], "items must be alike|equal size"),
     ],
-    ids=range(10),
+    ids=range(8),
 )
 def test_a_data_set_that_does_not_fit_is_refused_in_words(dataset, words, made):
     for call in (made.fill, lambda d: list(made.loader(d, batch_size=2))):

@@ -79,7 +79,11 @@ class RowSource:
         found = inputs.tensors()
         missing = [name for name in self.key_inputs if name not in found]
         if missing:
-            raise BatchError(f"the batch has no tensor for the model input {missing}, which the example has")
+            raise BatchError(
+                f"the batch has no tensor for the model input {missing}, which the example has. Lists of numbers "
+                "become tensors in the data set or in the collate function; a Hugging Face data set's do with "
+                ".with_format('torch')."
+            )
         return {name: found[name] for name in self.key_inputs}
 
     def keys(self, inputs: Inputs) -> np.ndarray:
