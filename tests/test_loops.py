@@ -78,57 +78,6 @@ def text() -> Any:
     return dataset, DataCollatorWithPadding(tokens)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
-@pytest.mark.parametrize("evaluate_on", ["recycled", "raw"])
-def test_an_unmodified_trainer_gives_the_losses_of_the_frozen_reference(evaluate_on, text, tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    dataset, collate = text
-    arguments = TrainingArguments(
-        str(tmp_path / "out"),
-        num_train_epochs=2,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        report_to=[],
-        save_strategy="no",
-        eval_strategy="epoch",
-        logging_steps=1,
-        use_cpu=True,
-        disable_tqdm=True,
-        learning_rate=1e-3,
-        seed=3,
-        dataloader_pin_memory=False,
-    )
-
-    def losses(trainer: Any) -> list[float]:
-        trainer.train()
-        return [entry[k] for entry in trainer.state.log_history for k in ("loss", "eval_loss") if k in entry]
-
-    reference = frozen(bert(), ("bert.embeddings", "bert.encoder.layer.0.", "bert.encoder.layer.1."))
-    plain = Trainer(model=reference, args=arguments, train_dataset=dataset, eval_dataset=dataset, data_collator=collate)
-    want = losses(plain)
-    want_logits = plain.predict(dataset).predictions
-
-    model = bert()
-    example = dict(collate([{k: v for k, v in dataset[i].items() if k != "labels"} for i in (0, 5)]))
-    recycling = recycle(model, example, cut="bert.encoder.layer.1", store=tmp_path / "store")
-    recycled = recycling.dataset(dataset, collate_fn=collate)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=recycled,
-        eval_dataset=recycled if evaluate_on == "recycled" else dataset,
-        data_collator=recycling.collate(collate),
-    )
-    got = losses(trainer)
-    assert len(got) == len(want) == 12
-    assert got == pytest.approx(want, rel=1e-3)
-    assert recycling.stats.hits == N * 4
-    logits = trainer.predict(recycled).predictions
-    assert torch.allclose(torch.tensor(logits), torch.tensor(want_logits), rtol=1e-2, atol=1e-3)
-    recycling.detach()
-
-
 def test_a_data_set_and_a_collate_go_into_any_loader(text, tmp_path):
     dataset, collate = text
     example = dict(collate([{k: v for k, v in dataset[i].items() if k != "labels"} for i in (0, 5)]))
