@@ -232,9 +232,10 @@ class Journal:
         self.found: dict[str, Any] = {"about": about, "levels": {}}
         if path is not None and path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            if before["about"]["settings"] != about["settings"]:
+            settings = {**about["settings"], "seeds": before["about"]["settings"]["seeds"]}  # more of them may come
+            if before["about"]["settings"] != settings:
                 raise SystemExit(f"{path} has results of other settings, {before['about']['settings']}: remove it")
-            self.found = before
+            self.found = {**before, "about": {**before["about"], "settings": about["settings"]}}
 
     def level(self, level: float) -> dict[str, Any]:
         return self.found["levels"].setdefault(f"{level:g}", {"fill": {}, "arms": {}})
@@ -243,12 +244,6 @@ class Journal:
         if self.path is not None:
             self.path.parent.mkdir(exist_ok=True)
             self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-
-
-def wanted(found: dict[str, Any], seeds: int) -> list[tuple[int, Arm]]:
-    """What has not been trained yet."""
-    each = [(seed, arm) for seed in range(seeds) for arm in arms()]
-    return [(seed, arm) for seed, arm in each if str(seed) not in found["arms"].get(arm.name, {})]
 
 
 def fill(task: Task, recycling: Recycling, augmented: Augmented, found: dict[str, Any]) -> None:
@@ -270,36 +265,50 @@ def fill(task: Task, recycling: Recycling, augmented: Augmented, found: dict[str
         prefix, nbytes = prefix + report.prefix_seconds, nbytes + report.bytes_written
         costs[str(views)] = cost(report.seconds - report.prefix_seconds + prefix, nbytes)
         print(f"  {views} views: {report}", flush=True)
-    found.setdefault("fill", {})
-    found["fill"] = found["fill"] or costs  # of the first pass: one that goes on may find rows
+    found["fill"] = found["fill"] or costs  # of the first run: one that goes on measures it once more
 
 
 def cost(seconds: float, nbytes: float) -> dict[str, Any]:
     return {"seconds": round(seconds, 2), "bytes": int(nbytes)}
 
 
-def measure(task: Task, level: float, given: argparse.Namespace, journal: Journal) -> None:
-    found = journal.level(level)
-    left = wanted(found, given.seeds)
-    if not left:
-        return
-    augmented = Augmented(task.train.dataset)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        recycling = stack.enter_context(recycle(task.build_model(), task.example(), level=level, store=folder))
-        found |= {"cut": recycling.cut, "level": recycling.level}
-        print(f"{level:.0%}, cut at {recycling.cut}", flush=True)
-        fill(task, recycling, augmented, found)
-        if "pretrained" not in found:
-            found["pretrained"] = statistics.mean(expanded(tested_scores(task, recycling), journal.found["counts"]))
-        journal.keep()
-        for seed, arm in left:
-            began = time.perf_counter()
-            one = trained(task, recycling, augmented, arm, seed)
-            found["arms"].setdefault(arm.name, {})[str(seed)] = one
-            journal.keep()
-            quality = statistics.mean(expanded(one["by_model"], journal.found["counts"]))
-            epoch, whole = statistics.median(one["epoch_seconds"]), time.perf_counter() - began
-            print(f"  seed {seed}, {arm.name}: {quality:.4f}, {epoch:.1f} s an epoch, {whole:.0f} s", flush=True)
+class Side:
+    """One level: a recycling whose rows are filled when the first training asks for them."""
+
+    def __init__(self, task: Task, level: float, journal: Journal, stack: ExitStack) -> None:
+        self.task, self.level, self.journal, self.stack = task, level, journal, stack
+        self.found = journal.level(level)
+        self.augmented = Augmented(task.train.dataset)
+        self.recycling: Recycling | None = None
+
+    def filled(self) -> Recycling:
+        if self.recycling is None:
+            folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+            model, example = self.task.build_model(), self.task.example()
+            self.recycling = self.stack.enter_context(recycle(model, example, level=self.level, store=folder))
+            self.found |= {"cut": self.recycling.cut, "level": self.recycling.level}
+            print(f"{self.level:.0%}, cut at {self.recycling.cut}", flush=True)
+            fill(self.task, self.recycling, self.augmented, self.found)
+            if "pretrained" not in self.found:
+                self.found["pretrained"] = self.quality(tested_scores(self.task, self.recycling))
+            self.journal.keep()
+        return self.recycling
+
+    def quality(self, by_model: Sequence[float]) -> float:
+        return statistics.mean(expanded(by_model, self.journal.found["counts"]))
+
+    def measure(self, arm: Arm, seed: int) -> None:
+        """Train, if that was not done before."""
+        done = self.found["arms"].setdefault(arm.name, {})
+        if str(seed) in done:
+            return
+        recycling, began = self.filled(), time.perf_counter()
+        one = trained(self.task, recycling, self.augmented, arm, seed)
+        done[str(seed)] = one
+        self.journal.keep()
+        epoch, whole = statistics.median(one["epoch_seconds"]), time.perf_counter() - began
+        words = f"{self.level:.0%}, seed {seed}, {arm.name}: {self.quality(one['by_model']):.4f}"
+        print(f"{words}, {epoch:.1f} s an epoch, {whole:.0f} s", flush=True)
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
@@ -333,7 +342,7 @@ def lines(results: dict[str, Any], level: dict[str, Any]) -> list[Line]:
 
     found = []
     for arm in arms():
-        if arm.name not in level["arms"]:
+        if not level["arms"].get(arm.name):
             continue
         each = list(level["arms"][arm.name].values())
         quality = statistics.mean(statistics.mean(one) for one in scores(arm.name))
@@ -348,10 +357,12 @@ def lines(results: dict[str, Any], level: dict[str, Any]) -> list[Line]:
 def table(results: dict[str, Any]) -> str:
     """Both levels as Markdown."""
     parts = []
-    for level in results["levels"].values():
-        found = lines(results, level)
+    for name, level in results["levels"].items():
+        found = lines(results, level) if level["arms"] else []
+        if not found:
+            continue
         parts.append(
-            f"**{float(level['level']):.0%} recycled** (cut at `{level['cut']}`; the pretrained model as it is: "
+            f"**{float(name):.0%} recycled** (cut at `{level['cut']}`; the pretrained model as it is: "
             f"{level['pretrained']:.4f})\n"
         )
         parts.append("| augmentation | R-precision | better than none, points | fill, s | epoch, s | all, s | MB |")
@@ -400,9 +411,11 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_views, by_seconds = figure.subplots(1, 2, sharey=True)
     for name, level in results["levels"].items():
+        if not level["arms"]:
+            continue
         found = {line.arm: line for line in lines(results, level) if line.arm.augment is None}
         of_views = [line for arm, line in found.items() if arm.views]
-        colour, label = COLOURS.get(name, "#444444"), f"{float(level['level']):.0%} recycled"
+        colour, label = COLOURS.get(name, "#444444"), f"{float(name):.0%} recycled"
         errors = [line.better.error if line.better else 0.0 for line in of_views]
         counts = [line.arm.views for line in of_views]
         qualities = [line.quality for line in of_views]
@@ -442,8 +455,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cars", type=Path, help="a folder with images.tar and labels.csv")
     parser.add_argument("--size", type=int, default=96, help="pixels")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--fraction", type=float, default=0.25, help="share of the training split")
     parser.add_argument("--tested", type=float, default=0.5, help="share of the models that are looked for")
     parser.add_argument("--threads", type=int, help="of torch")
@@ -480,8 +493,12 @@ def run(given: argparse.Namespace) -> None:
         "objects": len(task.train),
         "counts": [task.test.labels.count(label) for label in sorted(set(task.test.labels))],
     }
-    for level in LEVELS:
-        measure(task, level, given, journal)
+    with ExitStack() as stack:
+        sides = [Side(task, level, journal, stack) for level in LEVELS]
+        for seed in range(given.seeds):
+            for side in sides:
+                for arm in arms():
+                    side.measure(arm, seed)
     print(table(journal.found))
 
 
