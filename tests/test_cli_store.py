@@ -246,6 +246,88 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, verb: str):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("verb", ["ls", "verify", "compact"])
+def test_a_store_of_nothing_is_said_to_be_one(tmp_path: Path, verb: str):
+    result = run(verb, tmp_path)
+    assert (result.exit_code, result.output) == (0, f"{tmp_path} holds no rows yet\n")
+
+
+def test_the_folder_of_one_fingerprint_is_no_store_and_the_error_names_the_one_around_it(folder: Path):
+    result = run("ls", folder / FIRST)
+    assert result.exit_code == 2
+    assert f"holds one fingerprint. Its store is the folder around it: give {folder}" in result.stderr
+
+
+def test_ls_names_two_data_sets_and_counts_the_others(folder: Path):
+    rows = FolderStore(folder).existing(FIRST)
+    for letter in "abc":
+        rows.write_manifest(letter * 32, {"keys": torch.from_numpy(keys_of(range(2)))}, {"name": letter})
+    assert "a (2), b (2) and 2 more\n" in run("ls", folder).output
+    assert "a (2), b (2), c (2), train (20)\n" in run("stat", folder, FIRST).output
+
+
+def test_on_a_terminal_of_80_columns_a_fingerprint_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torchrecycle.cli.store._columns", lambda: 80)
+    head, first, second, data_sets, total = run("ls", folder).output.splitlines()
+    assert head.split()[-2:] == ["last", "used"]
+    assert max(map(len, (head, first, second))) <= 80
+    assert data_sets == f"{FIRST[:12]}: train (20)"
+    assert total.startswith("2 fingerprints")
+
+
+def test_stat_says_the_precision_that_ls_says(folder: Path):
+    about = {"model": "Net", "cut": "a", "precision": "own", "autocast": "None", "key inputs": ["images"]}
+    fill(FolderStore(folder).rows("own", SPECS, about), range(2), step=2)
+    output = run("stat", folder, "own").output
+    assert "precision    float32, bfloat16\n" in output
+    assert "key inputs   images\n" in output
+    assert "autocast" not in output
+
+
+def test_a_damaged_fingerprint_does_not_keep_compact_from_the_others(folder: Path):
+    fill(FolderStore(folder).rows(SECOND, SPECS, {}), range(3, 6), step=1)
+    damage(folder)
+    (folder / "0").mkdir()
+    (folder / "0" / "about.json").write_text("{")
+    result = run("compact", folder)
+    assert result.exit_code == 2
+    assert result.stdout.startswith(f"{SECOND}  4 segments -> 1, ")
+    assert result.stderr.count("\n") == 1
+    assert "about.json is not readable (Expecting property name" in result.stderr
+
+
+def test_verify_says_of_what_was_set_aside_what_takes_it_away(folder: Path):
+    damage(folder)
+    output = run("verify", folder).output
+    assert "`torchrecycle store evict` takes it first" in output
+    assert "compact" not in output
+    run("compact", folder)
+    assert "takes it first" in run("verify", folder).output
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "said"),
+    [
+        ("evict --max-bytes 1kB", [], "What was evicted before is gone; the same command goes on from there"),
+        ("forget --yes", ["0" * 32], "Not all of it is erased; the same command goes on from there"),
+        ("rm --yes", [FIRST], "else `torchrecycle store compact"),
+    ],
+)
+def test_ctrl_c_in_the_midst_of_removing_does_not_say_that_nothing_is_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str, arguments: list[str], said: str
+):
+    monkeypatch.setattr(FolderStore, verb.partition(" ")[0], interrupted)
+    result = run(verb, folder, *arguments)
+    assert result.exit_code == 2
+    assert "stopped." in result.stderr
+    assert said in result.stderr
+    assert "Nothing is lost" not in result.stderr
+
+
 def test_rows_that_were_not_used_for_long_say_when_they_were(folder: Path):
     for path, days in zip(segments_of(folder), [3, 4, 5, 6], strict=True):
         then = time.time() - days * 86_400 - 60

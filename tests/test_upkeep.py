@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from faults import truth
+from faults.disks import without_rights
 from faults.workers import Gathering, first
 from processes import forkserver_context
 from torchrecycle import DamagedRowError, KeyTypeError, StoreError, recycle
@@ -144,6 +146,62 @@ def test_ls_lists_also_what_cannot_be_read_and_says_why(store: FolderStore):
     assert str(held.data_sets[0]) == f"{'a' * 8} (not readable)"
     assert "upgrade torchrecycle" in newer.problem
     assert newer.rows == 0
+
+
+def test_a_fingerprint_without_about_is_seen_until_a_fill_writes_it_anew(store: FolderStore):
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    dataset = torch.utils.data.TensorDataset(images, torch.arange(6))
+    with recycle(small(), images, cut="act", store=store) as recycling:
+        recycling.fill(dataset)
+        about = Path(store.url) / recycling.fingerprint / "about.json"
+    size = store.ls()[0].nbytes - about.stat().st_size
+    about.unlink()
+    for (held,) in (store.ls(), [store.stat(about.parent.name).holding]):
+        assert (held.segments, held.nbytes) == (1, size)
+        assert "no about.json: filling writes that anew" in held.problem
+    (found,) = store.verify()
+    assert not found.ok
+    with recycle(small(), images, cut="act", store=store) as recycling:
+        assert recycling.fill(dataset).computed == 0
+    assert about.exists()
+    about.unlink()
+    assert store.evict(size).fits
+    assert store.evict(0).fingerprints == (about.parent.name,)
+    assert not store.ls()
+
+
+def test_a_fingerprint_that_only_its_owner_may_read_does_not_close_the_store_to_others():
+    # In no folder of pytest's, which nobody else may enter.
+    with tempfile.TemporaryDirectory() as name:
+        mine, private = FINGERPRINT, "0" * 32
+        for fingerprint in (mine, private):
+            fill(rows_of(FolderStore(name), fingerprint), range(10))
+        with without_rights(Path(name)):
+            assert [held.problem for held in FolderStore(name).ls()] == ["", ""]
+        Path(name, "photos").mkdir()
+        with without_rights(Path(name), private, "photos"):
+            store = FolderStore(name)
+            assert_holds(rows_of(store, mine), range(10))
+            hidden, held = store.ls()
+            assert (hidden.fingerprint, held.rows) == (private, 10)
+            assert hidden.problem.endswith(f"{private}: Permission denied")
+            assert [found.ok for found in store.verify()] == [False, True]
+            assert "Permission denied" in store.forget(keys_of([77])).problems[0]
+            for refused in (lambda: store.evict(0), lambda: store.rm(private), lambda: store.compact(private)):
+                with pytest.raises(StoreError, match=f"{private}.*Permission denied"):
+                    refused()
+            with pytest.raises(StoreError, match="no fingerprint of"):
+                store.rm("photos")
+        Path(name, mine).rename(Path(name, "old"))
+        with without_rights(Path(name), private, "photos"):
+            assert FolderStore(name).fingerprints() == [private, "old"]
+
+
+def test_a_disk_of_its_own_is_a_store_from_the_start():
+    with tempfile.TemporaryDirectory() as name:
+        Path(name, "lost+found").mkdir()
+        with without_rights(Path(name), "lost+found"):
+            assert FolderStore(name).ls() == []
 
 
 def test_stat_tells_everything_of_one(store: FolderStore):
@@ -521,7 +579,7 @@ def test_sizes_are_read_as_people_write_them(text: str | int, nbytes: int):
     assert parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "20 cows", "-5MB", "1e9", "5iB", -1, True, None, 1.5])
+@pytest.mark.parametrize("text", ["", "GB", "20 cows", "-5MB", "1e9", "5iB", "9" * 400, -1, True, None, 1.5])
 def test_what_is_no_size_is_refused_in_words(text: Any):
     with pytest.raises(StoreError, match="is no size"):
         parse_bytes(text)
@@ -790,6 +848,16 @@ def test_forget_says_what_it_could_not_do(store: FolderStore):
     assert not everywhere(store, keys_of([2])[0].tobytes())
 
 
+def test_forget_says_nothing_of_what_it_could_not_look_for():
+    with tempfile.TemporaryDirectory() as name:
+        fill(rows_of(FolderStore(name)), range(10))
+        with without_rights(Path(name)):
+            report = FolderStore(name).forget(keys_of([2]))
+        assert not report.ok
+        assert "is here" not in str(report)
+        assert str(report).startswith("no row and no manifest of it was erased")
+
+
 def test_forget_touches_nothing_that_is_no_fingerprint(store: FolderStore, tmp_path: Path):
     fill(rows_of(store), range(10))
     (tmp_path / "outside").mkdir()
@@ -875,6 +943,13 @@ def test_diff_says_which_setting_of_a_module_differs(either: ShelfStore):
     assert older.lines == ("precision: float32, bfloat16 against bfloat16",)
     assert older.incomplete == "ddd does not say of which parts it is made, so weights cannot be compared"
     assert older.incomplete in str(older)
+
+
+def test_diff_of_two_precisions_is_for_people(store: FolderStore):
+    a, b = kept(store, small()), kept(store, small(), precision="int8")
+    lines = store.diff(a, b).lines
+    assert lines[0] == "precision: float32 against int8"
+    assert [line.partition(":")[0] for line in lines] == ["precision", "kept leaves"]
 
 
 def test_diff_counts_what_is_too_much_to_print(store: FolderStore):

@@ -39,11 +39,16 @@ def read_only(disk: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_rights(folder: Path) -> Iterator[None]:
-    """Within this context this process may read a folder and write nothing in it, also if it is root's otherwise."""
+def without_rights(folder: Path, *hidden: str) -> Iterator[None]:
+    """Within this context this process may read a folder and write nothing in it, also if it is root's otherwise.
+
+    Args:
+        folder: Which.
+        hidden: Folders in it that it may not even read.
+    """
     folders = [path for path in (folder, *folder.rglob("*")) if path.is_dir()]
-    for path in folders:
-        path.chmod(0o555)
+    for path in reversed(folders):
+        path.chmod(0 if path in [folder / name for name in hidden] else 0o555)
     root = os.geteuid() == 0
     if root:
         os.seteuid(NOBODY)

@@ -23,7 +23,7 @@ from torchrecycle.cli.words import ago, at_time, printable
 from torchrecycle.errors import StoreError
 
 if TYPE_CHECKING:
-    from torchrecycle.store import FolderStore, LeafSpec
+    from torchrecycle.store import CompactReport, FolderStore, LeafSpec
     from torchrecycle.store.holdings import Details, Holding
 
 __all__ = ["store_app"]
@@ -34,13 +34,13 @@ store_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Folder = Annotated[Path, typer.Argument(help="The store's folder.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="The store's folder.", show_default=False, metavar="PATH")]
 Fingerprint = Annotated[
     str, typer.Argument(help="A fingerprint, or its first letters.", show_default=False, metavar="FINGERPRINT")
 ]
 OneOrAll = Annotated[
     str | None,
-    typer.Argument(help="A fingerprint, or its first letters; all if not given.", metavar="[FINGERPRINT]"),
+    typer.Argument(help="A fingerprint, or its first letters; all if not given.", metavar="FINGERPRINT"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON with every figure.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -53,6 +53,12 @@ MOST_SEGMENTS = 20
 
 WIDE = 200
 """Columns of a table in a file."""
+
+NARROW = 110
+"""On a terminal of fewer columns, data sets have a line of their own below the table."""
+
+MOST_DATA_SETS = 2
+"""How many are named in a table."""
 
 
 def _opened(folder: Path) -> FolderStore:
@@ -97,7 +103,11 @@ def list_store(folder: Folder, as_json: Json = False, debug: Debug = False) -> N
             )
             _print_lines([_total(holdings)])
         else:
-            typer.echo(f"{folder} holds no rows yet")
+            _say_empty(folder)
+
+
+def _say_empty(folder: Path) -> None:
+    _print_lines([f"{folder} holds no rows yet"])
 
 
 def _total(holdings: Sequence[Holding]) -> str:
@@ -107,6 +117,7 @@ def _total(holdings: Sequence[Holding]) -> str:
 
 def _print_holdings(holdings: Sequence[Holding]) -> None:
     head = ("fingerprint", "model", "cut", "precision", "rows", "size", "last used", "data sets")
+    narrow = _columns() < NARROW
     rows = [
         (
             holding.fingerprint[:SHORT],
@@ -116,11 +127,26 @@ def _print_holdings(holdings: Sequence[Holding]) -> None:
             f"{holding.rows:,}",
             _size(holding.nbytes),
             ago(holding.used),
-            ", ".join(map(str, holding.data_sets)) + _notes(holding),
-        )
+            _data_sets(holding),
+        )[: len(head) - narrow]
         for holding in holdings
     ]
-    _print_table(head, rows, right=(4, 5))
+    _print_table(head[: len(head) - narrow], rows, right=(4, 5))
+    if narrow:
+        lines = [(holding.fingerprint[:SHORT], _data_sets(holding)) for holding in holdings]
+        _print_lines([f"{name}: {words}" for name, words in lines if words])
+
+
+def _data_sets(holding: Holding) -> str:
+    more = len(holding.data_sets) - MOST_DATA_SETS
+    named = ", ".join(map(str, holding.data_sets[:MOST_DATA_SETS])) + f" and {more} more" * (more > 0)
+    return named + _notes(holding)
+
+
+def _columns() -> int:
+    from rich.console import Console
+
+    return Console().width if sys.stdout is not None and sys.stdout.isatty() else WIDE
 
 
 def _notes(holding: Holding) -> str:
@@ -134,11 +160,13 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: S
     from rich.table import Table
     from rich.text import Text
 
+    if sys.stdout is None:  # closed by whoever started this
+        return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for position, name in enumerate(head):
         # What would be shortened in the middle is useless; names of models and data sets may go over several lines.
-        fixed = position == 0 or position in right or name == "last used"
+        fixed = position in right or name in ("fingerprint", "segment", "precision", "last used")
         table.add_column(name, justify="right" if position in right else "left", no_wrap=fixed, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
@@ -185,11 +213,8 @@ def _print_details(details: Details) -> None:
 
     holding = details.holding
     lines = [("fingerprint", holding.fingerprint), ("model", holding.model), ("cut", _cut(details))]
-    lines += [
-        (name, _in_words(details.about[name]))
-        for name in ("precision", "autocast", "key inputs")
-        if name in details.about
-    ]
+    lines += [("precision", holding.precision)]
+    lines += [(name, _in_words(details.about.get(name))) for name in ("autocast", "key inputs")]
     lines += [("row", _leaf(leaf)) for leaf in details.leaves]
     lines += [
         ("rows", f"{holding.rows:,} in {_counted(holding.segments, 'segment')}, {_size(holding.nbytes)} with all else"),
@@ -237,14 +262,16 @@ def _covers(details: Details) -> str:
 
 
 def _in_words(value: Any) -> str:
+    if value in (None, "None"):
+        return ""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @store_app.command("diff")
 def diff_store(
     folder: Folder,
-    a: Annotated[str, typer.Argument(help="A fingerprint, or its first letters.", show_default=False)],
-    b: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
+    a: Annotated[str, typer.Argument(help="A fingerprint, or its first letters.", show_default=False, metavar="A")],
+    b: Annotated[str, typer.Argument(help="Another one.", show_default=False, metavar="B")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -267,12 +294,17 @@ def verify_store(folder: Folder, fingerprint: OneOrAll = None, debug: Debug = Fa
         from torchrecycle.store.holdings import in_words
 
         found = _opened(folder).verify(fingerprint)
+        if not found:
+            _say_empty(folder)
         for one in found:
             _print_lines(f"{one.fingerprint}  {one}".splitlines())
             words = in_words(one.leftovers)
             _print_lines([f"  lying there: {words}"] if words else [])
-        if any(left.is_dead for one in found for left in one.leftovers):
+        left = [left for one in found for left in one.leftovers if left.is_dead]
+        if any(one.kind != "damaged" for one in left):
             _print_lines([f"`torchrecycle store compact {folder}` removes what killed processes left"])
+        if any(one.kind == "damaged" for one in left):
+            _print_lines(["*.damaged is read by nobody and may be deleted; `torchrecycle store evict` takes it first"])
     if not all(one.ok for one in found):
         raise typer.Exit(1)
 
@@ -284,9 +316,14 @@ def compact_store(folder: Folder, fingerprint: OneOrAll = None, debug: Debug = F
     def kept() -> str:
         return "Nothing is lost; the same command goes on from there"
 
+    def told(report: CompactReport) -> None:
+        _print_lines([f"{report.fingerprint}  {report}"])
+
     with one_line_errors(debug, kept):
-        for report in _opened(folder).compact(fingerprint):
-            _print_lines([f"{report.fingerprint}  {report}"])
+        store = _opened(folder)
+        if fingerprint is None and not store.fingerprints():
+            _say_empty(folder)
+        store.compact(fingerprint, told=told)
 
 
 @store_app.command("evict")
@@ -298,7 +335,11 @@ def evict_store(
     debug: Debug = False,
 ) -> None:
     """Remove the least recently used rows until the store is small enough."""
-    with one_line_errors(debug):
+
+    def kept() -> str:
+        return "What was evicted before is gone; the same command goes on from there"
+
+    with one_line_errors(debug, kept):
         report = _opened(folder).evict(max_bytes)
         _print_lines([str(report), *(f"  removed entirely: {name}" for name in report.fingerprints)])
     if not report.fits:
@@ -312,7 +353,7 @@ def forget_in_store(
         list[str],
         typer.Argument(
             help="Keys of objects, 32 hexadecimal digits each. docs/privacy.md says how to get them.",
-            metavar="KEY...",
+            metavar="KEY",
             show_default=False,
         ),
     ],
@@ -320,7 +361,11 @@ def forget_in_store(
     debug: Debug = False,
 ) -> None:
     """Erase objects: their rows under every fingerprint, and the manifests that name them."""
-    with one_line_errors(debug):
+
+    def kept() -> str:
+        return "Not all of it is erased; the same command goes on from there"
+
+    with one_line_errors(debug, kept):
         import numpy as np
 
         from torchrecycle.store.forgetting import as_keys
@@ -338,7 +383,12 @@ def forget_in_store(
 @store_app.command("rm")
 def remove_from_store(folder: Folder, fingerprint: Fingerprint, yes: Yes = False, debug: Debug = False) -> None:
     """Remove a fingerprint with all of its rows."""
-    with one_line_errors(debug):
+
+    def kept() -> str:
+        compact = f"`torchrecycle store compact {folder}` takes away what is left of it after an hour"
+        return f"If `ls` lists it, it is whole; else {compact}"
+
+    with one_line_errors(debug, kept):
         store = _opened(folder)
         _ask(f"Remove {_described(store, fingerprint)}?", yes)
         nbytes = store.rm(fingerprint)

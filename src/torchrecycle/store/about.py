@@ -76,10 +76,26 @@ def read_form(shelf: Shelf) -> tuple[dict[str, Any], list[LeafSpec]] | None:
     except StoreError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
+        why = f"there is no {error}" if isinstance(error, KeyError) else error
         raise StoreError(
-            f"{file} is not readable ({error!r}): restore it, or delete that folder, whose rows are then computed again"
+            f"{file} is not readable ({why}): restore it, or delete that folder, whose rows are then computed again"
         ) from None
     return about, kept
+
+
+def need_form(shelf: Shelf) -> tuple[dict[str, Any], list[LeafSpec]]:
+    """What the file says about the fingerprint, and the form of its rows.
+
+    Raises:
+        StoreError: There is no such file, it is not readable, or of a newer format.
+    """
+    found = read_form(shelf)
+    if found is None:
+        raise StoreError(
+            f"{shelf.url} holds no rows that can be read, since it has no {ABOUT}: filling writes that anew, and "
+            "`torchrecycle store rm` removes what is there"
+        )
+    return found
 
 
 def _digest(text: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from torchrecycle.errors import StoreError
+from torchrecycle.store.sizes import bytes_in_words, counted
 
 FORMAT_VERSION = 2
 """The version of the file format that this release writes, and the newest that it reads."""
@@ -89,7 +90,8 @@ class VerifyReport:
         return not self.damaged
 
     def __str__(self) -> str:
-        found = f"{self.segments} segments, {self.rows} sound rows, {self.nbytes / 1e6:.1f} MB read"
+        found = f"{counted(self.segments, 'segment')}, {counted(self.rows, 'sound row')}, "
+        found += f"{bytes_in_words(self.nbytes)} read"
         if self.ok:
             return f"{found}: nothing damaged"
         aside = "\n".join(f"  {name}" for name in self.damaged)

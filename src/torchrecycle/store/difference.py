@@ -114,7 +114,8 @@ def _part_lines(a: Side, b: Side) -> Iterator[str]:
 def _said(a: Side, b: Side) -> frozenset[str]:
     """Settings of which a line speaks already, or that follow from one that does."""
     found = {"cut", "precision", "autocast", "inputs"}
-    found |= {"leaves"} if list(a.leaves) != list(b.leaves) else set()
+    # What int8 is multiplied by is the precision's own, and no words for people.
+    found |= {"leaves", "scales"} if list(a.leaves) != list(b.leaves) else set()
     found |= {"steps"} if a.about.get("cut") != b.about.get("cut") else set()
     return frozenset(found)
 

@@ -58,7 +58,7 @@ class ForgetReport:
 
     def __str__(self) -> str:
         if not self.rows and not self.manifests:
-            words = "no row and no manifest of it is here"
+            words = "no row and no manifest of it is here" if self.ok else "no row and no manifest of it was erased"
         else:
             words = f"{counted(self.rows, 'row')} erased, {counted(len(self.segments), 'segment')} written anew"
             words += f"; {counted(len(self.manifests), 'manifest')} removed" if self.manifests else ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchrecycle.errors import StoreError
-from torchrecycle.store.about import read_form
+from torchrecycle.store.about import need_form
 from torchrecycle.store.container import unpack
 from torchrecycle.store.contract import LeafSpec
 from torchrecycle.store.numbered import is_segment
@@ -147,7 +147,7 @@ def holding_of(fingerprint: str, shelf: Shelf) -> Details:
     leaves: list[LeafSpec] = []
     try:
         stats = shelf.stats()
-        about, leaves = read_form(shelf) or ({}, [])
+        about, leaves = need_form(shelf)
     except StoreError as error:
         problems.append(str(error))
     leftovers = leftovers_of(stats)

@@ -8,6 +8,7 @@ the same one.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from torchrecycle.errors import StoreError
-from torchrecycle.store.about import ABOUT, read_form
+from torchrecycle.store.about import ABOUT, need_form
 from torchrecycle.store.contract import LeafSpec, Store
 from torchrecycle.store.holdings import OLD_SECONDS
 from torchrecycle.store.index_file import INDEX
@@ -114,7 +115,8 @@ class FolderStore(ShelfStore):
 
     def _refuse_foreign(self, name: str) -> None:
         folder = self._folder / name
-        foreign = [] if folder.is_symlink() else _not_ours(folder)
+        with in_words(f"cannot list {folder}"):
+            foreign = [] if folder.is_symlink() else _not_ours(folder)
         if foreign:
             raise StoreError(f"{folder} is no fingerprint's folder: it holds {_some(foreign)}. Nothing was removed")
 
@@ -123,23 +125,50 @@ class FolderStore(ShelfStore):
 
 
 def _existing(shelf: Shelf) -> ShelfRows:
-    found = read_form(shelf)
-    if found is None:
-        raise StoreError(f"{shelf.url} holds no rows: it has no {ABOUT}")
-    about, leaves = found
+    about, leaves = need_form(shelf)
     return ShelfRows(shelf, leaves, about)
+
+
+_TAKEN = re.compile(r"[0-9a-f]{32}")
+"""What fingerprints look like that `recycle` has taken."""
 
 
 def _is_of_a_store(folder: Path) -> bool:
     # A link could lead out of the store.
-    return is_fingerprint(folder.name) and not folder.is_symlink() and (folder / ABOUT).is_file()
+    return is_fingerprint(folder.name) and not folder.is_symlink() and (_has_about(folder) or _has_rows(folder))
 
 
 def _may_be_of_a_store(folder: Path) -> bool:
     """Also of a damaged one: a fingerprint's folder in which nothing is somebody else's, or a link in its place."""
     if not is_fingerprint(folder.name):
         return False
-    return folder.is_symlink() or (folder.is_dir() and ((folder / ABOUT).exists() or not _not_ours(folder)))
+    return folder.is_symlink() or _has_about(folder) or (folder.is_dir() and not _holds_other_things(folder))
+
+
+def _has_about(folder: Path) -> bool:
+    """Whether it is a fingerprint's folder, going by its ``about.json``, or by its name if nobody else may look."""
+    try:
+        os.stat(folder / ABOUT)
+    except PermissionError:  # another user's, made under ``umask 077``
+        return _TAKEN.fullmatch(folder.name) is not None
+    except OSError:
+        return False
+    return True
+
+
+def _has_rows(folder: Path) -> bool:
+    """Whether it is a fingerprint's folder that has lost its ``about.json``."""
+    with suppress(OSError):
+        return any(is_segment(path.name) for path in folder.iterdir()) and not _not_ours(folder)
+    return False
+
+
+def _holds_other_things(folder: Path) -> bool:
+    """Whether something in it is not ours, or nobody can tell."""
+    try:
+        return bool(_not_ours(folder))
+    except OSError:
+        return True
 
 
 def _refuse_other_things(folder: Path) -> None:
@@ -147,11 +176,14 @@ def _refuse_other_things(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise StoreError(f"{folder} is a file, and a store is a folder: give another path, or move that file away")
-    foreign = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    if any(is_fingerprint(name) and (folder / name / ABOUT).is_file() for name in foreign):
+    # A disk that is mounted there brings a lost+found.
+    names = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name != "lost+found"]
+    if any(is_fingerprint(name) and _has_about(folder / name) for name in names):
         return
     # A writer that was killed in its first moments, or who writes while this is removed, leaves no about.json.
-    foreign = [name for name in foreign if not (folder / name).is_dir() or _not_ours(folder / name)]
+    foreign = [name for name in names if not (folder / name).is_dir() or _holds_other_things(folder / name)]
+    if ABOUT in foreign:
+        raise StoreError(f"{folder} holds one fingerprint. Its store is the folder around it: give {folder.parent}")
     if foreign:
         raise StoreError(
             f"{folder} is no store: it holds {_some(foreign)}, and "

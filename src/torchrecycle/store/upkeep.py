@@ -17,6 +17,7 @@ the others.
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ import numpy as np
 
 from torchrecycle.errors import StoreError
 from torchrecycle.progress import progress
-from torchrecycle.store.about import ABOUT, read_form
-from torchrecycle.store.contract import LeafSpec, Store, VerifyReport
+from torchrecycle.store.about import need_form
+from torchrecycle.store.contract import Store, VerifyReport
 from torchrecycle.store.difference import Difference, Side, difference_of
 from torchrecycle.store.forgetting import ForgetReport, Forgotten, as_keys, forget_on
 from torchrecycle.store.holdings import Details, Holding, Leftover, holding_of, leftovers_of
@@ -98,13 +99,6 @@ class ShelfStore(Store):
     def _chosen(self, name: str | None) -> list[str]:
         return self.fingerprints() if name is None else [self.resolve(name)]
 
-    def _form(self, fingerprint: str) -> tuple[Shelf, list[LeafSpec]]:
-        shelf = self._shelf(fingerprint)
-        form = read_form(shelf)
-        if form is None:
-            raise StoreError(f"{shelf.url} holds no rows: it has no {ABOUT}")
-        return shelf, form[1]
-
     # Looking
 
     def ls(self) -> list[Holding]:
@@ -130,11 +124,7 @@ class ShelfStore(Store):
 
     def _side(self, fingerprint: str) -> Side:
         name = self.resolve(fingerprint)
-        shelf = self._shelf(name)
-        form = read_form(shelf)
-        if form is None:
-            raise StoreError(f"{shelf.url} holds no rows: it has no {ABOUT}")
-        return Side(name, *form)
+        return Side(name, *need_form(self._shelf(name)))
 
     # Keeping in order
 
@@ -147,7 +137,7 @@ class ShelfStore(Store):
             StoreError: There is no such fingerprint.
         """
         chosen = self._chosen(fingerprint)
-        segments = sum(is_segment(name) for one in chosen for name in self._shelf(one).names())
+        segments = sum(map(self._count_segments, chosen))
         with progress("verifying", segments, "segments") as shown:
 
             def told(name: str) -> None:
@@ -156,13 +146,17 @@ class ShelfStore(Store):
 
             return [self._verified(one, told) for one in chosen]
 
+    def _count_segments(self, fingerprint: str) -> int:
+        with contextlib.suppress(StoreError):  # what cannot be listed is said where it is verified
+            return sum(map(is_segment, self._shelf(fingerprint).names()))
+        return 0
+
     def _verified(self, fingerprint: str, told: Callable[[str], None]) -> Verified:
         shelf = self._shelf(fingerprint, told)
         report, problem = None, ""
+        leftovers: tuple[Leftover, ...] = ()
         try:
-            form = read_form(shelf)
-            if form is None:
-                raise StoreError(f"{shelf.url} holds no rows: it has no {ABOUT}")
+            form = need_form(shelf)
             # A link or a file in place of this folder.
             misplaced = [name for name in (MANIFESTS,) if name in shelf.names()]
             for name in misplaced:
@@ -172,24 +166,41 @@ class ShelfStore(Store):
             report = replace(report, damaged=(*aside, *report.damaged))
         except StoreError as error:
             problem = str(error)
-        return Verified(fingerprint, report, problem, tuple(leftovers_of(self._shelf(fingerprint).stats())))
+        with contextlib.suppress(StoreError):  # as above
+            leftovers = tuple(leftovers_of(self._shelf(fingerprint).stats()))
+        return Verified(fingerprint, report, problem, leftovers)
 
-    def compact(self, fingerprint: str | None = None) -> list[CompactReport]:
+    def compact(
+        self, fingerprint: str | None = None, *, told: Callable[[CompactReport], None] | None = None
+    ) -> list[CompactReport]:
         """Merge small segments, and drop rows that came twice and what killed writers have left.
 
         Others may read and write meanwhile: who has an old segment open goes on reading it. Nothing is lost whenever
         this is killed, and several may do it at once. Needs room for one segment more than there is.
 
+        Args:
+            fingerprint: Which one; all if None.
+            told: Called with each report as soon as there is one.
+
         Raises:
-            DamagedRowError: A row does not match its checksum: `verify` first.
-            StoreError: There is no such fingerprint; or writing is not possible.
+            DamagedRowError: A row does not match its checksum: `verify` first. The other fingerprints are done.
+            StoreError: There is no such fingerprint; or one cannot be read or written. The others are done.
         """
         chosen = self._chosen(fingerprint)
         self._sweep()
-        reports = []
+        reports: list[CompactReport] = []
+        problems: list[StoreError] = []
         for name in chosen:
-            shelf, specs = self._form(name)
-            reports.append(compact_shelf(name, shelf, specs, self.segment_bytes))
+            try:
+                shelf = self._shelf(name)
+                reports.append(compact_shelf(name, shelf, need_form(shelf)[1], self.segment_bytes))
+            except StoreError as error:
+                problems.append(error)
+                continue
+            if told is not None:
+                told(reports[-1])
+        if problems:
+            raise problems[0]
         return reports
 
     def evict(self, max_bytes: int | str) -> EvictReport:
