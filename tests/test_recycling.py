@@ -248,7 +248,7 @@ def test_copies_of_a_loader_and_its_data_set_give_the_same_batches(made):
         ({"cut": CUT, "level": 0.5}, CutError, "give either cut"),
         ({"cut": "stages.9"}, CutError, "no module of that name. Nearest: 'stages"),
         ({"cut": CUT, "precision": "float8"}, ValueError, "precision='float8' is none of"),
-        ({"cut": CUT, "views": 2}, ValueError, "one view per object"),
+        ({"cut": CUT, "views": 0}, ValueError, "views=0 is no number of views"),
         ({"cut": CUT, "share": "maybe"}, ValueError, "neither 'refuse' nor 'freeze'"),
         ({"cut": CUT, "example": X[:1]}, BatchError, "two or more"),
         ({"cut": CUT, "example": (X[:2], Y[:2])}, BatchError, "does not run on the example"),
