@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
 
+from torchrecycle.data.ahead import copied_ahead
 from torchrecycle.data.dataset import Fetched, RecycledDataset
 from torchrecycle.data.order import ReadAhead, draws_at_once
 from torchrecycle.data.resident import Resident
@@ -89,7 +90,8 @@ class RecycledLoader(DataLoader[Any]):
         if isinstance(self.collate_fn, RecycledCollate):
             self.collate_fn.source = None if owner.off else owner.source
         self._end_old_workers((dataset.generation, owner.off))
-        return owner.watched(super().__iter__(), self)
+        batches = owner.watched(super().__iter__(), self)
+        return batches if owner.off else copied_ahead(batches, owner.source, owner.device)
 
     def _end_old_workers(self, now: tuple[int, bool]) -> None:
         """Persistent workers hold the rows that they were started with."""
