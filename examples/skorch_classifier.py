@@ -78,14 +78,14 @@ class Recycled(NeuralNetClassifier):
 class Pretrained:
     """Makes a network with the same weights each time it is called."""
 
-    def __init__(self, name: str, classes: int, *, pretrained: bool, checkpoint: str) -> None:
-        self.name, self.classes, self.pretrained, self.checkpoint = name, classes, pretrained, checkpoint
+    def __init__(self, name: str, outputs: int, *, pretrained: bool, checkpoint: str) -> None:
+        self.name, self.outputs, self.pretrained, self.checkpoint = name, outputs, pretrained, checkpoint
 
     def __call__(self) -> torch.nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model: Any = timm.create_model(self.name, pretrained=self.pretrained, checkpoint_path=self.checkpoint)
-            model.reset_classifier(self.classes)
+            model.reset_classifier(self.outputs)
         return model
 
 
@@ -121,7 +121,7 @@ def run(asked: argparse.Namespace) -> None:
         os.environ["TORCHRECYCLE"] = "on" if how == "kept rows" else "off"
         torch.manual_seed(0)
         start = time.perf_counter()
-        search: Any = GridSearchCV(net, {"lr": asked.rates}, cv=asked.folds, n_jobs=asked.jobs)
+        search: Any = GridSearchCV(net, {"lr": asked.rates}, cv=asked.folds)
         search.fit(objects, targets)
         found = f"lr {search.best_params_['lr']:.2g}, accuracy {search.best_score_:.3f}"
         print(f"grid search with {how}: {time.perf_counter() - start:.2f} s, {found}")
@@ -145,7 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rates", type=float, nargs="+", default=[3e-4, 1e-4, 1e-3], help="learning rates, of which the first is tried"
     )
     add("--folds", type=int, default=3)
-    add("--jobs", type=int, default=1, help="processes of the search")
     add("--store", type=Path, default=Path("activations"), help="folder for what the frozen layers give")
     try:
         run(parser.parse_args(arguments))
