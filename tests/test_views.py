@@ -702,6 +702,22 @@ def drop(folder: Path, every: int) -> None:
         path.unlink()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fills_in_its_own_order_has_each_view_at_its_place(rank, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dataset = Shifted()
+    recycling = made(tmp_path, views=3, verify_every=1)
+    assert recycling.fill(dataset, batch_size=5).computed == 3 * N
+    recycled: Any = recycling.dataset(dataset)
+    views, manifest = Views(dataset, 3), recycled.manifest
+    for place in range(3 * N):
+        assert torch.equal(manifest.columns[1][place], views[place][1])
+        assert manifest.columns[2][place] == place % N
+    for batch in recycling.loader(dataset, batch_size=4, shuffle=True):
+        compare(recycling, batch)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_rows_of_views_that_leave_meanwhile_are_computed_under_their_seed(every, tmp_path, monkeypatch):
     monkeypatch.setattr("torchrecycle.store.looking.IN_MEMORY", 0)
