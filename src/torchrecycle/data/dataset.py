@@ -117,6 +117,17 @@ class RecycledDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.base)
 
+    def set_epoch(self, epoch: int) -> None:
+        """An epoch begins, as trainers tell a data set that make loaders of their own (Accelerate, transformers).
+
+        The user's data set is told too, and the rows are looked at as at each iteration of the recycling's loader.
+        """
+        tell = getattr(self.base, "set_epoch", None)
+        if tell is not None:
+            tell(epoch)
+        if self.owner is not None:
+            self.owner.renew(self)
+
     def __getstate__(self) -> dict[str, Any]:
         owner = self.owner
         return {**self.__dict__, "_owner": None, "_raw": self._raw or (owner is not None and owner.off)}
