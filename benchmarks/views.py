@@ -9,7 +9,7 @@ of the models, to find photos of models that it has never seen, by R-precision. 
 epochs, order of batches and start. They differ in what is augmented:
 
 * nothing;
-* the pixels (a crop of 35 to 100 % of the area, a flip, jitter of brightness, contrast and saturation), kept in 1, 2,
+* the pixels (a crop of 35 to 100 % of the area unless told, a flip, jitter of brightness, contrast and saturation), kept in 1, 2,
   4 and 8 views: one view is a fixed augmentation;
 * the pixels, live: each epoch reads, augments and runs the frozen layers anew;
 * the activations, with nothing else and beside 4 views: what ``augment=`` of `recycle` does.
@@ -52,6 +52,7 @@ from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Estimate
 
 LEVELS = (0.5, 0.75)
+SETTINGS = ("size", "epochs", "seeds", "fraction", "tested", "crop", "jitter")
 VIEWS = (1, 2, 4, 8)
 BESIDE = 4
 """With how many views augmentations of activations are tried too."""
@@ -91,9 +92,11 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     Args:
         objects: of a task of pictures.
+        crop: the least share of the area that is cut out.
+        jitter: of brightness, contrast and saturation.
     """
 
-    def __init__(self, objects: Any) -> None:
+    def __init__(self, objects: Any, crop: float, jitter: float) -> None:
         from torchvision.transforms import v2
 
         given = objects.preprocessing
@@ -101,10 +104,10 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(
-                    given.size, scale=(0.35, 1.0), interpolation=v2.InterpolationMode(given.interpolation)
+                    given.size, scale=(crop, 1.0), interpolation=v2.InterpolationMode(given.interpolation)
                 ),
                 v2.RandomHorizontalFlip(),
-                v2.ColorJitter(0.4, 0.4, 0.4),
+                v2.ColorJitter(jitter, jitter, jitter),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(given.mean, given.std),
@@ -275,10 +278,10 @@ def cost(seconds: float, nbytes: float) -> dict[str, Any]:
 class Side:
     """One level: a recycling whose rows are filled when the first training asks for them."""
 
-    def __init__(self, task: Task, level: float, journal: Journal, stack: ExitStack) -> None:
+    def __init__(self, task: Task, augmented: Augmented, level: float, journal: Journal, stack: ExitStack) -> None:
         self.task, self.level, self.journal, self.stack = task, level, journal, stack
         self.found = journal.level(level)
-        self.augmented = Augmented(task.train.dataset)
+        self.augmented = augmented
         self.recycling: Recycling | None = None
 
     def filled(self) -> Recycling:
@@ -388,10 +391,10 @@ def write_table(path: Path, results: dict[str, Any], source: Path) -> None:
     before, rest = page.split(BEGIN)
     about = results["about"]
     settings = about["settings"]
+    told = " ".join(f"--{name} {settings[name]:g}" for name in SETTINGS)
     link = f"../benchmarks/results/{source.name}"
     words = (
-        f"`python benchmarks/views.py --cars cars/ --size {settings['size']} --epochs {settings['epochs']} --seeds "
-        f"{settings['seeds']} --fraction {settings['fraction']:g} --tested {settings['tested']:g}` on "
+        f"`python benchmarks/views.py --cars cars/ {told}` on "
         f"{about['machine']}, {about['date']}: {results['objects']:,} photos are trained on, "
         f"{sum(results['counts']):,} of {len(results['counts'])} other models are looked for. The figures are kept in "
         f"[`benchmarks/results/{source.name}`]({link})."
@@ -459,6 +462,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--fraction", type=float, default=0.25, help="share of the training split")
     parser.add_argument("--tested", type=float, default=0.5, help="share of the models that are looked for")
+    parser.add_argument("--crop", type=float, default=0.35, help="least share of the area of a random crop")
+    parser.add_argument("--jitter", type=float, default=0.4, help="of brightness, contrast and saturation")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--results", type=Path, help="the file of results to go on with, or to show")
     parser.add_argument("--no-results", action="store_true", help="only print")
@@ -481,7 +486,7 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    settings = {name: getattr(given, name) for name in ("size", "epochs", "seeds", "fraction", "tested")}
+    settings = {name: getattr(given, name) for name in SETTINGS}
     where = machine(torch.device("cpu"))
     about = {"date": f"{date.today():%Y-%m-%d}", "machine": where, "versions": versions(), "settings": settings}
     slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
@@ -494,7 +499,8 @@ def run(given: argparse.Namespace) -> None:
         "counts": [task.test.labels.count(label) for label in sorted(set(task.test.labels))],
     }
     with ExitStack() as stack:
-        sides = [Side(task, level, journal, stack) for level in LEVELS]
+        augmented = Augmented(task.train.dataset, given.crop, given.jitter)
+        sides = [Side(task, augmented, level, journal, stack) for level in LEVELS]
         for seed in range(given.seeds):
             for side in sides:
                 for arm in arms():
