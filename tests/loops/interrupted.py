@@ -84,8 +84,10 @@ def trained_alone() -> dict[str, torch.Tensor]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, attempt = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    # A place of its own for each attempt: at torchrun's, gloo may still find the address of a process that was killed.
+    meeting = f"file://{folder / f'meeting{attempt}'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
     # Slow enough that the other is stopped too before it has made up for the one that was killed.
     data = Deadly(16 + KILLED_AT_ITEM if (rank, attempt) == (1, 0) else None, 0.03 if attempt == 0 else 0)
     model = residual()
