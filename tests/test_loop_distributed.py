@@ -93,10 +93,8 @@ def test_a_rank_is_what_the_launcher_says_and_else_the_process_is_alone(rank, wo
 QUICK = (
     "filled_at_once",
     "filled_alone",
-    "folders_of_their_own",
     "other_data_in_each_rank",
     "ddp",
-    "ddp_accumulated",
     "ddp_statistics",
     "evaluated",
     "fsdp2",
@@ -105,6 +103,8 @@ QUICK = (
 """What two processes do in every run of the tests."""
 
 SLOW = (
+    "folders_of_their_own",
+    "ddp_accumulated",
     "ddp_with_options",
     "ddp_checkpointed",
     "ddp_from_other_weights",
@@ -172,8 +172,9 @@ def test_a_rank_fills_alone_while_the_other_has_not_come(together):
     assert [found["filled_alone"]["computed"] for found in together] == [24, 0]
 
 
-def test_ranks_without_a_common_disk_fill_each_its_own(together):
-    assert [found["folders_of_their_own"]["computed"] for found in together] == [24, 24]
+@pytest.mark.slow
+def test_ranks_without_a_common_disk_fill_each_its_own(more):
+    assert [found["folders_of_their_own"]["computed"] for found in more] == [24, 24]
 
 
 def test_ranks_with_different_data_get_each_its_own_rows_and_targets(together):
@@ -202,22 +203,16 @@ def test_so_they_do_with_other_options_checkpoints_within_or_weights_that_are_se
         assert_same(found[way]["weights"], alone)
 
 
-def test_gradients_are_accumulated_under_ddp_without_sending_them_around(together):
-    want = shared.train_alone(accumulate=2)
-    for found in together:
-        assert_same(found["ddp_accumulated"]["weights"], want)
-
-
 @pytest.mark.slow
-def test_gradients_are_accumulated_under_fsdp2_without_sending_them_around(more):
+@pytest.mark.parametrize("way", ["ddp_accumulated", "fsdp2_accumulated"])
+def test_gradients_are_accumulated_without_sending_them_around(way, more):
     want = shared.train_alone(accumulate=2)
     for found in more:
-        assert_same(found["fsdp2_accumulated"]["weights"], want)
+        assert_same(found[way]["weights"], want)
 
 
-@pytest.mark.parametrize("way", ["ddp", "ddp_accumulated"])
-def test_an_epoch_of_a_rank_is_served_from_the_store(way, together):
-    found = [one[way] for one in together]
+def test_an_epoch_of_a_rank_is_served_from_the_store(together):
+    found = [one["ddp"] for one in together]
     assert [one["hits"] for one in found] == [24, 24]
     assert sum(one["misses"] for one in found) == 24
 
