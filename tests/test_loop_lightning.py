@@ -14,14 +14,22 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler, default_collate
 
 from small import CUT, Counted, labels, pictures, residual
-from torchrecycle import AutocastError, BatchError, CutError, RecycledTensor, RecycleError, RecycleWarning
+from torchrecycle import (
+    AutocastError,
+    BatchError,
+    CutError,
+    RecycledTensor,
+    RecycleError,
+    RecycleWarning,
+    StaleActivationError,
+)
 from torchrecycle.lightning import RecyclingCallback
 
 pytestmark = [
@@ -609,6 +617,35 @@ def test_the_modules_own_example_is_used(tmp_path):
     fit(module, recycler(tmp_path))
     assert module.asked == 1
     assert set(module.seen) == {RecycledTensor}
+
+
+class Flat(Module):
+    """Without batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+class FrozenFlat(Frozen):
+    def __init__(self) -> None:
+        self.prefix = ("net.1",)
+
+
+def averaging() -> Any:
+    return StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+
+
+def test_lightnings_weight_averaging_works_where_it_resets_no_frozen_statistics(tmp_path):
+    module, reference = Flat(), Flat()
+    fit(module, recycler(tmp_path, cut="2"), loader(), more=[averaging()], max_epochs=3)
+    fit(reference, FrozenFlat(), loader(), more=[averaging()], max_epochs=3)
+    assert module.losses == pytest.approx(reference.losses, rel=1e-3)
+    same_weights(module, reference)
+    with pytest.raises(StaleActivationError, match=r"have been reset to 0 and 1.*StochasticWeightAveraging"):
+        fit(Module(), recycler(tmp_path), loader(), more=[averaging()], max_epochs=3)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
