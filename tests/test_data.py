@@ -177,7 +177,7 @@ def test_hugging_face_data_sets_give_the_plain_batches(shape, tmp_path):
         {"batch_sampler": lambda: BatchSampler(RandomSampler(range(N)), 6, False)},
         {"batch_size": 4, "shuffle": True, "generator": lambda: torch.Generator().manual_seed(9)},
     ],
-    ids=str,
+    ids=lambda case: str(case).partition(" at 0x")[0],
 )
 def test_every_way_of_drawing_batches_gives_the_plain_ones(arguments, made):
     def fresh() -> dict[str, Any]:
@@ -542,7 +542,9 @@ def test_a_column_gives_back_what_went_in_also_through_a_file(leaves):
 
 
 @pytest.mark.parametrize(
-    "leaves", [[[np.float64(1)]], [1, [torch.zeros(1)]], [object()], [{1}], [torch.zeros(1), 1]], ids=str
+    "leaves",
+    [[[np.float64(1)]], [1, [torch.zeros(1)]], [object()], [{1}], [torch.zeros(1), 1]],
+    ids=lambda case: str(case).partition(" at 0x")[0],
 )
 def test_what_would_come_back_otherwise_is_refused(leaves):
     with pytest.raises(BatchError, match="cannot be kept beside the rows"):

@@ -95,7 +95,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
         {"num_workers": 2, "multiprocessing_context": "fork"},
         pytest.param({"num_workers": 1, "multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda case: str(case).partition(" at 0x")[0],
 )
 @forks
 def test_a_partly_filled_data_set_gives_what_the_whole_model_gives(arguments, made):
