@@ -718,7 +718,7 @@ SPAWNED = {"num_workers": 1, "multiprocessing_context": "spawn"}
         pytest.param("every third", SPAWNED, marks=pytest.mark.slow),
         pytest.param("all", SPAWNED, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda case: str(case).partition(" at 0x")[0],
 )
 @forks
 def test_rows_that_leave_after_they_were_found_are_computed_and_made_again_at_the_next_iteration(
