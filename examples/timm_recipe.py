@@ -112,7 +112,8 @@ def run(asked: argparse.Namespace) -> None:
     print(f"frozen layers ran for {stats.misses:,} photos, and were spared for {stats.hits:,}; {kept:.1f} MB of rows")
     with recycling.paused():
         computed = train_epoch(model, batches, step)
-    print(f"filling and setting up {filling:.2f} s, an epoch {min(seconds):.2f} s; with all layers {computed:.2f} s")
+    mean = sum(seconds) / len(seconds)
+    print(f"filling and setting up {filling:.2f} s, an epoch {mean:.2f} s; with all layers {computed:.2f} s")
     recycling.detach()
 
 
