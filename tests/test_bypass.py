@@ -1174,6 +1174,7 @@ def test_two_threads_may_run_one_recycled_model_or_two(count):
         recycling.detach()
 
 
+@pytest.mark.filterwarnings("ignore:10 training batches came with their objects")
 def test_two_threads_may_train_through_one_recycled_model_without_losing_dropout_or_statistics():
     model = nn.Sequential(nn.Linear(6, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.Dropout(0.5))
     model.train()

@@ -225,6 +225,24 @@ def test_the_state_of_a_frame_shows_an_edit_in_place(edit: Callable[[pd.DataFram
     assert state_of(frame) != before
 
 
+class Described(pd.DataFrame):
+    @property
+    def _constructor(self) -> type:
+        return Described
+
+
+def test_the_state_of_a_frame_of_ones_own_class_shows_what_it_adds():
+    frame = Described({"a": [1, 2]})
+    object.__setattr__(frame, "scale", 1)
+    before = state_of(frame)
+    object.__setattr__(frame, "scale", 2)
+    assert state_of(frame) != before
+    object.__setattr__(frame, "scale", 1)
+    assert state_of(frame) == before
+    frame.loc[0, "a"] = 3
+    assert state_of(frame) != before
+
+
 def test_the_state_of_an_arrow_array_shows_what_was_written_under_it():
     numbers = np.arange(4.0)
     array = pa.array(numbers)

@@ -110,6 +110,16 @@ def test_a_stream_gives_the_plain_batches_and_is_found_in_the_second_epoch(argum
         assert made.stats.bytes_written > 0
 
 
+@forks
+@pytest.mark.parametrize("persistent", [False, True])
+def test_rows_in_memory_are_found_by_workers_too(persistent):
+    recycling = recycle(residual(), X[:2], cut=CUT, store=f"memory://streams-{persistent}")
+    arguments: Any = {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": persistent}
+    plain = DataLoader(Stream(), batch_size=5, **arguments)
+    loader = recycling.loader(Stream(), batch_size=5, **arguments)
+    assert [compare(recycling, plain, loader) for _ in range(3)] == [(N, 0), (N, N), (N, N)]
+
+
 @pytest.mark.parametrize("sized", [False, True])
 def test_a_stream_has_the_length_that_it_has_without_us(sized, made):
     dataset = (Sized if sized else Stream)()
@@ -261,6 +271,21 @@ def test_with_a_loader_of_ones_own_rows_are_kept_and_found_by_its_workers(made):
     assert found[0] == 0
     assert found[3] == N
     assert made.stats.misses < 3 * N
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_accelerate_takes_a_loader_over_a_stream(made):
+    from accelerate import Accelerator
+
+    loader = Accelerator(cpu=True).prepare(made.loader(Stream(), batch_size=5))
+    for epoch in range(3):
+        for (x, y), (plain, want) in zip(loader, DataLoader(Stream(), batch_size=5), strict=True):
+            assert isinstance(x, RecycledTensor)
+            assert torch.equal(y, want)
+            with torch.no_grad():
+                close(made.model(x), full(made, plain))
+        assert made.stats.hits >= epoch * N - 10  # it reads a batch ahead of the model
+    assert made.stats.hits > N
 
 
 def test_predict_computes_keeps_and_finds(made):

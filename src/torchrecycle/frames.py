@@ -138,7 +138,7 @@ def _values(pd: Any, values: Any, by_chunk: bool) -> Any:
             return _numbers(pd, values.to_numpy())
         filled = values.to_numpy(dtype=dtype.numpy_dtype, na_value=dtype.numpy_dtype.type(0))
         return (str(dtype), np.asarray(values.isna()), filled)
-    return _numbers(pd, np.asarray(values)) if isinstance(dtype, np.dtype) else ("objects", list(values))
+    return _numbers(pd, np.asarray(values)) if isinstance(dtype, np.dtype) else (str(dtype), list(values))
 
 
 def _numbers(pd: Any, values: np.ndarray) -> Any:

@@ -295,6 +295,10 @@ class _Walk:
             self.visit(content)
             for texts in texts_of(frame):
                 self._files_among(texts)
+        kind = type(frame)
+        if not _is_of_a_library(kind.__module__):  # what a subclass of the user's adds
+            self.visit(kind)
+            self.visit({name: part for name, part in getattr(frame, "__dict__", {}).items() if name[:1] != "_"})
 
     def _files(self, folder: Any) -> None:
         """What tells whether a file was edited under the same path, without reading it."""

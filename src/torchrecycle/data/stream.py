@@ -140,9 +140,15 @@ class StreamLoader(DataLoader[Any]):
         if tally is None or not isinstance(collate, RecycledCollate):
             return super().__iter__()
         owner.renew_stream(tally)
-        collate.source = None if owner.off else owner.source
+        source = None if owner.off else owner.source
+        # A worker that outlives an epoch does not see what is written into the memory of this process meanwhile.
+        here = source is not None and self.num_workers > 0 and source.rows.url.startswith("memory://")
+        collate.source = None if here else source
         self._end_old_workers(collate.source)
-        return self._counted(super().__iter__(), tally)
+        batches = super().__iter__()
+        if source is not None and here:
+            batches = (place_of_stream(source, batch) for batch in batches)
+        return self._counted(batches, tally, source)
 
     def _end_old_workers(self, source: RowSource | None) -> None:
         """Persistent workers have the collate function that they were started with."""
@@ -151,18 +157,18 @@ class StreamLoader(DataLoader[Any]):
             self._iterator = None
         self.__dict__["_started_with"] = source
 
-    def _counted(self, batches: Iterator[Any], tally: Tally) -> Iterator[Any]:
+    def _counted(self, batches: Iterator[Any], tally: Tally, source: RowSource | None) -> Iterator[Any]:
         owner = self.owner
         try:
             for batch in batches:
-                _count(batch, self.collate_fn, tally)
+                if source is not None:
+                    _count(batch, source, tally)
                 yield batch
         finally:  # the model has had the last batch by now
             owner.end_of_stream(tally)
 
 
-def _count(batch: Any, collate: Any, tally: Tally) -> None:
-    source: RowSource | None = collate.source
-    carrier = None if source is None else source.rule(batch).tensors().get(source.carrier)
+def _count(batch: Any, source: RowSource, tally: Tally) -> None:
+    carrier = source.rule(batch).tensors().get(source.carrier)
     if isinstance(carrier, RecycledTensor):
         tally.add(carrier.rows, carrier.rows - len(carrier.misses))
