@@ -9,9 +9,11 @@ VENV ?= .venv-$(notdir $(PYTHON))
 endif
 BIN := $(VENV)/bin
 ARGS ?=
+# A process for each core, four at most: each holds PyTorch. A file's tests stay in one process, and share what they made.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check format bench bench-machinery bench-similarity bench-sweeps bench-store zoo clean
+.PHONY: help demo test test-slow fuzz check format bench bench-machinery bench-similarity bench-sweeps bench-store bench-views bench-residency bench-trials zoo clean
 
 help:
 	@echo "make demo    compare the levels of recycling on images and texts (ARGS=--quick: in 90 seconds)"
@@ -23,6 +25,9 @@ help:
 	@echo "make bench-similarity   training through Lightning's trainer, and evaluating 20,000 objects"
 	@echo "make bench-sweeps ARGS='--cars DIR --faq FILE'   two sweeps on real data (an hour on two cores)"
 	@echo "make bench-store   the store against RAM, the disk and five others, with 4 GB each (ARGS=--quick: in a minute)"
+	@echo "make bench-views ARGS='--cars DIR'   quality against the number of views, and augmented activations (an hour)"
+	@echo "make bench-residency   step times of three models, from disk, RAM and GPU, against the suffix by hand"
+	@echo "make bench-trials ARGS=cars/   20 trials over one fill beside 20 ordinary ones"
 	@echo "make zoo     cut some 750 models of five libraries and judge each (hours; ARGS=--sample: in three minutes)"
 	@echo "make clean   remove the virtual environment and what the demo keeps"
 	@echo "make PYTHON=python3.12 demo   with another interpreter"
@@ -44,7 +49,7 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	@echo "Running the tests ..."
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -m slow $(ARGS)
@@ -56,7 +61,7 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
@@ -79,6 +84,15 @@ bench-store: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/keys.py $(filter --quick --no-results,$(ARGS))
 	@$(BIN)/python benchmarks/store.py $(ARGS)
 	@$(BIN)/python benchmarks/filling.py $(filter --no-results,$(ARGS)) $(if $(filter --quick,$(ARGS)),--objects 256 --rounds 1)
+
+bench-views: $(VENV)/.installed-demo
+	@$(BIN)/python benchmarks/views.py --table docs/augmentation.md --plot docs/augmentation.svg $(ARGS)
+
+bench-residency: $(VENV)/.installed-demo
+	@$(BIN)/python benchmarks/residency.py $(ARGS)
+
+bench-trials: $(VENV)/.installed-test
+	@$(BIN)/python benchmarks/trials.py $(ARGS)
 
 zoo: $(VENV)/.installed-zoo
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo/run.py --table docs/zoo.md $(ARGS)
