@@ -59,7 +59,7 @@ BESIDE = 4
 """With how many views augmentations of activations are tried too."""
 
 AUGMENTATIONS: dict[str, Callable[[], Any]] = {
-    "brightness": lambda: Brightness(0.2, per="channel"),
+    "brightness": lambda: Brightness(0.1, per="channel range"),
     "contrast": lambda: Contrast(0.4, per="channel"),
     "noise": lambda: Noise(0.3),
     "mixup": lambda: Mixup(1.0),
