@@ -136,7 +136,7 @@ def test_the_forward_gathers_what_the_loader_would_have_given(precision, tmp_pat
     [
         {"num_workers": 2},
         {"num_workers": 1, "persistent_workers": True},
-        {"num_workers": 1, "multiprocessing_context": "spawn"},
+        pytest.param({"num_workers": 1, "multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
         {"shuffle": True},
         {"drop_last": True},
     ],
@@ -241,6 +241,19 @@ def test_objects_without_a_row_are_computed_beside_rows_that_wait(tmp_path):
     with torch.no_grad():
         got = torch.cat([recycling.model(x) for x in batches])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_read_once_is_copied_only_where_that_is_asked_for(tmp_path, monkeypatch):
+    asked: list[Any] = []
+    make = Residents.of
+    monkeypatch.setattr(Residents, "of", lambda self, word, *rest: asked.append(word) or make(self, word, *rest))
+    recycling = made(tmp_path, None)
+    want = recycling.predict(DATA)
+    assert set(asked) == {"disk"}
+    assert recycling.resident is None
+    recycling.resident = "ram"
+    assert torch.equal(recycling.predict(DATA), want)
+    assert asked[-1] == "ram"
 
 
 # -- how much ----------------------------------------------------------------------------------------------------------

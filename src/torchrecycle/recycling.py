@@ -1331,7 +1331,7 @@ class Recycling:
             Where outputs of batches differ in length, a list with one output per batch.
         """
         outputs = []
-        with evaluating(self.model), self._cast():
+        with evaluating(self.model), self._cast(), self._read_once():
             for batch in self.loader(dataset, batch_size=batch_size, **{"views": 1, **arguments}):
                 inputs = self._rule(batch).map_tensors(lambda tensor: tensor.to(self.device))
                 output = self.model(*inputs.args, **inputs.kwargs)
@@ -1339,6 +1339,16 @@ class Recycling:
                     pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, output)
                 )
         return _joined(outputs)
+
+    @contextmanager
+    def _read_once(self) -> Iterator[None]:
+        """Rows that are read once are copied nowhere, unless that is asked for."""
+        before = self._resident
+        self._resident = before or "disk"
+        try:
+            yield
+        finally:
+            self._resident = before
 
     def keys(self, batch: Any) -> np.ndarray:
         """The keys under which the rows of a raw batch's objects are kept: ``store.forget(key)`` erases one.
@@ -1416,6 +1426,8 @@ class Recycling:
         known = self._manifests.of(dataset, lambda: self._fill(dataset), made=made)
         dataset.renew(known.manifest, known.locations, self.source, known.views)
         self._put_away()
+        if dataset.resident is not None and dataset.resident.given is not known.locations:
+            dataset.take_resident(None)  # before another one takes memory
         dataset.take_resident(
             self.residents.of(self._resident, self.source.rows, known.locations, self.source.numbering, self.device)
         )
@@ -1646,6 +1658,10 @@ class Recycling:
             self.onload()
             self._attached = False
             self.bypass.detach(self)
+
+    def __recycle_state__(self) -> Any:
+        """What a data set or a collate function that leads here depends on."""
+        return self.model
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
