@@ -426,6 +426,23 @@ def test_a_collator_that_tokenises_needs_no_other_data_set(tmp_path):
     assert (got.recycling.stats.misses, got.recycling.stats.hits) == (COUNT, COUNT * EPOCHS)
 
 
+def test_a_collator_that_leads_to_the_model_or_to_the_recycling_is_the_same_one_in_each_epoch(tmp_path):
+    model, words = bert(), texts(COUNT)
+    model.tokens = TOKENS  # as Sentence-Transformers has it
+    example = dict(TOKENS(words[:2], padding=True, return_tensors="pt"))
+    with recycle(model, example, cut=CUT, store=tmp_path) as recycling:
+        for holder in (model, recycling):
+
+            def tokenise(items: Sequence[str], holder: Any = holder) -> dict[str, torch.Tensor]:
+                owner: Any = holder.model if isinstance(holder, Recycling) else holder
+                return dict(owner.tokens(list(items), padding=True, return_tensors="pt"))
+
+            loader = recycling.loader(words, batch_size=8, collate_fn=tokenise)
+            for batch in [*loader, *loader]:
+                assert isinstance(batch["input_ids"], RecycledTensor)
+        assert recycling.stats.misses == COUNT
+
+
 def test_a_collator_that_draws_masks_is_refused_with_the_remedy(tmp_path):
     data = sentences().remove_columns("labels")
     masking = DataCollatorForLanguageModeling(TOKENS, mlm_probability=0.3)

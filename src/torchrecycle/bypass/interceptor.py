@@ -360,6 +360,10 @@ class Interceptor:
         """The interceptor that is attached to this model, if any."""
         return getattr(slot_of(model), "interceptor", None)
 
+    def __recycle_state__(self) -> str:
+        """A data set or a collate function that leads to the model is the same whether the model is recycled or not."""
+        return "interceptor"
+
     def bring_back(self) -> None:
         """Have all parameters on one device: the prefix is about to run."""
         if self.offloaded is not None:
