@@ -1663,10 +1663,6 @@ class Recycling:
         """What a data set or a collate function that leads here depends on."""
         return self.model
 
-    def __recycle_state__(self) -> Any:
-        """What a data set or a collate function that leads here depends on."""
-        return self.model
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "a Recycling cannot be copied or pickled, since it is tied to its model and to its store at work. Copy or "
