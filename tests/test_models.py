@@ -63,6 +63,7 @@ def _assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
     assert not different
 
 
+@pytest.mark.filterwarnings("ignore:10 training batches came with their objects")
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_twenty_steps_from_raw_batches_equal_a_prefix_frozen_by_hand_to_the_bit(sample: Sample, kind: str):
