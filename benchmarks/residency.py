@@ -14,7 +14,8 @@ A step is forward, loss, backward and SGD, under bfloat16 autocast on a GPU. All
 that a slow minute is everybody's; reported is the median of the epochs' mean step. On a GPU also the peak memory of
 each way and what `offload` frees; and a profile of an epoch from the disk says which share of the copies to the GPU
 runs beside kernels. On a CPU batches are smaller and steps fewer. ``--device``, ``--batch-size``, ``--steps``,
-``--epochs`` and ``--models`` change what is done (figures of other models in the day's file stay); ``--check`` does little of it, to see whether it runs.
+``--epochs`` and ``--models`` change what is done (figures of other models in the day's file stay); ``--check`` does
+little of it, to see whether it runs.
 """
 
 from __future__ import annotations
