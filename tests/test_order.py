@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,41 @@ def test_rows_that_were_dropped_from_memory_are_read_before_they_are_gathered(at
     assert [reading.ask(whole) is None for _ in range(17)] == [True] * 16 + [False], (
         "what is in memory is not asked for"
     )
+
+
+def test_while_a_batch_is_trained_the_next_is_read(attached: tuple[Recycling, Any], monkeypatch: pytest.MonkeyPatch):
+    made, data = attached
+    wrapped = made.dataset(data)
+    assert wrapped.source is not None
+    rows, read = wrapped.source.rows, set[int]()
+
+    def prefetch(locations: torch.Tensor) -> None:
+        time.sleep(0.002)
+        read.update(locations.tolist())
+        rows.verified_bytes += 1  # so that reading seems of use
+
+    monkeypatch.setattr(rows, "prefetch", prefetch)
+    batches = list(BatchSampler(SequentialSampler(range(COUNT)), 8, False))
+    ahead = ReadAhead(BatchSampler(SequentialSampler(range(COUNT)), 8, False), wrapped)
+    for at, batch in enumerate(ahead):
+        assert batch == batches[at]
+        following = set(wrapped.locations[torch.tensor(batches[min(at + 1, len(batches) - 1)])].tolist())
+        # Training goes on for as long as it takes; nobody asks for the next batch meanwhile. The last is drawn late.
+        until = time.monotonic() + 10.0
+        while at < len(batches) - 2 and not following <= read and time.monotonic() < until:
+            time.sleep(0.001)
+        assert at >= len(batches) - 2 or following <= read
+
+
+def test_memory_is_pinned_where_the_model_is_on_a_gpu_if_nothing_else_is_said(attached: tuple[Recycling, Any]):
+    made, data = attached
+    assert made.loader(data, batch_size=8).pin_memory is False
+    if torch.cuda.is_available():
+        assert made.loader(data, batch_size=8, pin_memory=True).pin_memory is True
+        made.model.cuda()
+        loader = made.loader(data, batch_size=8)
+        assert loader.pin_memory is True
+        assert next(iter(loader))[0].is_pinned()
 
 
 def on_a_disk(folder: Path) -> bool:
