@@ -5,6 +5,7 @@ keep it, and train and serve only the rest. On any model, at any depth, in whate
 """
 
 from torchrecycle.absent import RecycledTensor
+from torchrecycle.bypass import OffloadReport
 from torchrecycle.cost import Cut, Cuts, cuts
 from torchrecycle.errors import (
     AutocastError,
@@ -31,6 +32,7 @@ __all__ = [
     # recycle
     "CheckReport",
     "FillReport",
+    "OffloadReport",
     "RecycledTensor",
     "Recycling",
     "Stats",
