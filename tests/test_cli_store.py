@@ -172,6 +172,9 @@ def test_evict_makes_a_store_small_enough(folder: Path):
     assert "4 segments evicted, 1 fingerprint removed entirely" in result.output
     assert f"removed entirely: {FIRST}" in result.output
     assert FolderStore(folder).fingerprints() == [SECOND]
+    forgotten = run("evict --max-bytes 20", folder)
+    assert forgotten.exit_code == 2
+    assert "'20' has no unit: '20 GB', or '20 B' if bytes are meant" in forgotten.stderr
     wrong = run("evict --max-bytes much", folder)
     assert wrong.exit_code == 2
     assert "'much' is no size: give bytes, or a number with a unit" in wrong.stderr

@@ -573,7 +573,7 @@ def test_a_store_of_format_1_is_listed_and_merged(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("500MB", 500_000_000), ("20 GB", 20_000_000_000), ("1.5GiB", 1_610_612_736), ("3k", 3000), ("17", 17), (5, 5)],
+    [("500MB", 500_000_000), ("20 GB", 20_000_000_000), ("1.5GiB", 1_610_612_736), ("3k", 3000), ("17 B", 17), (5, 5)],
 )
 def test_sizes_are_read_as_people_write_them(text: str | int, nbytes: int):
     assert parse_bytes(text) == nbytes

@@ -16,12 +16,13 @@ def parse_bytes(size: int | str) -> int:
     """A size in bytes.
 
     Args:
-        size: Bytes, or a number with a unit: ``"500MB"``, ``"20 GB"``, ``"1.5GiB"``. MB are millions, MiB 1024 * 1024.
+        size: Bytes, or words with a unit: ``"500MB"``, ``"20 GB"``, ``"1.5GiB"``, ``"0"``. MB are millions, MiB
+            1024 * 1024. Who forgets the unit of 20 GB would have a store emptied to 20 bytes.
 
     Raises:
-        StoreError: It is no size.
+        StoreError: It is no size, or words without a unit.
 
-    >>> parse_bytes("500MB"), parse_bytes("20 GB"), parse_bytes("1.5GiB"), parse_bytes("7"), parse_bytes(7)
+    >>> parse_bytes("500MB"), parse_bytes("20 GB"), parse_bytes("1.5GiB"), parse_bytes("7 B"), parse_bytes(7)
     (500000000, 20000000000, 1610612736, 7, 7)
     """
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
@@ -31,6 +32,8 @@ def parse_bytes(size: int | str) -> int:
         raise StoreError(
             f"{size!r} is no size: give bytes, or a number with a unit, such as '500MB', '20 GB', '1.5GiB'"
         )
+    if not (found[2] or found[4]) and float(found[1]):
+        raise StoreError(f"{size!r} has no unit: '{size.strip()} GB', or '{size.strip()} B' if bytes are meant")
     return round(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2].lower()])
 
 
