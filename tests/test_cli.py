@@ -83,7 +83,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path):
         ("sweep images photos --modle m", "no such option: --modle"),
         ("sweep texts a b --model m", "unexpected extra argument"),
         ("cuts --model", "option '--model' requires an argument"),
-        ("store ls", "missing argument 'folder'. See torchrecycle store ls --help"),
+        ("store ls", "missing argument 'PATH'. See torchrecycle store ls --help"),
         ("swep", "no such command 'swep'"),
         ("-q", "no such option: -q. See torchrecycle --help"),
     ],
