@@ -235,7 +235,9 @@ def test_rows_in_memory_end_with_the_model_and_stay_out_of_its_copies():
     assert store() is None
 
 
-def test_data_that_grew_are_computed_where_they_are_new(tmp_path):
+def test_data_that_grew_are_computed_where_they_are_new(tmp_path, monkeypatch):
+    # Whether two objects are run again at an iteration hangs on how quick that was: here at each.
+    monkeypatch.setattr("torchrecycle.recycling.SMALL", float("inf"))
     cache = CacheConfig(save_dir=tmp_path)
     fit(a_model(cache=cache), trainer(1), group_loader(Samples(40)))
     RAN.clear()
@@ -245,8 +247,7 @@ def test_data_that_grew_are_computed_where_they_are_new(tmp_path):
     fit(a_model(cache=cache), trainer(1), group_loader(Samples(50)))
     # The generator gives the same first numbers for more objects only where it draws them in order.
     new = (~torch.isin(Samples(50).values[:, 0], Samples(40).values[:, 0])).sum()
-    # Two objects are run again now and then, to see whether the encoder still gives what it gave.
-    assert RAN["vectors"] - nothing_new in range(int(new), int(new) + 7)
+    assert RAN["vectors"] - nothing_new in range(int(new), int(new) + 3)
 
 
 def test_another_checkpoint_another_preprocessing_and_an_edited_object_are_other_rows(tmp_path):
