@@ -290,6 +290,36 @@ def test_a_number_that_no_item_has_is_an_error_where_the_sampler_does_not_tell(m
         list(loader)
 
 
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ((3, 5), r"\(3, 5\), a tuple"),
+        (1.7, "1.7, a float"),
+        (np.float32(2), "a float32"),
+        ("3", "'3', a str"),
+        (torch.tensor([1, 2]), "a Tensor"),
+        ([1, 2], r"\[1, 2\], a list"),
+        (np.array([True, False]), "a ndarray"),
+        (None, "a NoneType"),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_number_of_an_item_is_refused_and_gives_no_other_item(index, words, made):
+    """NumPy would make two items of a pair (multi-scale samplers give index and size), and item 1 of 1.7."""
+    dataset = made.dataset(DATA)
+    for batches in ([[index]], [[0, index]]):
+        with pytest.raises(BatchError, match=f"the sampler gives .*{words}, where the number of an item was expected"):
+            list(made.loader(DATA, batch_sampler=batches))
+    with pytest.raises(BatchError, match="the number of an item was expected"):
+        dataset[index]
+
+
+def test_numbers_of_any_integer_type_are_numbers_of_items(made):
+    batches = [[np.int32(3), torch.tensor(5), -1, np.uint8(2)], torch.tensor([1, 0]), np.array([4]), range(2)]
+    found = [y.tolist() for _, y in made.loader(TensorDataset(X, torch.arange(N)), batch_sampler=batches)]
+    assert found == [[3, 5, N - 1, 2], [1, 0], [4], [0, 1]]
+
+
 # -- transforms that change between epochs -----------------------------------------------------------------------------
 
 

@@ -3,8 +3,9 @@ row or label after any of them was edited."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -130,6 +131,72 @@ def test_lists_of_numbers_and_splits_are_refused_with_the_way_out(keyed):
     splits = datasets.DatasetDict(train=table(), test=table())
     with pytest.raises(BatchError, match=r"a DatasetDict is no data set: it has 'train', 'test'.*splits\['train'\]"):
         keyed.loader(splits)
+
+
+# -- files that the data set knows by their paths ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Photo:
+    path: str
+    label: int
+
+
+class Pair(NamedTuple):
+    path: str
+    label: int
+
+
+HOLDERS: dict[str, tuple[Callable[[list[str]], Any], Callable[[Any], str]]] = {
+    "texts": (list, str),
+    "tuples": (lambda paths: [(path, 1) for path in paths], lambda item: item[0]),
+    "tuples with tensors": (lambda paths: [(path, torch.tensor(1)) for path in paths], lambda item: item[0]),
+    "lists": (lambda paths: [[path, 1] for path in paths], lambda item: item[0]),
+    "dicts": (lambda paths: [{"path": path, "label": 1} for path in paths], lambda item: item["path"]),
+    "dict by number": (lambda paths: dict(enumerate(paths)), str),
+    "dataclasses": (lambda paths: [Photo(path, 1) for path in paths], lambda item: item.path),
+    "named tuples": (lambda paths: [Pair(path, 1) for path in paths], lambda item: item.path),
+    "NumPy texts": (np.array, str),
+    "NumPy objects": (lambda paths: np.array(paths, dtype=object), str),
+    "Hugging Face texts": (lambda paths: datasets.Dataset.from_dict({"path": paths}), lambda item: item["path"]),
+    "Hugging Face pictures": (
+        lambda paths: datasets.Dataset.from_dict({"path": paths}).cast_column("path", datasets.Image(decode=False)),
+        lambda item: item["path"]["path"],
+    ),
+}
+
+
+class OfFiles(Dataset[Any]):
+    def __init__(self, held: Any, path_of: Callable[[Any], str]) -> None:
+        self.held, self.path_of = held, path_of
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.from_numpy(np.load(self.path_of(self.held[index]))), index
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_file_edited_under_its_path_is_read_anew(holder, made, tmp_path):
+    paths = [str(tmp_path / f"{i}.npy") for i in range(N)]
+    for path, x in zip(paths, X, strict=True):
+        np.save(path, x.numpy())
+    hold, path_of = HOLDERS[holder]
+    dataset = OfFiles(hold(paths), path_of)
+    loader = made.loader(dataset, batch_size=5)
+    compare(made, dataset, loader)
+    np.save(paths[4], 3 * X[4].numpy())
+    compare(made, dataset, loader)
+
+
+def test_a_list_of_several_things_of_which_the_first_is_a_file_has_a_state(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    kinds = ([str(path), 3], (str(path), None), [(str(path), 1), ()], [(str(path), 1), ("short",)])
+    before = [state_of(held) for held in kinds]
+    path.write_text("other")
+    assert not any(state_of(held) == one for held, one in zip(kinds, before, strict=True))
 
 
 # -- arrays given as data sets -----------------------------------------------------------------------------------------

@@ -14,12 +14,14 @@ is 2,000 * 3 + 17: by it rows and targets are found, and what has no row is read
 from __future__ import annotations
 
 import copy
+import operator
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from torchrecycle.absent import RecycledTensor
 from torchrecycle.data.columns import Column
@@ -27,7 +29,7 @@ from torchrecycle.data.manifest import Manifest
 from torchrecycle.data.resident import Resident
 from torchrecycle.data.source import RowSource, own_numbers
 from torchrecycle.data.views import Draws, viewed
-from torchrecycle.errors import StaleActivationError
+from torchrecycle.errors import BatchError, StaleActivationError
 
 __all__ = ["Fetched", "RecycledDataset"]
 
@@ -141,12 +143,19 @@ class RecycledDataset(Dataset[Any]):
     def __deepcopy__(self, memo: Any) -> RecycledDataset:
         return self.__copy__()
 
+    def _follow(self) -> None:
+        """Take the rows of the recycling as it is divided now, for a trainer that makes its own loaders."""
+        owner = self.owner
+        if owner is not None and owner.source is not self.source and get_worker_info() is None:
+            owner.renew(self)
+
     @property
     def _is_off(self) -> bool:
         owner = self.owner
         return self.manifest is None or (self._raw if owner is None else owner.off)
 
     def __getitem__(self, index: int) -> Any:
+        self._follow()
         return _read(self.base, [index])[0] if self._is_off else self._fetched(self._drawn([index]))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
@@ -154,6 +163,7 @@ class RecycledDataset(Dataset[Any]):
 
         Of several views, each item's next one is drawn; while the recycling is off, items come as they come.
         """
+        self._follow()
         return _read(self.base, indices) if self._is_off else self.fetch(self._drawn(indices))
 
     def read(self, places: Sequence[int]) -> Sequence[Any]:
@@ -194,7 +204,7 @@ class RecycledDataset(Dataset[Any]):
                 f"the data set has {len(self.base)} items where its rows were found for {count}: it has changed "
                 "since. Make a new iterator of the recycling's loader, or call recycling.dataset(...) again."
             )
-        index = torch.from_numpy(np.array(indices, dtype=np.int64).reshape(-1))
+        index = torch.tensor([_number(one) for one in indices], dtype=torch.int64)
         wrong = (index < -count) | (index >= count)
         if bool(wrong.any()):
             raise IndexError(
@@ -202,6 +212,18 @@ class RecycledDataset(Dataset[Any]):
                 "another one"
             )
         return torch.where(index < 0, index + count, index)
+
+
+def _number(index: Any) -> int:
+    """The number that a sampler means; NumPy would make 1 of 1.7, and two numbers of the pair (3, 224)."""
+    try:
+        return operator.index(index)
+    except (TypeError, ValueError):
+        raise BatchError(
+            f"the sampler gives {reprlib.repr(index)}, a {type(index).__name__}, where the number of an item was "
+            "expected: rows and targets are kept by item number. What else an item depends on (a size, a crop) belongs "
+            "into the data set."
+        ) from None
 
 
 def _read(objects: Any, indices: Sequence[int]) -> Sequence[Any]:

@@ -61,6 +61,12 @@ def generators_of(*objects: Any) -> list[Any]:
     return walk.generators
 
 
+def _is_file(name: Any) -> bool:
+    """Whether a text is the path of a file; most are seen at once to be none."""
+    path = isinstance(name, str) and ("." in name or os.sep in name) and len(name) < 4096 and "\0" not in name
+    return path and os.path.isfile(name)
+
+
 def _is_plain(values: Any) -> bool:
     """Whether a list holds nothing but numbers and strings, or tuples of these."""
     kinds = set(map(type, values))
@@ -95,6 +101,8 @@ class _Walk:
         kind = type(value)
         if kind in _PLAIN_TYPES:
             self.say(kind.__name__, repr(value))
+            if kind is str and _is_file(value):
+                self._file(value)
             return
         if id(value) in self._seen:
             self.say("again", self._seen[id(value)])
@@ -122,17 +130,19 @@ class _Walk:
     def _files_among(self, values: Any) -> None:
         """Where the first entry names a file, all entries are looked at: a file may change under its path."""
         first = values[0] if len(values) else None
-        places = [0] if isinstance(first, str) else range(len(first)) if isinstance(first, tuple) else []
-        for place in places:
-            name = first[place] if isinstance(first, tuple) else first
-            if isinstance(name, str) and len(name) < 4096 and "\0" not in name and os.path.isfile(name):
-                for value in values:
-                    self._file(value if isinstance(value, str) else value[place])
+        if isinstance(first, tuple):
+            for place, name in enumerate(first):
+                if _is_file(name):
+                    for value in values:
+                        self._file(value[place] if place < len(value) else None)
+        elif _is_file(first):
+            for value in values:
+                self._file(value)
 
     def _file(self, path: Any) -> None:
         try:
             stat = os.stat(path)
-        except (OSError, ValueError, TypeError, IndexError):
+        except (OSError, ValueError, TypeError):
             self.say("no file")
         else:
             self.say(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -163,7 +173,7 @@ class _Walk:
 
     def _array(self, value: np.ndarray) -> None:
         self.say(value.dtype, value.shape)
-        if value.dtype.hasobject:
+        if value.dtype.hasobject or value.dtype.kind == "U":  # texts, which may be paths
             self._sequence(value.ravel().tolist())
         else:
             self._bytes(np.ascontiguousarray(value).reshape(-1).view(np.uint8) if value.size else np.empty(0, np.uint8))
@@ -260,6 +270,10 @@ class _Walk:
     def _hugging_face(self, dataset: Any) -> None:
         self.say(dataset._fingerprint, len(dataset))
         self.visit(dataset.format)
+        for name in dataset.column_names:
+            parts = [_paths_in(chunk) for chunk in dataset.data.column(name).chunks]
+            if parts and len(parts[0]) and _is_file(parts[0][0].as_py()):  # before a column of texts is copied
+                self._files_among([path for part in parts for path in part.to_pylist()])
 
     def _other(self, value: Any) -> None:
         kind = type(value)
@@ -324,6 +338,11 @@ class _Walk:
                     self.say(name)
                     self.visit(getattr(value, name))
         return found
+
+
+def _paths_in(chunk: Any) -> Any:
+    """A chunk of an Arrow column; of pictures and sounds, as `datasets` keeps them, their paths."""
+    return chunk.field("path") if getattr(chunk.type, "get_field_index", lambda _: -1)("path") >= 0 else chunk
 
 
 _OPAQUE = frozenset(
