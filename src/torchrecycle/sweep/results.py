@@ -22,6 +22,7 @@ __all__ = [
     "Estimate",
     "Found",
     "LevelResult",
+    "Prediction",
     "Ran",
     "Recommendation",
     "Sample",
@@ -106,7 +107,8 @@ class Trial:
     recipe: Recipe
     """What it was trained with."""
     curve: tuple[EpochPoint, ...]
-    """One point for each epoch."""
+    """One point for each epoch that ended: fewer than the recipe's for a search that was stopped early, or for a
+    user's `fit` that does not tell of them."""
     quality: dict[str, float]
     """Per metric, 0 to 1: on the validation split for a search, on the test split for a final one."""
     scores: dict[str, tuple[float, ...]] = field(repr=False)
@@ -123,6 +125,68 @@ class Trial:
     def epoch_seconds(self) -> float:
         """Mean wall seconds of an epoch."""
         return self.seconds / len(self.curve) if self.curve else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a level will take, from a handful of measured batches: before anything is filled."""
+
+    level: str
+    """``full``, ``head``, or the per cent of the blocks that were asked to be recycled, such as ``50``."""
+    cut: str | None
+    """Name of the module whose output is kept; None for full training."""
+    precision: str | None
+    """Of kept rows; None for the activation's own."""
+    objects: int
+    """Of the training split: what is filled, and read in each epoch."""
+    fill_seconds: float
+    """Wall seconds of the pass that fills the training split; 0 for full training."""
+    epoch_seconds: float
+    """Wall seconds of an epoch: from the store, or of full training."""
+    frozen_epoch_seconds: float | None
+    """The same with the same prefix frozen and computed again: no store. None for full training."""
+    full_epoch_seconds: float | None
+    """Wall seconds of an epoch of full training; None if it was not measured."""
+    bytes_kept: int
+    """Bytes in the store for the training split; 0 for full training."""
+    steps: int
+    """Measured batches that the figures come from."""
+
+    @property
+    def epochs_until_paid(self) -> int | None:
+        """After how many epochs filling has paid against the frozen prefix; None if never, or for full training."""
+        return _epochs_until_paid(self.fill_seconds, self.epoch_seconds, self.frozen_epoch_seconds)
+
+    @property
+    def pays(self) -> bool:
+        """Whether reading is quicker than computing again; False for full training, which reads nothing."""
+        return self.frozen_epoch_seconds is not None and self.epoch_seconds < self.frozen_epoch_seconds
+
+    def __str__(self) -> str:
+        """
+        >>> one = Prediction("50", "layer2", None, 2036, 19.0, 9.0, 21.0, 62.0, 265_000_000, 8)
+        >>> print(*str(one).split("; "), sep=chr(10))
+        50 % recycled (cut 'layer2'): filling 19.0 s, an epoch 9.0 s, 21.0 s without a store, 265.0 MB
+        pays after 2 epochs
+        """
+        if self.cut is None:
+            return f"{in_words(self.level)}: an epoch {self.epoch_seconds:.1f} s"
+        kept = f"{in_words(self.level)} (cut '{self.cut}'" + (f", {self.precision})" if self.precision else ")")
+        parts = [f"filling {self.fill_seconds:.1f} s", f"an epoch {self.epoch_seconds:.1f} s"]
+        if self.frozen_epoch_seconds is not None:
+            parts.append(f"{self.frozen_epoch_seconds:.1f} s without a store")
+        parts.append(f"{self.bytes_kept / 1e6:,.1f} MB")
+        epochs = self.epochs_until_paid
+        if epochs is None:
+            paid = "reading is slower than computing again, so it never pays"
+        else:
+            paid = f"pays after {epochs} epoch{'s' * (epochs != 1)}"
+        return f"{kept}: {', '.join(parts)}; {paid}"
+
+
+def _epochs_until_paid(fill: float, epoch: float, frozen: float | None) -> int | None:
+    saved = 0.0 if frozen is None else frozen - epoch
+    return max(1, math.ceil(fill / saved)) if saved > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +214,8 @@ class LevelResult:
     """Wall seconds of an epoch with the same prefix frozen and computed again: no store. None for full training."""
     bytes_kept: int
     """Bytes in the store for this level, all splits."""
+    predicted: Prediction | None = None
+    """What was predicted of it before anything was filled; None if nothing was."""
 
     @property
     def words(self) -> str:
@@ -173,10 +239,7 @@ class LevelResult:
     @property
     def epochs_until_paid(self) -> int | None:
         """After how many epochs filling has paid against the frozen prefix; None if never, or for full training."""
-        if self.frozen_epoch_seconds is None:
-            return None
-        saved = self.frozen_epoch_seconds - self.epoch_seconds
-        return max(1, math.ceil(self.fill_seconds / saved)) if saved > 0 else None
+        return _epochs_until_paid(self.fill_seconds, self.epoch_seconds, self.frozen_epoch_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +288,12 @@ class Ran:
     """Wall seconds that all trials and fills took, also those of earlier runs that were gone on from."""
 
 
+def _with_verdict(prediction: Prediction | None) -> dict[str, Any] | None:
+    if prediction is None:
+        return None
+    return {**asdict(prediction), "epochs_until_paid": prediction.epochs_until_paid, "pays": prediction.pays}
+
+
 @dataclass(frozen=True, slots=True)
 class SweepResult:
     """All levels of one task."""
@@ -248,6 +317,12 @@ class SweepResult:
     samples: Mapping[int, Sample] = field(repr=False)
     """The objects that any `Found` names, by their index in the test split."""
     ran: Ran
+    predictions: tuple[Prediction, ...] = ()
+    """Of all levels and precisions that were measured for it, also of levels that were not run."""
+    expected_full: Estimate | None = None
+    """The quality that is expected of full training from the other levels, where it was not run."""
+    expected_full_seconds: float | None = None
+    """Wall seconds that full training is expected to take, all epochs, where it was not run."""
 
     def of(self, level: str) -> LevelResult:
         """
@@ -292,6 +367,7 @@ class SweepResult:
             figures["total_seconds"] = result.total_seconds
             figures["search_seconds"] = result.search_seconds
             figures["epochs_until_paid"] = result.epochs_until_paid
+            figures["predicted"] = _with_verdict(result.predicted)
             figures["speed_up"] = self.speed_up(result.level)
             figures["speed_up_with_filling"] = self.speed_up(result.level, filling=True)
             figures["speed_up_against_frozen"] = self.speed_up_against_frozen(result.level)
@@ -299,4 +375,4 @@ class SweepResult:
         whole = asdict(self)
         for name in ("samples", "untrained_found"):
             del whole[name]
-        return {**whole, "levels": levels}
+        return {**whole, "levels": levels, "predictions": [_with_verdict(each) for each in self.predictions]}
