@@ -441,7 +441,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     by_views.set_xscale("log", base=2)
     by_views.set_xticks(VIEWS, [str(count) for count in VIEWS])
     by_views.set_xlabel("views (dashed: live augmentation, dotted: none)")
-    by_seconds.set_xscale("log")
+    by_seconds.set_xlim(left=0)
     by_seconds.set_xlabel("seconds, filling and training (square: live, cross: none)")
     by_views.set_ylabel("R-precision of models never seen")
     by_views.legend(frameon=False)
