@@ -185,6 +185,56 @@ def test_wrong_numbers_are_refused(make):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Brightness("0.2"), "strength='0.2' is no number from 0 on, such as 0.2"),  # type: ignore
+        (lambda: Brightness(float("inf")), "strength=inf is no number"),
+        (lambda: Noise(0.1, channels="last"), "channels='last' is no dimension of rows"),  # type: ignore
+        (lambda: Noise(0.1, leaves=["a"]), r"leaves=\['a'\] is no list of numbers of tensors, such as \[0\]"),  # type: ignore
+        (lambda: TokenDrop("0.1"), "probability='0.1' is no number from 0 to below 1, such as 0.1"),  # type: ignore
+        (lambda: TokenDrop(0.1, keep=1.5), "keep=1.5 is no number of tokens, such as 1"),  # type: ignore
+        (lambda: Mixup("2"), "alpha='2' is no number from 0 on, such as 2.0"),  # type: ignore
+        (lambda: Mixup(True), "alpha=True is no number"),
+        (lambda: Compose(Noise(0.1)), r"takes a list of functions.*such as \[Brightness.*, not Noise"),  # type: ignore
+        (lambda: Compose([Noise]), r"takes a list of functions.*, not \[<class"),
+    ],
+    ids=range(10),
+)
+def test_what_an_augmentation_is_made_of_is_refused_when_it_is_made(make, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        make()
+
+
+def test_a_class_in_place_of_an_object_of_it_is_refused_before_it_is_called(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"augment=Brightness is a class: give an object of it, such as Brightness\(0.2"
+    ):
+        made(tmp_path, Brightness)
+
+
+def test_a_tensor_that_the_cut_does_not_give_is_refused_and_no_other_is_changed_for_it():
+    with pytest.raises(BatchError, match=r"leaves=\[3\], but the cut gives 1 tensors"):
+        Noise(0.1, leaves=[3])(TOKENS)
+    assert not torch.equal(Noise(0.1, leaves=[0])(TOKENS), TOKENS)
+    assert Noise(0.1, leaves=[])(TOKENS) is TOKENS
+
+
+@pytest.mark.parametrize("end", ["taken away", "another", "detached"])
+def test_after_mixup_has_ended_its_loss_mixes_nothing(end, tmp_path):
+    mixup = Mixup(2.0)
+    recycling = made(tmp_path, Compose([mixup]))
+    recycling.model.train()
+    recycling.model(X[:8])
+    assert mixup.index is not None
+    if end == "detached":
+        recycling.detach()
+    else:
+        recycling.augment = None if end == "taken away" else Noise(0.1)
+    output = recycling.model(X[:8])
+    assert torch.equal(mixup.loss(F.cross_entropy, output, Y[:8]), F.cross_entropy(output, Y[:8]))
+
+
 # -- in a model --------------------------------------------------------------------------------------------------------
 
 

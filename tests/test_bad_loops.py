@@ -204,6 +204,60 @@ def test_a_cast_of_the_input_leaves_each_object_its_row(made):
         close(made.model(same), full(made, X[:4]))
 
 
+CASTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "to a mask and back": lambda x: x.bool().float(),
+    "truncated": lambda x: x.long().float(),
+    "truncated, in pieces": lambda x: torch.cat([part.int().float() for part in x.split(2)]),
+    "whole numbers": lambda x: x.to(torch.int16),
+    "truncated, then sliced": lambda x: x.long()[:3].double(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("came", ["rows", "objects"])
+def test_a_cast_that_makes_another_input_is_refused(cast, came, made, monkeypatch):
+    """The kept rows know nothing of it: they would be served for `x.bool()` as they are for `x`."""
+    if came == "objects":  # none of them has a row, so that they came along
+        made._take_stream(None, None)
+        x, _ = next(iter(DataLoader(DATA, batch_size=4, collate_fn=made.collate())))
+        assert len(x.misses) == 4
+    else:
+        x, _ = next(iter(made.loader(DATA, batch_size=4)))
+    assert isinstance(x, RecycledTensor)
+    with pytest.raises(BatchError, match=r"'x' was cast from torch.float32 to torch.\w+ between.*Cast in the data set"):
+        made.model(CASTS[cast](x))
+
+
+def test_what_is_read_of_a_cast_batch_is_what_the_casts_make_of_it(made):
+    made._take_stream(None, None)
+    x, _ = next(iter(DataLoader(DATA, batch_size=4, collate_fn=made.collate())))
+    assert torch.equal(x.long().float() + 0, X[:4].long().float())
+
+
+@pytest.mark.parametrize(
+    ("example", "items"),
+    [(X, (X * 10).long()), (X, (X * 10).to(torch.uint8)), ((X * 10).to(torch.uint8), X)],
+    ids=range(3),
+)
+def test_a_data_set_of_another_kind_of_numbers_than_the_example_is_refused(example, items, tmp_path):
+    """A loop that says `images.float()`, with an example as the loop has it: the frozen layers get no such images."""
+
+    class Converts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = residual()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x if x.is_floating_point() else x.float() / 255)
+
+    recycling = recycle(Converts().eval(), example[:2], cut=f"inner.{CUT}", store=tmp_path / "store")
+    with pytest.raises(
+        BatchError, match=r"'x' is torch.\w+ in a batch of the data set, and torch.\w+ in the example.*do"
+    ):
+        recycling.fill(TensorDataset(items, Y))
+    assert len(recycling.source.rows) == 0
+
+
 # -- samplers over another data set ------------------------------------------------------------------------------------
 
 OTHER = TensorDataset(pictures(N, 5), labels(N))

@@ -293,6 +293,7 @@ class RecycledTensor(torch.Tensor):
         witnesses: other model inputs that the rows were found under, by name; a forward compares them with what it is
             given, so that rows are never used beside another mask.
         device: of the model input.
+        casts: the dtypes that it had before, as it was read first: rows know nothing of a cast, see `lossy_cast`.
     """
 
     locations: torch.Tensor
@@ -303,6 +304,7 @@ class RecycledTensor(torch.Tensor):
     value: torch.Tensor | None
     missing: torch.Tensor | None
     witnesses: dict[str, torch.Tensor]
+    casts: tuple[torch.dtype, ...]
 
     @staticmethod
     def __new__(
@@ -319,6 +321,7 @@ class RecycledTensor(torch.Tensor):
         missing: torch.Tensor | None = None,
         witnesses: Mapping[str, torch.Tensor] | None = None,
         device: torch.device | str = "cpu",
+        casts: Sequence[torch.dtype] = (),
     ) -> RecycledTensor:
         made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device(device))
         made.locations = locations
@@ -329,6 +332,7 @@ class RecycledTensor(torch.Tensor):
         made.value = value
         made.missing = missing
         made.witnesses = dict(witnesses or {})
+        made.casts = tuple(casts)
         return made
 
     @property
@@ -345,8 +349,21 @@ class RecycledTensor(torch.Tensor):
         """The input itself, if all of it is at hand."""
         if self.value is not None or self.missing is None or len(self.missing) < self.rows:
             return self.value
-        missing = self.missing.to(self.dtype)
+        missing = self.missing
+        for dtype in (*self.casts[1:], self.dtype):
+            missing = missing.to(dtype)
         return missing if self.locations.dim() else missing[0]
+
+    def lossy_cast(self) -> tuple[torch.dtype, torch.dtype] | None:
+        """The first cast that made another input of it than the rows were computed from, if there was one.
+
+        One to narrower floating point numbers is none, also if it was taken back: trainers do that, and it rounds.
+        """
+        for before, after in itertools.pairwise((*self.casts, self.dtype)):
+            rounds = before.is_floating_point and after.is_floating_point
+            if _kind(before) != _kind(after) or not (rounds or torch.promote_types(before, after) == after):
+                return before, after
+        return None
 
     def _moved(
         self,
@@ -402,6 +419,7 @@ class RecycledTensor(torch.Tensor):
             missing=missing,
             witnesses={name: function(witness) for name, witness in self.witnesses.items()},
             device=device or self.device,
+            casts=self.casts if dtype in (None, self.dtype) else (*self.casts, self.dtype),
         )
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
@@ -439,6 +457,7 @@ class RecycledTensor(torch.Tensor):
             "value": self.value,
             "missing": self.missing,
             "witnesses": self.witnesses,
+            "casts": self.casts,
         }
 
     def _refuse(self, what: str) -> NoReturn:
@@ -467,6 +486,12 @@ class RecycledTensor(torch.Tensor):
             f"RecycledTensor({list(self.shape)}, {self.dtype}, {self.device}: {self.rows - misses} kept rows of "
             f"{self.fingerprint[:12]}{without}{'' if self.value is None else ', with its value'})"
         )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype is torch.bool:
+        return "bool"
+    return "complex" if dtype.is_complex else "floating point" if dtype.is_floating_point else "whole numbers"
 
 
 def _rebuild(shape: tuple[int, ...], dtype: torch.dtype, device: str, parts: dict[str, Any]) -> RecycledTensor:
@@ -620,6 +645,8 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
         (t.leaves is None) != (first.leaves is None) or t.witnesses.keys() != first.witnesses.keys() for t in tensors
     ):
         raise BatchError("cannot join recycled batches of which only some have their rows at hand")
+    if any((*t.casts, t.dtype) != (*first.casts, first.dtype) for t in tensors):
+        raise BatchError(f"cannot join recycled batches of different dtypes: {[t.dtype for t in tensors]}")
     if first.leaves is None and any(t.numbering != first.numbering for t in tensors):
         raise BatchError("cannot join batches of different recyclings whose rows have not been gathered")
     for a, b in itertools.pairwise(tensors):
@@ -647,6 +674,7 @@ def _joined(func: Any, args: Any, kwargs: Any) -> Any:
         missing=torch.cat(missing) if missing else None,
         witnesses={name: join([t.witnesses[name] for t in tensors]) for name in first.witnesses},
         device=first.device,
+        casts=first.casts,
     )
 
 

@@ -14,6 +14,8 @@ Tokens of which all numbers are zero are padding: they count for nothing, and st
 
 from __future__ import annotations
 
+import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -37,7 +39,10 @@ class Augmentation(ABC):
     """
 
     def __init__(self, *, leaves: Sequence[int] | None = None) -> None:
-        self.leaves = None if leaves is None else tuple(leaves)
+        numbers = [leaves] if isinstance(leaves, int) else leaves
+        if numbers is not None and not all(type(number) is int for number in numbers):
+            raise ValueError(f"leaves={leaves!r} is no list of numbers of tensors, such as [0]")
+        self.leaves = None if numbers is None else tuple(numbers)
 
     @abstractmethod
     def change(self, rows: torch.Tensor) -> torch.Tensor:
@@ -54,7 +59,7 @@ class Augmentation(ABC):
             BatchError: the cut gives several tensors, and `leaves` does not say which to change; or whole numbers.
         """
         if isinstance(rows, torch.Tensor):
-            return self._changed(rows)
+            return self._changed(rows) if self.leaves is None or self._chosen([rows]) else rows
         chosen = self._chosen(rows)
         return [self._changed(leaf) if number in chosen else leaf for number, leaf in enumerate(rows)]
 
@@ -71,11 +76,24 @@ class Augmentation(ABC):
 
     def _changed(self, rows: torch.Tensor) -> torch.Tensor:
         if not rows.is_floating_point():
-            raise BatchError(f"{type(self).__name__} changes floating point numbers, and these rows are {rows.dtype}")
+            raise BatchError(
+                f"{type(self).__name__} changes floating point numbers, and these rows are {list(rows.shape)} "
+                f"{rows.dtype}. Where the cut gives several tensors, say which of them to change: leaves=[0]."
+            )
         return self.change(rows)
 
 
 # -- point-wise changes ------------------------------------------------------------------------------------------------
+
+
+def _refuse_no_number(name: str, value: Any, such_as: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={reprlib.repr(value)} is no number from 0 on, such as {such_as}")
+
+
+def _refuse_no_dimension(channels: Any) -> None:
+    if channels is not None and type(channels) is not int:
+        raise ValueError(f"channels={channels!r} is no dimension of rows [batch, ...], such as 1")
 
 
 class _PointWise(Augmentation):
@@ -90,10 +108,10 @@ class _PointWise(Augmentation):
         leaves: Sequence[int] | None = None,
     ) -> None:
         super().__init__(leaves=leaves)
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not strength >= 0:
-            raise ValueError(f"strength={strength!r} is no number from 0 on, such as 0.2")
+        _refuse_no_number("strength", strength, 0.2)
         if per not in ("row", "channel", "channel range"):
             raise ValueError(f"per={per!r} is none of 'row', 'channel' and 'channel range'")
+        _refuse_no_dimension(channels)
         self.strength, self.per, self.channels = float(strength), per, channels
 
     def __repr__(self) -> str:
@@ -247,10 +265,11 @@ class TokenDrop(Augmentation):
         leaves: Sequence[int] | None = None,
     ) -> None:
         super().__init__(leaves=leaves)
-        if not 0 <= probability < 1:
-            raise ValueError(f"probability={probability!r} is not from 0 to below 1")
-        if keep < 0:
-            raise ValueError(f"keep={keep!r} is no number of tokens")
+        if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability < 1:
+            raise ValueError(f"probability={reprlib.repr(probability)} is no number from 0 to below 1, such as 0.1")
+        if type(keep) is not int or keep < 0:
+            raise ValueError(f"keep={keep!r} is no number of tokens, such as 1")
+        _refuse_no_dimension(channels)
         self.probability, self.keep, self.channels = float(probability), keep, channels
 
     def __repr__(self) -> str:
@@ -299,8 +318,7 @@ class Mixup(Augmentation):
 
     def __init__(self, alpha: float = 2.0, *, leaves: Sequence[int] | None = None) -> None:
         super().__init__(leaves=leaves)
-        if not alpha >= 0:
-            raise ValueError(f"alpha={alpha!r} is no number from 0 on")
+        _refuse_no_number("alpha", alpha, 2.0)
         self.alpha = float(alpha)
         self.lam, self.index = 1.0, None
 
@@ -369,6 +387,12 @@ class Compose:
     """
 
     def __init__(self, augmentations: Sequence[Callable[[Any], Any]]) -> None:
+        parts = augmentations if isinstance(augmentations, (list, tuple)) else [None]
+        if not all(callable(part) and not isinstance(part, type) for part in parts):
+            raise TypeError(
+                "Compose takes a list of functions of a batch's activations, such as [Brightness(0.2), Noise(0.1)], "
+                f"not {augmentations!r}"
+            )
         self.augmentations = tuple(augmentations)
 
     def __repr__(self) -> str:

@@ -256,6 +256,8 @@ def _refuse_views(views: Any) -> None:
 
 
 def _refuse_no_function(augment: Any) -> None:
+    if isinstance(augment, type):
+        raise TypeError(f"augment={augment.__name__} is a class: give an object of it, such as {augment.__name__}(0.2)")
     if augment is not None and not callable(augment):
         raise TypeError(f"augment={augment!r} is no function of a batch's activations, such as Brightness(0.2)")
 
@@ -769,6 +771,8 @@ class Recycling:
     @augment.setter
     def augment(self, augment: Callable[[Any], Any] | None) -> None:
         _refuse_no_function(augment)
+        if augment is not self._augment:
+            tell_skipped(self._augment)  # what it says of its last batch is of no batch to come
         self._augment = augment
 
     @property
@@ -1002,6 +1006,14 @@ class Recycling:
                     "reordered or put in another place between loader and model. Change it in the data set."
                 )
         assert main is not None
+        for name, carrier in carriers.items():
+            cast = carrier.lossy_cast()
+            if cast is not None:
+                raise BatchError(
+                    f"the model input '{name}' was cast from {cast[0]} to {cast[1]} between loader and model. Its kept "
+                    "rows were computed from what the data set gives, without that cast. Cast in the data set, before "
+                    "the rows are made."
+                )
         return main
 
     def _compare_witnesses(self, main: RecycledTensor, given: Inputs) -> None:
@@ -1657,6 +1669,7 @@ class Recycling:
             self._keeping.publish(self.source)
             self.onload()
             self._attached = False
+            tell_skipped(self._augment)
             self.bypass.detach(self)
 
     def __recycle_state__(self) -> Any:

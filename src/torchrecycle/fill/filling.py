@@ -220,6 +220,23 @@ def _read_twice(dataset: Any, reading: Reading, source: RowSource) -> None:
         )
 
 
+def refuse_other_dtypes(inputs: Inputs, example: Inputs, names: Iterable[str]) -> None:
+    """Whole numbers where the example has floating point ones are another function of the model, or none.
+
+    Raises:
+        BatchError: an input is such.
+    """
+    found, expected = inputs.tensors(), example.tensors()
+    for name in names:
+        if name in found and found[name].dtype.is_floating_point != expected[name].dtype.is_floating_point:
+            raise BatchError(
+                f"the model input '{name}' is {found[name].dtype} in a batch of the data set, and "
+                f"{expected[name].dtype} in the example: the frozen layers are given what the data set gives. If the "
+                "loop converts it, do that in the data set; else make the recycling with an example as the data set "
+                "gives it."
+            )
+
+
 class _Pass:
     """Rows, keys and targets of one pass, for several cuts."""
 
@@ -289,6 +306,7 @@ class _Pass:
                     f"a batch calls the model with {plain} where the example has {expected}: rows computed with other "
                     "arguments would be kept under the example's. Make the recycling with an example of these."
                 )
+            refuse_other_dtypes(inputs, recycling.bypass.plan.example, recycling.source.key_inputs)
 
     def _compare_contents(self, user_keys: np.ndarray, contents: np.ndarray) -> None:
         """With keys of the user's, one key must be one object."""
