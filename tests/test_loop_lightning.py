@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -221,6 +221,63 @@ class Itself(Module):
     def loss(self, batch: Any) -> torch.Tensor:
         self.seen.append(type(batch[0]))
         return cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # says Dynamo, resuming
+@pytest.mark.parametrize("what", ["the network", "the module"])
+def test_a_network_or_a_module_that_was_compiled_is_recycled_and_stays_compiled(what, tmp_path):
+    torch._dynamo.reset()
+    module, reference = Module(), Module()
+    whole: Any = module
+    if what == "the network":
+        setattr(module, "net", torch.compile(module.net, backend="aot_eager"))  # noqa: B010
+    else:
+        whole = torch.compile(module, backend="eager")
+    callback = recycler(tmp_path)
+    fit(whole, callback, loader())
+    fit(reference, Frozen(), loader())
+    assert module.losses == pytest.approx(reference.losses, rel=1e-3)
+    same_weights(getattr(module.net, "_orig_mod", module.net), reference.net)
+    assert (callback.stats.misses, callback.stats.hits) == (24, 48)
+    torch._dynamo.reset()
+
+
+class Unfreezing(BaseFinetuning):
+    """Freezes the stages, and has them trained from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net.stages, train_bn=False)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.stages, optimizer)
+
+
+def test_unfreezing_by_a_finetuning_callback_is_told_not_to_reach_what_lies_before_the_cut(tmp_path):
+    class Rest(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=0.05)
+
+    with pytest.warns(RecycleWarning, match="before the cut 'stages.1' were made to ask for a gradient"):
+        fit(Rest(), recycler(tmp_path), loader(), more=[Unfreezing()], max_epochs=3)
+
+
+def test_rows_may_lie_in_memory(tmp_path):
+    module, callback = Module(), recycler(tmp_path, resident="ram")
+    found: list[Any] = []
+
+    class Look(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            assert callback.recycling is not None
+            found.append(callback.recycling.resident)
+            found.append(trainer.train_dataloader.dataset.resident)
+
+    fit(module, callback, loader(), more=[Look()])
+    assert found[0] == "ram"
+    assert found[1] is not None
+    assert callback.stats.hits == 48
+    with pytest.raises(ValueError, match="resident='memory' is none of"):
+        recycler(tmp_path, resident="memory")
 
 
 class Late(Module):

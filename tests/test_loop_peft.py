@@ -28,7 +28,7 @@ CUT = "bert.encoder.layer.1"
 AFTER = [2, 3]
 """The layers after the cut."""
 TOKENS = tokenizer()
-PADDING: Any = DataCollatorWithPadding(TOKENS)
+PADDING = DataCollatorWithPadding(TOKENS)
 
 
 def bert() -> Any:
@@ -217,6 +217,32 @@ def test_an_adapter_in_all_layers_is_refused_before_and_after_with_the_remedy(tm
             model(**old)
         with pytest.raises(CutError, match=r"holds an adapter .*layers_to_transform="):
             next(iter(loader))
+
+
+def test_a_whole_module_that_peft_trains_before_the_cut_is_refused_before_and_after(tmp_path):
+    words = r"'(base_model.model.)?bert.embeddings' .*ModulesToSaveWrapper.*modules_to_save= with modules after it"
+    with pytest.raises(CutError, match=words):
+        recycle(
+            with_adapter(bert(), lora(modules_to_save=["embeddings"])),
+            batch_of(0, 5),
+            cut=f"base_model.model.{CUT}",
+            store=tmp_path,
+        )
+    base = bert()
+    with recycle(base, batch_of(0, 5), cut=CUT, store=tmp_path) as recycling:
+        with_adapter(base, lora(modules_to_save=["embeddings"]))
+        with pytest.raises(CutError, match=words):
+            recycling.loader(sentences(), batch_size=8, collate_fn=PADDING)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_after_detaching_the_adapter_trains_as_before_and_nothing_else(order, tmp_path):
+    trained = trained_both(order, lora, tmp_path)
+    before = [name for name, p in trained.model.named_parameters() if p.requires_grad]
+    trained.recycling.detach()
+    assert [name for name, p in trained.model.named_parameters() if p.requires_grad] == before
+    assert train(trained.model, plain_batches())[0] > 0
+    assert [name for name, p in trained.reference.named_parameters() if p.requires_grad] == before
 
 
 def test_a_finished_adapter_before_the_cut_is_part_of_what_is_frozen(tmp_path):

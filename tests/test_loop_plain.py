@@ -14,7 +14,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 from torch.utils.data import DataLoader, TensorDataset
 
 from small import CUT, labels, pictures, residual
-from torchrecycle import AutocastError, BatchError, RecycledTensor, StaleActivationError, recycle
+from torchrecycle import AutocastError, BatchError, RecycledTensor, RecycleWarning, StaleActivationError, recycle
 
 X, Y = pictures(24), labels(24)
 DATA = TensorDataset(X, Y)
@@ -206,6 +206,78 @@ def test_what_comes_after_the_cut_may_be_compiled(what, tmp_path):
 @pytest.mark.parametrize("what", COMPILED)
 def test_what_comes_after_the_cut_may_be_compiled_to_machine_code(what, tmp_path):
     both(compiled_loop(lambda model: COMPILED[what](model, "inductor")), tmp_path, to_the_bit=False)
+
+
+class Around(nn.Module):
+    """A module of the user's, with the recycled model in it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # says Dynamo, resuming
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("when", ["before attaching", "after attaching"])
+@pytest.mark.parametrize("what", ["raw batches", "rows"])
+def test_compiled_code_around_a_recycled_model_does_not_run_past_its_frozen_layers(what, when, tmp_path):
+    model, reference = residual(), Reference(residual())
+    around = Around(model)
+    compiled: Any = torch.compile(around, backend="aot_eager")
+    if when == "before attaching":
+        compiled.train()(X[:8])
+        model.load_state_dict(residual().state_dict())
+    with recycle(model, X[:2], cut=CUT, store=tmp_path) as recycling:
+        loader = (recycling.loader if what == "rows" else DataLoader)(DATA, batch_size=8)
+        run = (compiled, Around(reference.model))
+        optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in run]
+        for (x, y), (raw, _) in zip(loader, DataLoader(DATA, batch_size=8), strict=True):
+            compiled.train()
+            reference.train()
+            losses = [cross_entropy(m(one), y) for m, one in zip(run, (x, raw), strict=True)]
+            assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
+            for loss, optimizer in zip(losses, optimizers, strict=True):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        assert recycling.stats.misses == len(DATA)
+        assert recycling.stats.hits == (len(DATA) if what == "rows" else 0)
+    same(model, reference.model, to_the_bit=False)
+
+
+# -- unfreezing bit by bit ---------------------------------------------------------------------------------------------
+
+
+def test_layers_before_the_cut_that_a_loop_unfreezes_are_told_not_to_train_and_a_recut_trains_them(tmp_path):
+    model = residual()
+    recycling = recycle(model, X[:2], cut=CUT, store=tmp_path)
+    loader = recycling.loader(DATA, batch_size=8)
+    model.stages.requires_grad_(True)
+    with pytest.warns(RecycleWarning, match=r"'stages.0.conv.weight' and \d+ more before the cut 'stages.1'.*recut"):
+        x, y = next(iter(loader))
+    assert len(list(loader)) == 3, "it is said once"
+    cross_entropy(model(x), y).backward()
+    first = model.get_parameter("stages.0.conv.weight")
+    assert first.grad is None
+    recycling.recut("stem")
+    for x, y in loader:
+        cross_entropy(model(x), y).backward()
+    assert first.grad is not None
+    assert first.grad.abs().sum() > 0
+    recycling.detach()
+
+
+def test_what_the_loop_has_frozen_as_a_whole_stays_frozen_after_detaching(tmp_path):
+    model = residual()
+    with recycle(model, X[:2], cut=CUT, store=tmp_path):
+        model.requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with recycle(model, X[:2], cut=CUT, store=tmp_path):
+        model.head.requires_grad_(True)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
 # -- averages of weights -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     InformationRetrievalEvaluator,
 )
 from sentence_transformers.sentence_transformer.losses import (
+    AdaptiveLayerLoss,
     CachedMultipleNegativesRankingLoss,
     CoSENTLoss,
     MatryoshkaLoss,
@@ -29,7 +30,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from small import tokenizer
-from torchrecycle import BatchError, Recycling, StaleActivationError
+from torchrecycle import BatchError, CutError, Recycling, StaleActivationError
 from torchrecycle.demo.weights import package_folder
 from torchrecycle.sentence_transformers import recycle_sentences
 
@@ -284,6 +285,27 @@ def test_weights_that_move_before_the_cut_are_an_error_and_filling_again_mends_i
         assert recycling.stats.hits == PAIRS
         with recycling.paused():
             torch.testing.assert_close(got, model.encode(texts), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # says Dynamo, resuming
+def test_a_trainer_that_compiles_the_model_finds_the_rows_and_leaves_the_frozen_layers_in_eval_mode(tmp_path, small):
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    reference, model = frozen(small()), small()
+    want = history(trainer_of(reference, MultipleNegativesRankingLoss(reference), tmp_path, **options))
+    with recycle_sentences(model, pairs(), level=0.5, store="memory://compiled") as recycling:
+        got = history(trainer_of(model, MultipleNegativesRankingLoss(model), tmp_path, **options))
+        assert (recycling.stats.misses, recycling.stats.hits) == (2 * PAIRS, 2 * PAIRS * EPOCHS)
+    assert got == pytest.approx(want, rel=1e-3, abs=1e-4)
+    same_weights(model, reference)
+
+
+def test_a_loss_over_the_output_of_each_layer_is_refused_since_those_of_the_frozen_layers_are_not_kept(tmp_path, small):
+    model = small()
+    with recycle_sentences(model, pairs(), level=0.5, store="memory://layers"):
+        loss = AdaptiveLayerLoss(model, MultipleNegativesRankingLoss(model))
+        with pytest.raises(CutError, match=r"with the prefix skipped, all_layer_embeddings has 3 parts instead of 5"):
+            trainer_of(model, loss, tmp_path).train()
 
 
 def test_what_cannot_be_recycled_is_refused_in_words(small):

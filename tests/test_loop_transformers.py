@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def frozen(model: Any) -> Any:
 
 
 TOKENS = tokenizer()
-PADDING: Any = DataCollatorWithPadding(TOKENS)
-DEFAULT: Any = default_data_collator
+PADDING = DataCollatorWithPadding(TOKENS)
+DEFAULT = default_data_collator
 
 
 def sentences(count: int = COUNT, **columns: Any) -> Any:
@@ -365,6 +366,74 @@ def test_the_saved_model_loads_without_us(tmp_path, monkeypatch):
     plain: Any = Trainer(model=loaded, args=arguments_of(tmp_path / "plain"), data_collator=PADDING)
     np.testing.assert_allclose(plain.predict(sentences(5)).predictions, want, rtol=1e-4, atol=1e-5)
     same_weights(loaded, run.trainer.model, rtol=0, atol=0)
+
+
+# -- one trainer, while the recycling changes --------------------------------------------------------------------------
+
+
+def switched_off(by: str, recycling: Recycling, monkeypatch: Any) -> Any:
+    if by == "paused":
+        return recycling.paused()
+    monkeypatch.setenv("TORCHRECYCLE", "off")
+    return nullcontext()
+
+
+@pytest.mark.parametrize("by", ["paused", "the environment"])
+def test_a_trainer_that_was_made_before_computes_all_while_recycling_is_off_and_recycles_after(
+    by, tmp_path, monkeypatch
+):
+    more: dict[str, Any] = {"evaluate": lambda ours: {"recycled": ours(sentences(9)), "raw": sentences(9)}}
+    want = with_trainer(tmp_path / "reference", recycled=False, **more).train()
+    got = with_trainer(tmp_path / "recycled", recycled=True, **more)
+    assert got.recycling is not None
+    with switched_off(by, got.recycling, monkeypatch):
+        got.train()
+        assert got.recycling.stats.hits == 0
+        off = got.trainer.evaluate()
+    same_logs(got, want)
+    same_weights(got.trainer.model, want.trainer.model)
+    monkeypatch.delenv("TORCHRECYCLE", raising=False)
+    on = got.trainer.evaluate()
+    assert got.recycling.stats.hits == 18, "those of the raw set are found by their content"
+    assert [on[f"eval_{name}_loss"] for name in ("recycled", "raw")] == pytest.approx(
+        [off[f"eval_{name}_loss"] for name in ("recycled", "raw")], rel=1e-4
+    )
+
+
+def test_what_is_made_while_recycling_is_off_recycles_when_it_is_on_again(tmp_path):
+    model, data = bert(), sentences()
+    recycling = recycle(model, example_of(data, PADDING), cut=CUT, store=tmp_path / "store")
+    with recycling.paused():
+        train, collate = recycling.dataset(data, collate_fn=PADDING), recycling.collate(PADDING)
+    trainer = Trainer(model=model, args=arguments_of(tmp_path), train_dataset=train, data_collator=collate)
+    Run(trainer, recycling).train()
+    assert (recycling.stats.misses, recycling.stats.hits) == (COUNT, COUNT * EPOCHS)
+
+
+class EachEpoch(TrainerCallback):
+    """Calls a function when the second epoch begins, after the trainer has told its data set of it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.epoch >= 1:
+            self.function()
+
+
+@pytest.mark.parametrize("columns", ["the model's", "all"])  # those that the trainer picks come one by one
+def test_the_cut_moves_between_two_epochs_of_one_trainer(columns, tmp_path):
+    arguments = {"remove_unused_columns": columns != "all"}
+    want = with_trainer(tmp_path / "reference", recycled=False, arguments=arguments)
+    want.trainer.add_callback(EachEpoch(lambda: freeze([want.trainer.model.bert.encoder.layer[2]])))
+    want.train()
+    got = with_trainer(tmp_path / "recycled", recycled=True, arguments=arguments)
+    recycling = got.recycling
+    assert recycling is not None
+    got.trainer.add_callback(EachEpoch(lambda: recycling.recut("bert.encoder.layer.2")))
+    same_logs(got.train(), want)
+    same_weights(got.trainer.model, want.trainer.model)
+    assert (recycling.stats.misses, recycling.stats.hits) == (2 * COUNT, 2 * COUNT), "each cut is filled once"
 
 
 # -- collate functions -------------------------------------------------------------------------------------------------

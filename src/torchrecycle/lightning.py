@@ -35,6 +35,7 @@ from torch.utils.data import BatchSampler, DataLoader, default_collate
 
 from torchrecycle.bypass import parameter_names
 from torchrecycle.data import RecycledDataset, is_stream
+from torchrecycle.data.resident import Residency, refuse_residency
 from torchrecycle.errors import BatchError, CutError, RecycleWarning
 from torchrecycle.recycling import Recycling, Stats, recycle
 from torchrecycle.store import Store
@@ -88,6 +89,7 @@ class RecyclingCallback(pl.Callback):
         share: what to do with parameters that both halves read: refuse the cut, or freeze them.
         verify_every: every so many batches, one object is computed afresh and compared; 0 never.
         augment: changes the activations of each batch in training mode.
+        resident: where loaders gather rows from: ``"disk"``, ``"ram"`` or ``"cuda"``; see `torchrecycle.recycle`.
 
     Raises:
         CutError: from the trainer's ``fit``: no model is found, or it cannot be divided there, in words.
@@ -112,9 +114,11 @@ class RecyclingCallback(pl.Callback):
         share: Literal["refuse", "freeze"] = "refuse",
         verify_every: int = 0,
         augment: Callable[[Any], Any] | None = None,
+        resident: Residency | None = None,
     ) -> None:
         if (cut is None) == (level is None):
             raise CutError("give either cut='layer2' or level=0.5. See cuts(model, example).")
+        refuse_residency(resident)
         self.example, self.module, self.name, self.autocast = example, module, name, autocast
         self._arguments: dict[str, Any] = {
             "cut": cut,
@@ -128,6 +132,7 @@ class RecyclingCallback(pl.Callback):
             "share": share,
             "verify_every": verify_every,
             "augment": augment,
+            "resident": resident,
         }
         self.recycling: Recycling | None = None
         """While a trainer runs: from ``on_fit_start`` on."""
@@ -164,6 +169,7 @@ class RecyclingCallback(pl.Callback):
 
     def _attach(self, trainer: Any, pl_module: Any) -> None:
         model = _find_model(pl_module, self.module)
+        model = getattr(model, "_orig_mod", model)  # of torch.compile, which stops at what is recycled
         pl_module.to(trainer.strategy.root_device)  # where the trainer will have it, and rows are to be computed
         whole = self._arguments["inputs"] is not None
         example = self.example if self.example is not None else _example_of(trainer, pl_module, model, whole=whole)

@@ -369,7 +369,7 @@ class Recycling:
         self.residents = Residents()
         """The copies of rows in memory and on the GPU that its loaders have now."""
         self._paused = 0
-        self._warned = False
+        self._warned = self._warned_of_unfrozen = False
         self._marks = Marks()
         self._keeping = Keeping(self._look_again, self._wrote)
         self._raw_batches: int | None = 0
@@ -632,6 +632,7 @@ class Recycling:
             else:  # it only looks
                 self._hooks = self._watch.hooks()
                 self._warn_of_hooks()
+        self._warn_of_unfrozen()
         if trying and not self._changed and time.monotonic() - self._tried_at > self._tries_after:
             self._changed = self._try_again()
         if self._changed:
@@ -664,6 +665,22 @@ class Recycling:
                 f"a hook on '{found[0]}' does not fire for batches whose rows are kept, since the module is not called "
                 "then; it fires at fill and for raw batches. Put it on a module after the cut, or run within "
                 "recycling.paused().",
+                RecycleWarning,
+                stacklevel=2,
+            )
+
+    def _warn_of_unfrozen(self) -> None:
+        """Once, where a loop unfreezes layers bit by bit and those before the cut are among them."""
+        if self._warned_of_unfrozen or not self._attached:
+            return
+        asking = [name for name, parameter in self.bypass.prefix_parameters.items() if parameter.requires_grad]
+        if asking:
+            self._warned_of_unfrozen = True
+            more = f" and {len(asking) - 1} more" if len(asking) > 1 else ""
+            warnings.warn(
+                f"'{asking[0]}'{more} before the cut '{self.cut}' were made to ask for a gradient after attaching, and "
+                "none reaches them: what is recycled does not train. To train these layers, move the cut before them "
+                "(recycling.recut(...)) or detach(); if they are to stay frozen, this may be ignored.",
                 RecycleWarning,
                 stacklevel=2,
             )
@@ -1183,7 +1200,7 @@ class Recycling:
         *,
         batch_size: int = 64,
         num_workers: int = 0,
-        collate_fn: Callable[[Sequence[Any]], Any] | None = None,
+        collate_fn: Callable[[Any], Any] | None = None,
         name: str | None = None,
         views: int | None = None,
     ) -> FillReport:
@@ -1205,7 +1222,7 @@ class Recycling:
         self,
         dataset: Any,
         *,
-        collate_fn: Callable[[Sequence[Any]], Any] | None = None,
+        collate_fn: Callable[[Any], Any] | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         name: str | None = None,
@@ -1244,8 +1261,16 @@ class Recycling:
         self.renew(wrapped, made=True)
         return wrapped
 
-    def collate(self, collate_fn: Callable[[Sequence[Any]], Any] | None = None) -> RecycledCollate:
-        """The collate function for items of `dataset`; the user's own is called inside of it."""
+    def collate(self, collate_fn: Callable[[Any], Any] | None = None) -> RecycledCollate:
+        """The collate function for items of `dataset`; the user's own is called inside of it.
+
+        It goes along with this recycling: within `paused` batches come as they are, and after `recut` with the rows of
+        the new cut. Workers have what they were started with.
+        """
+        return MixedCollate(collate_fn, None if self.off else self.source, self._marks, self)
+
+    def _collate(self, collate_fn: Callable[[Any], Any] | None) -> MixedCollate:
+        """That of a loader of ours, which gives it the rows at each iteration."""
         return MixedCollate(collate_fn, None if self.off else self.source, self._marks)
 
     def loader(
@@ -1292,11 +1317,11 @@ class Recycling:
         wrapped = self._wrapped(dataset, name, reading, views)
         # Rows are copied to the device beside the computing only from pinned memory.
         arguments.setdefault("pin_memory", self.device.type == "cuda")
-        return RecycledLoader(wrapped, collate_fn=self.collate(collate_fn), **in_blocks(wrapped, arguments))
+        return RecycledLoader(wrapped, collate_fn=self._collate(collate_fn), **in_blocks(wrapped, arguments))
 
     def _stream_loader(self, dataset: Any, collate_fn: Any, arguments: dict[str, Any]) -> Any:
         gives_batches = arguments.get("batch_size", 1) is None
-        collate = self.collate(collate_fn or (default_convert if gives_batches else None))
+        collate = self._collate(collate_fn or (default_convert if gives_batches else None))
         arguments.setdefault("pin_memory", self.device.type == "cuda")
         loader = StreamLoader(dataset, collate_fn=collate, **arguments)
         loader.owner, loader.tally = self, Tally(type(dataset).__name__)
@@ -1759,8 +1784,9 @@ def _stale(changed: Sequence[str]) -> str:
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     return (
         f"the frozen prefix has moved: '{changed[0]}'{more} is not what it was when the rows were made. Make a new "
-        "iterator of the loader: it fills anew. Without a loader, call fill() again. If an optimiser moves it by a "
-        "history from before (LBFGS), make it again over recycling.parameters()."
+        "iterator of the loader: it fills anew. Without a loader, call fill() again. Where a trainer has loaded a "
+        "checkpoint into it, load that before recycle(). If an optimiser moves it by a history from before (LBFGS), "
+        "make it again over recycling.parameters()."
     )
 
 
@@ -1805,7 +1831,7 @@ def fill_many(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
-    collate_fn: Callable[[Sequence[Any]], Any] | None = None,
+    collate_fn: Callable[[Any], Any] | None = None,
     name: str | None = None,
     loader_arguments: dict[str, Any] | None = None,
     views: int | None = None,

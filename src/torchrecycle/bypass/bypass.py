@@ -133,13 +133,15 @@ class Bypass:
         for outer in self.plan.prefix_modules:
             for part in outer.modules():
                 kinds = {k.__name__ for k in type(part).__mro__ if k.__module__.startswith("peft.")}
-                if "BaseTunerLayer" in kinds and any(self.interceptor.trains(p) for p in part.parameters()):
+                if kinds & {"BaseTunerLayer", "ModulesToSaveWrapper"} and any(
+                    self.interceptor.trains(p) for p in part.parameters()
+                ):
                     where = self.plan.modules[outer]
                     raise CutError(
                         f"cannot cut at '{self.plan.cut}': '{where}' lies before it and holds an adapter "
                         f"({type(part).__name__} of PEFT, LoRA or the like), which would move if it were trained and "
-                        "not learn if it were not. Put adapters on layers after the cut (layers_to_transform=), or "
-                        "merge it first (merge_and_unload())."
+                        "not learn if it were not. Put adapters on layers after the cut (layers_to_transform=, and "
+                        "modules_to_save= with modules after it), or merge it first (merge_and_unload())."
                     )
 
     def _trained_later(self, name: str) -> bool:

@@ -10,6 +10,7 @@ A run follows its steps strictly: a call that comes out of turn (LayerDrop) is a
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -332,6 +333,31 @@ class Entry(Protocol):
         ...
 
 
+def stop_compiled_code_at_slots() -> None:
+    """Have `torch.compile` leave its graph where a module within what it compiles has a slot.
+
+    Dynamo asks such a module for hooks and for a forward of its own, finds none, and inlines its class's forward past
+    the slot: the frozen layers would run in training mode, in silence (seen with torch 2.14). No public setting of one
+    module tells it to stop; so its way of calling modules is wrapped, once in a process, and looks for our slots first.
+    """
+    from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+
+    inline: Any = UnspecializedNNModuleVariable.call_function
+    if getattr(inline, "stops_at_slots", False):
+        return
+
+    @functools.wraps(inline)
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        slot = slot_of(self.value)
+        if getattr(slot, "is_recycling", False):  # a function that is not to be compiled: here the graph ends
+            return VariableTracker.build(tx, slot).call_function(tx, list(args), kwargs)
+        return inline(self, tx, args, kwargs)
+
+    call_function.stops_at_slots = True  # pyright: ignore
+    UnspecializedNNModuleVariable.call_function = call_function
+
+
 _RUN: ContextVar[tuple[Any, Run] | None] = ContextVar("torchrecycle_run", default=None)
 
 
@@ -348,6 +374,7 @@ class Interceptor:
         self._own: dict[nn.Module, Callable[..., Any]] = {}
         self._kinds: dict[nn.Module, type] = {}
         self._trained: dict[nn.Module, bool] = {}
+        self._others: list[nn.Parameter] = []
         self.entries: list[Entry] = []
         """What the model's own call does; the last attached governs."""
         self._frozen: dict[nn.Parameter, list[Any]] = {}
@@ -436,6 +463,7 @@ class Interceptor:
     def attach(self, entry: Entry) -> None:
         """Let the model's own call go to `entry`."""
         if not self.entries:
+            stop_compiled_code_at_slots()
             self._set(self.model, self._root_slot())
         self.entries.append(entry)
 
@@ -456,13 +484,20 @@ class Interceptor:
             self._frozen.setdefault(parameter, [parameter.requires_grad, 0])[1] += 1
             parameter.requires_grad_(False)
             parameter.grad = None
+        self._others = self._others or [p for p in self.model.parameters() if p.requires_grad]
+
+    def _frozen_since(self, thawed: Sequence[nn.Parameter]) -> bool:
+        """Whether the user has frozen the whole model since, as PEFT does with what it is put around: all that went on
+        training. Then what was frozen for him stays so."""
+        others = [p for p in self._others if p not in self._frozen and not any(p is one for one in thawed)]
+        return bool(others) and not any(p.requires_grad for p in others)
 
     def trains(self, parameter: nn.Parameter) -> bool:
         """Whether the user has it trained, a recycling aside."""
         return self._frozen[parameter][0] if parameter in self._frozen else parameter.requires_grad
 
     def thaw(self, parameters: Iterable[nn.Parameter], modules: Iterable[tuple[nn.Module, nn.Module]] = ()) -> None:
-        """Undo `freeze`, where no other recycling of the model still needs them frozen.
+        """Undo `freeze`, where no other recycling of the model still needs them frozen, nor the user has frozen all.
 
         Args:
             parameters: what was frozen.
@@ -470,7 +505,8 @@ class Interceptor:
                 ones were made frozen, too.
         """
         parameters = list(parameters)
-        for module, now in modules:
+        stays = self._frozen_since(parameters)
+        for module, now in modules if not stays else ():
             trained = any(self._trained.get(part, False) for part in module.modules())
             self._thaw_replaced(now, trained, {*map(id, parameters)})
         for parameter in parameters:
@@ -478,7 +514,9 @@ class Interceptor:
             before[1] -= 1
             if not before[1]:
                 del self._frozen[parameter]
-                parameter.requires_grad_(before[0])
+                parameter.requires_grad_(before[0] and not stays)
+        if not self._frozen:
+            self._others = []
 
     def _thaw_replaced(self, module: nn.Module, trained: bool, known: set[int]) -> None:
         trained = self._trained.get(module, trained)

@@ -28,6 +28,8 @@ class MixedCollate(RecycledCollate):
         collate_fn: the user's; None for ``default_collate``.
         source: of the rows; None while recycling is off.
         marks: whether batches none of whose objects has a row are handed out as such, to be kept.
+        owner: the recycling, if it is to be asked for its rows at each batch: it may be divided anew or paused while a
+            trainer holds this function. Not pickled to workers, which have the rows that they were started with.
     """
 
     def __init__(
@@ -35,9 +37,19 @@ class MixedCollate(RecycledCollate):
         collate_fn: Callable[[Sequence[Any]], Any] | None,
         source: RowSource | None,
         marks: Marks | None = None,
+        owner: Any = None,
     ) -> None:
         super().__init__(collate_fn, source)
         self.marks = marks or Marks()
+        self._owner = owner
+
+    def _look(self) -> None:
+        if self._owner is not None:
+            self.source = None if self._owner.off else self._owner.source
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._look()
+        return {**self.__dict__, "_owner": None}
 
     def _placed(self, batch: Any, source: RowSource, resident: Resident | None = None) -> Any:
         if self.marks.on and not source.user_keys:
@@ -45,6 +57,7 @@ class MixedCollate(RecycledCollate):
         return super()._placed(batch, source, resident)
 
     def __call__(self, items: Sequence[Any]) -> Any:
+        self._look()
         for _ in range(TRIES):
             if not isinstance(items, Fetched):
                 break
