@@ -3,7 +3,8 @@
 ``torchrecycle demo --quick`` compares four levels of recycling in a minute and a half; ``torchrecycle sweep images
 photos/`` does so on the user's own pictures; ``torchrecycle search photos/ --model timm/resnet18 --query red.jpg``
 finds the pictures most like one; ``torchrecycle cuts --model timm/resnet18`` shows where a model can be cut;
-``torchrecycle store ls activations/`` lists what a store holds, and keeps it in order.
+``torchrecycle report compare A B`` puts two sweeps side by side; ``torchrecycle store ls activations/`` lists what a
+store holds, and keeps it in order.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import typer
 
 from torchrecycle.cli.embed import embed
 from torchrecycle.cli.errors import Debug, OneLineGroup, one_line_errors
+from torchrecycle.cli.report import report_app
 from torchrecycle.cli.search import search
 from torchrecycle.cli.store import store_app
 from torchrecycle.cli.sweeps import sweep_app
@@ -35,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(sweep_app, name="sweep")
+app.add_typer(report_app, name="report")
 app.add_typer(store_app, name="store")
 app.command("embed")(embed)
 app.command("search")(search)

@@ -8,11 +8,12 @@ from the paper; text keeps 4.5 to one, which a test in a browser measures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torchrecycle.sweep.results import SweepResult
 
-__all__ = ["DARK", "LIGHT", "Mark", "marks_of", "swatch", "theme_css"]
+__all__ = ["DARK", "LIGHT", "UNTRAINED", "Mark", "marks_for", "marks_of", "shape", "swatch", "theme_css"]
 
 LIGHT = {
     "paper": "#faf9f6",
@@ -84,14 +85,19 @@ _BETWEEN = (
 
 
 def marks_of(result: SweepResult) -> dict[str, Mark]:
-    """The mark of each level, and of ``untrained``."""
-    between = iter(range(len(result.levels)))
-    ends = {"full": _FULL, "head": _HEAD}
-    marks = {
-        one.level: ends[one.level] if one.level in ends else _BETWEEN[next(between) % len(_BETWEEN)]
-        for one in result.levels
-    }
-    return {"untrained": UNTRAINED, **marks}
+    """The mark of each level, and of ``untrained``; also of a level that was only predicted or is only expected."""
+    return marks_for(list(dict.fromkeys(one.level for one in (*result.levels, *result.predictions))))
+
+
+def marks_for(levels: Sequence[str]) -> dict[str, Mark]:
+    """The same for names of levels, from no recycling to all.
+
+    >>> marks_for(["50", "head"])["50"]
+    Mark(colour='orange', marker='s')
+    """
+    between = [level for level in levels if level not in ("full", "head")]
+    marks = {level: _BETWEEN[at % len(_BETWEEN)] for at, level in enumerate(between)}
+    return {"untrained": UNTRAINED, "full": _FULL, "head": _HEAD, **marks}
 
 
 _SHAPES = {
@@ -112,6 +118,15 @@ def swatch(mark: Mark) -> str:
     return (
         f'<svg class="mark" viewBox="0 0 16 16" aria-hidden="true" focusable="false" '
         f'style="color:var(--{mark.colour})" fill="currentColor">{_SHAPES[mark.marker]}</svg>'
+    )
+
+
+def shape(mark: Mark, x: float, y: float, size: float) -> str:
+    """The same within an SVG, its middle at a place."""
+    scale = size / 16
+    return (
+        f'<g transform="translate({x - size / 2:.1f} {y - size / 2:.1f}) scale({scale:.3f})" '
+        f'style="color:var(--{mark.colour})" fill="currentColor">{_SHAPES[mark.marker]}</g>'
     )
 
 

@@ -1,4 +1,9 @@
-"""The columns of the table of levels, with what each means: the same on the page, in a notebook and in a terminal."""
+"""The columns of the table of levels, with what each means: the same on the page, in a notebook and in a terminal.
+
+A column stands only where it says something: without full training there is nothing that a speed-up could be against.
+What is expected of full training then, from the levels that were run, is a row of its own, and each figure in it begins
+with ``≈``, so that it is not taken for one that was measured.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,16 @@ from torchrecycle.report.words import (
 )
 from torchrecycle.sweep.results import LevelResult, SweepResult
 
-__all__ = ["COSTS", "Column", "metric_columns", "recommended"]
+__all__ = ["EXPECTED", "EXPECTED_WORDS", "Column", "cost_columns", "expects_full", "metric_columns", "recommended"]
+
+EXPECTED = "≈ "
+"""Before a figure that was not measured."""
+EXPECTED_WORDS = "not run, so not measured: what is expected of it from the levels that were"
+
+
+def expects_full(result: SweepResult) -> bool:
+    """Whether full training was not run, but something is known of what would come."""
+    return result.full is None and (result.expected_full is not None or result.expected_full_seconds is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +40,8 @@ class Column:
     """One or two sentences."""
     cell: Callable[[SweepResult, LevelResult], str]
     untrained: Callable[[SweepResult], str] = lambda result: ""
+    expected: Callable[[SweepResult], str] = lambda result: ""
+    """What is expected of full training, where it was not run."""
 
 
 def metric_columns(result: SweepResult) -> list[Column]:
@@ -40,7 +56,20 @@ def _metric_column(name: str, meaning: str) -> Column:
         f"{clean(meaning).rstrip('. ')}. On the test split, with its standard error; 1 is best.".removeprefix(". "),
         lambda result, one: estimate(one.quality[name]) if name in one.quality else "",
         lambda result: estimate(result.untrained[name]),
+        lambda result: _expected(result) if name == result.metric else "",
     )
+
+
+def _expected(result: SweepResult) -> str:
+    return EXPECTED + estimate(result.expected_full) if result.expected_full is not None else ""
+
+
+def cost_columns(result: SweepResult) -> list[Column]:
+    """Those that say something of this sweep."""
+    shown = [*_COSTS[:3], *(_AGAINST_FULL if result.full is not None else ()), *_COSTS[3:]]
+    if result.full is None and result.expected_full_seconds is not None:
+        shown.insert(3, _AGAINST_EXPECTED)
+    return [one for one in shown if one.name in _ALWAYS or any(one.cell(result, level) for level in result.levels)]
 
 
 def _fill(result: SweepResult, one: LevelResult) -> str:
@@ -53,18 +82,53 @@ def _paid(result: SweepResult, one: LevelResult) -> str:
     return "never" if one.epochs_until_paid is None else f"{one.epochs_until_paid:,}"
 
 
-COSTS = (
+def _expected_epoch(result: SweepResult) -> str:
+    known = [one.full_epoch_seconds for one in result.predictions if one.full_epoch_seconds is not None]
+    return EXPECTED + seconds(known[0]) if known else ""
+
+
+def _expected_total(result: SweepResult) -> str:
+    return EXPECTED + seconds(result.expected_full_seconds) if result.expected_full_seconds is not None else ""
+
+
+def _against_expected(result: SweepResult, one: LevelResult) -> str:
+    spent, full = one.total_seconds + one.fill_seconds, result.expected_full_seconds
+    return EXPECTED + times(full / spent) if full is not None and spent else ""
+
+
+_ALWAYS = ("epoch s", "total s", "MB kept")
+_COSTS = (
     Column(
         "fill s",
         "Seconds of the one pass that computed the frozen layers and kept what they give, for all levels at once.",
         _fill,
     ),
-    Column("epoch s", "Seconds of one epoch of training, mean.", lambda result, one: seconds(one.epoch_seconds)),
+    Column(
+        "epoch s",
+        "Seconds of one epoch of training, mean.",
+        lambda result, one: seconds(one.epoch_seconds),
+        expected=_expected_epoch,
+    ),
     Column(
         "total s",
         "Seconds of all epochs of one training, without filling; levels need different numbers of epochs.",
         lambda result, one: seconds(one.total_seconds),
+        expected=_expected_total,
     ),
+    Column(
+        "against frozen",
+        "An epoch with the same layers frozen but computed again, by an epoch from the store: what recycling itself "
+        "gives, beside what freezing gives. Below 1×, reading is slower than computing again.",
+        lambda result, one: times(result.speed_up_against_frozen(one.level)),
+    ),
+    Column(
+        "MB kept",
+        "Megabytes on the disk for this level, all splits.",
+        lambda result, one: megabytes(one.bytes_kept) if one.cut else "",
+    ),
+    Column("paid after", "After how many epochs filling has paid, against the frozen layers computed again.", _paid),
+)
+_AGAINST_FULL = (
     Column(
         "speed-up",
         "Total seconds of full training, by those of the level.",
@@ -75,18 +139,11 @@ COSTS = (
         "The same with the pass that fills counted in, as if it served one training only.",
         lambda result, one: times(result.speed_up(one.level, filling=True)),
     ),
-    Column(
-        "against frozen",
-        "An epoch with the same layers frozen but computed again, by an epoch from the store: what recycling itself "
-        "gives, beside what freezing gives.",
-        lambda result, one: times(result.speed_up_against_frozen(one.level)),
-    ),
-    Column(
-        "MB kept",
-        "Megabytes on the disk for this level, all splits.",
-        lambda result, one: megabytes(one.bytes_kept) if one.cut else "",
-    ),
-    Column("paid after", "After how many epochs filling has paid, against the frozen layers computed again.", _paid),
+)
+_AGAINST_EXPECTED = Column(
+    "expected speed-up",
+    "Seconds that full training is expected to take, which was not run, by those of the level with filling.",
+    _against_expected,
 )
 
 

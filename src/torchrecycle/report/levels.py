@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from torchrecycle.report.colours import marks_of, swatch
-from torchrecycle.report.columns import COSTS, Column, metric_columns, recommended
+from torchrecycle.report.columns import (
+    EXPECTED,
+    EXPECTED_WORDS,
+    Column,
+    cost_columns,
+    expects_full,
+    metric_columns,
+    recommended,
+)
 from torchrecycle.report.markup import definitions, scrolling, slot, text
 from torchrecycle.report.words import percent
-from torchrecycle.sweep.results import LevelResult, SweepResult
+from torchrecycle.sweep.results import LevelResult, SweepResult, in_words
 
 __all__ = ["columns_explained", "level_name", "levels_table"]
 
 
 def levels_table(result: SweepResult) -> str:
     """Levels as rows, the pretrained model as it comes first."""
-    columns = [*metric_columns(result), *COSTS]
+    columns = [*metric_columns(result), *cost_columns(result)]
     names = ["level", "cut", *(column.name for column in columns), "verdict"]
     head = "".join(f'<th scope="col"{_left(name)}>{_unit(text(name))}</th>' for name in names)
-    rows = _untrained_row(result, columns) + "".join(_level_row(result, one, columns) for one in result.levels)
+    rows = _untrained_row(result, columns) + _expected_row(result, columns)
+    rows += "".join(_level_row(result, one, columns) for one in result.levels)
     caption = f"Levels of recycling: {result.title}"
     table = (
         f'<table class="levels"><caption>{text(caption)}</caption>'
@@ -40,6 +49,18 @@ def _untrained_row(result: SweepResult, columns: list[Column]) -> str:
     return _tr(result, "untrained", '<td class="words"></td>', cells, about)
 
 
+def _expected_row(result: SweepResult, columns: list[Column]) -> str:
+    """Full training where it was not run: what is expected of it, and that it is no more than that."""
+    if not expects_full(result):
+        return ""
+    cells = "".join(f"<td>{text(column.expected(result))}</td>" for column in columns)
+    name = f'{level_name(result, "full")} <em class="tag">expected</em>'
+    return (
+        f'<tr class="expected"><th scope="row">{name}</th><td class="words"></td>{cells}'
+        f'<td class="words verdict">{EXPECTED_WORDS}</td></tr>'
+    )
+
+
 def _level_row(result: SweepResult, one: LevelResult, columns: list[Column]) -> str:
     cut = (
         f"<code>{slot(one.cut).replace('.', '.<wbr>')}</code> <small>{percent(one.share)} of the blocks</small>"
@@ -61,7 +82,7 @@ def _tr(result: SweepResult, level: str, cut: str, cells: str, verdict: str) -> 
 
 def level_name(result: SweepResult, level: str) -> str:
     """The mark and the name of a level."""
-    words = "untrained" if level == "untrained" else result.of(level).words
+    words = "untrained" if level == "untrained" else in_words(level)
     return f'<span class="level">{swatch(marks_of(result)[level])}{text(words)}</span>'
 
 
@@ -71,8 +92,10 @@ def columns_explained(result: SweepResult) -> str:
         ("level", "What share of the blocks is recycled: computed once, kept, and not trained."),
         ("cut", "The module whose output is kept, and the share of the blocks that it really comes to."),
     ]
-    shown = [(column.name, text(column.meaning)) for column in (*metric_columns(result), *COSTS)]
+    shown = [(column.name, text(column.meaning)) for column in (*metric_columns(result), *cost_columns(result))]
     last = [("verdict", "What the level loses and wins against the best.")]
+    if expects_full(result):
+        last.append((EXPECTED.strip(), "Before a figure that was not measured, but is expected."))
     return (
         '<details class="legend"><summary>What the columns mean</summary>'
         f"{definitions([*first, *shown, *last], 'meanings')}</details>"

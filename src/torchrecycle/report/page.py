@@ -16,6 +16,7 @@ from torchrecycle.report.found import found_section
 from torchrecycle.report.levels import columns_explained, levels_table
 from torchrecycle.report.markup import Download, data_table, data_uri, downloads, sentence, slot, text
 from torchrecycle.report.plots import Plot, plots_of, to_inline_svg, to_png, to_svg
+from torchrecycle.report.predicted import predicted_section, predictions_sheet, slow_lines
 from torchrecycle.report.ran import ran_section
 from torchrecycle.report.sheets import Sheet, sheets_of, to_csv
 from torchrecycle.report.words import duration
@@ -80,9 +81,14 @@ def _part(result: SweepResult, number: int, count: int) -> _Part:
         own = {f"{stem}.png": to_png(plot), f"{stem}.svg": to_svg(plot), f"{stem}.csv": to_csv(plot.sheet).encode()}
         files |= own
         figures.append(_figure(plot, f"{ident}-{plot.name}", own))
-    sheets = {f"{before}{sheet.name}.csv": sheet for sheet in sheets_of(result)}
+    sheets = {f"{before}{sheet.name}.csv": sheet for sheet in _sheets(result)}
     files |= {path: to_csv(sheet).encode() for path, sheet in sheets.items()}
     return _Part(result, ident, _section(result, ident, figures, sheets), files)
+
+
+def _sheets(result: SweepResult) -> list[Sheet]:
+    predictions = predictions_sheet(result)
+    return [*sheets_of(result), *([predictions] if predictions is not None else [])]
 
 
 def _section(result: SweepResult, ident: str, figures: Sequence[str], sheets: dict[str, Sheet]) -> str:
@@ -96,12 +102,17 @@ def _section(result: SweepResult, ident: str, figures: Sequence[str], sheets: di
         f'<section class="task" id="{ident}" aria-labelledby="{ident}-title">'
         f'<h2 id="{ident}-title">{slot(result.title)}</h2>'
         f'<section aria-labelledby="{ident}-levels"><h3 id="{ident}-levels">The levels compared</h3>'
-        f"{levels_table(result)}{columns_explained(result)}"
-        f'<p class="files">All figures, not rounded: {" ".join(links)}</p></section>'
+        f"{levels_table(result)}{columns_explained(result)}{_slow(result)}"
+        f'<p class="files">All figures, not rounded: {" ".join(links)}</p></section>{predicted_section(result, ident)}'
         f'<section aria-labelledby="{ident}-plots"><h3 id="{ident}-plots">What quality costs</h3>'
         f'<div class="figures">{"".join(figures)}</div>{curves}</section>'
         f"{found_section(result, ident)}{ran_section(result, ident)}</section>"
     )
+
+
+def _slow(result: SweepResult) -> str:
+    """Where recycling does not pay, below the figures that show it."""
+    return "".join(f'<p class="note slow">{sentence(line)}</p>' for line in slow_lines(result))
 
 
 def _figure(plot: Plot, ident: str, files: dict[str, bytes]) -> str:
@@ -158,6 +169,8 @@ def _content(part: _Part) -> str:
 
 def _headings(part: _Part) -> Iterator[tuple[str, str]]:
     yield "levels", "levels"
+    if f'id="{part.ident}-predicted"' in part.html:
+        yield "predicted", "what was predicted"
     yield "plots", "plots"
     if f'id="{part.ident}-found"' in part.html:
         yield "found", "what it finds"

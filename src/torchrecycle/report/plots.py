@@ -24,7 +24,7 @@ from torchrecycle.report.colours import LIGHT, Mark, marks_of
 from torchrecycle.report.columns import recommended
 from torchrecycle.report.sheets import Cell, Sheet
 from torchrecycle.report.words import clean, estimate, figure, megabytes, seconds, shortened
-from torchrecycle.sweep.results import EpochPoint, Estimate, LevelResult, SweepResult
+from torchrecycle.sweep.results import EpochPoint, Estimate, LevelResult, SweepResult, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +57,8 @@ class Series:
     mark: Mark
     points: tuple[Point, ...]
     is_recommended: bool
+    is_expected: bool = False
+    """Whether nothing of it was measured: then its mark is hollow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +146,22 @@ def _against(
         costs: list[Cell] = [one.bytes_kept] if unit > 1 else [x, left, right]
         rows.append((one.level, *costs, quality.mean, quality.error))
         told.append(f"{one.words}: {estimate(quality)} {say(x)}")
+    for one in _expected(result, unit):
+        series.insert(0, one)
+        (point,) = one.points
+        costs = [None] if unit > 1 else [point.x, None, None]
+        rows.insert(0, ("full, not run, expected", *costs, point.y, point.high - point.y))
+        told.insert(0, f"{one.label}, not run: {figure(point.y)}")
     before = result.untrained[metric]
     rows.insert(0, ("untrained", *(None for name in x_names if name), before.mean, before.error))
+    hollow = " The hollow mark was not measured: it is what is expected." if series[0].is_expected else ""
     ring = " The ring marks what is recommended." if any(one.is_recommended for one in series) else ""
     bars = "Bars up and down: standard error"
     across = "; across: from the quickest to the slowest seed." if unit == 1 and len(result.seeds) > 1 else "."
     return Plot(
         name,
         title,
-        f"{caption}{ring} {bars}{across}",
+        f"{caption}{ring}{hollow} {bars}{across}",
         f"{clean(metric)} of each level. Untrained: {estimate(before)}. {'. '.join(told)}.",
         x_label,
         f"{shortened(clean(metric), 30)}, test split",
@@ -161,6 +170,16 @@ def _against(
         before,
         Sheet(name, ("level", *filter(None, x_names), metric, f"{metric} error"), tuple(rows)),
     )
+
+
+def _expected(result: SweepResult, unit: float) -> Iterator[Series]:
+    """Full training where it was not run; against seconds only if some are expected of it."""
+    expected, spent = result.expected_full, result.expected_full_seconds
+    if result.full is not None or expected is None or (spent is None and unit == 1):
+        return
+    x = 0.0 if unit > 1 or spent is None else spent
+    point = Point(x, expected.mean, x, x, expected.mean - expected.error, expected.mean + expected.error)
+    yield Series(f"{in_words('full')}, expected", marks_of(result)["full"], (point,), False, is_expected=True)
 
 
 # -- learning curves ---------------------------------------------------------------------------------------------------
@@ -430,8 +449,9 @@ def _draw(axes: Axes, one: Series, plot: Plot, colours: Mapping[str, str]) -> An
         label=one.label,
         color=colour,
         marker=one.mark.marker,
-        markeredgecolor=colours["card"],
-        markeredgewidth=0.6,
+        markerfacecolor=colours["card"] if one.is_expected else colour,
+        markeredgecolor=colour if one.is_expected else colours["card"],
+        markeredgewidth=1.6 if one.is_expected else 0.6,
         markersize=6 if plot.joined else 8.5,
         linestyle="-" if plot.joined else "none",
         linewidth=2.8 if one.is_recommended else 1.5,

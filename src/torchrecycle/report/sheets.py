@@ -11,6 +11,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
+from torchrecycle.report.columns import expects_full
 from torchrecycle.report.words import clean
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import LevelResult, SweepResult, Trial
@@ -73,12 +74,30 @@ def _levels(result: SweepResult) -> Sheet:
         "epochs_until_paid",
         "verdict",
     )
-    untrained = [part for value in result.untrained.values() for part in (value.mean, value.error)]
-    rows = [_level(result, one) for one in result.levels]
-    return Sheet(
-        "levels",
-        ("level", "cut", "share", "trained_parameters", *metrics, *costs),
-        (("untrained", None, None, None, *untrained, *(None for _ in costs)), *rows),
+    untrained: list[Cell] = [part for value in result.untrained.values() for part in (value.mean, value.error)]
+    rows = [("untrained", None, None, None, *untrained, *(None for _ in costs)), *_expected_full(result, len(costs))]
+    rows += [_level(result, one) for one in result.levels]
+    return Sheet("levels", ("level", "cut", "share", "trained_parameters", *metrics, *costs), tuple(rows))
+
+
+def _expected_full(result: SweepResult, costs: int) -> Iterator[tuple[Cell, ...]]:
+    """A row for full training where it was not run, under a name which says that nothing in it was measured."""
+    if not expects_full(result):
+        return
+    expected = result.expected_full
+    quality: list[Cell] = []
+    for metric in result.untrained:
+        quality += [expected.mean, expected.error] if expected is not None and metric == result.metric else [None, None]
+    yield (
+        "full, not run, expected",
+        None,
+        0.0,
+        None,
+        *quality,
+        None,
+        None,
+        result.expected_full_seconds,
+        *[None] * (costs - 3),
     )
 
 

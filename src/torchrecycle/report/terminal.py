@@ -1,32 +1,39 @@
-"""The table of levels in a terminal: one table of 150 characters, or two where it is narrower, and notes below."""
+"""The table of levels in a terminal, as wide as it needs or in parts that fit, what was predicted, and notes below."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from torchrecycle.report.columns import COSTS, metric_columns, recommended
+from torchrecycle.report.columns import (
+    EXPECTED,
+    EXPECTED_WORDS,
+    cost_columns,
+    expects_full,
+    metric_columns,
+    recommended,
+)
+from torchrecycle.report.grid import Head, fitting
+from torchrecycle.report.predicted import predicted_rows, slow_lines
 from torchrecycle.report.ran import recipe_in_words
 from torchrecycle.report.words import clean, duration
-from torchrecycle.sweep.results import LevelResult, SweepResult
+from torchrecycle.sweep.results import LevelResult, SweepResult, in_words
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["WIDE", "notes", "print_table", "tables"]
+__all__ = ["WIDE", "notes", "predicted_tables", "print_table", "tables"]
 
 WIDE = 150
-"""Characters that the whole table asks for; on a narrower terminal it comes as two."""
-
-Side = Literal["left", "right"]
+"""Characters of a line where it is no terminal that is written to."""
 
 
 def print_table(result: SweepResult, *, console: Console) -> None:
-    """Print the recommendation, the table and the notes."""
+    """Print the recommendation, the tables and the notes."""
     from rich.text import Text
 
-    for table in tables(result, console.width):
+    for table in [*tables(result, console.width), *predicted_tables(result, console.width)]:
         console.print(table)
     for line in notes(result):
         console.print(Text(line))
@@ -35,51 +42,50 @@ def print_table(result: SweepResult, *, console: Console) -> None:
         console.print(
             Text("The weights are random: the figures say nothing about a pretrained model.", style="bold red")
         )
+    for line in slow_lines(result):
+        console.print(Text(line, style="bold"))
     console.print(Text(clean(result.recommendation.sentence), style="bold"))
 
 
 def tables(result: SweepResult, width: int) -> list[Table]:
-    """One table, or one for quality and one for time where the terminal is narrow.
+    """One table if it fits; else one for quality and one for time; else a block of lines for each level."""
+    metrics, costs = metric_columns(result), cost_columns(result)
+    heads = [Head("level", "left"), Head("cut", "left", is_broken=True), *(Head(one.name) for one in metrics)]
+    heads += [Head(one.name.replace(" ", "\n", 1)) for one in costs]
+    columns = [*metrics, *costs]
+    rows = [[_named(result, "untrained", "untrained"), "", *(column.untrained(result) for column in columns)]]
+    if expects_full(result):
+        rows.append([f"{in_words('full')} {EXPECTED.strip()}", "", *(column.expected(result) for column in columns)])
+    rows += [_row(result, one) for one in result.levels]
+    return fitting(result.title, heads, rows, width, parts=(2 + len(metrics),))
 
-    What the user named is shown as it is: brackets in a title or a cut are no markup.
-    """
-    metrics = metric_columns(result)
-    quality: list[tuple[str, Side]] = [("level", "left"), ("cut", "left"), *((one.name, "right") for one in metrics)]
-    costs: list[tuple[str, Side]] = [(column.name.replace(" ", "\n", 1), "right") for column in COSTS]
-    untrained = [_named(result, "untrained", "untrained"), "", *(column.untrained(result) for column in metrics)]
-    rows = [_row(result, one) for one in result.levels]
-    count = len(quality)
-    if width >= WIDE:
-        return [_table(result.title, [*quality, *costs], [untrained, *rows])]
-    timed = [[row[0], *row[count:]] for row in rows]
-    return [
-        _table(result.title, quality, [untrained, *(row[:count] for row in rows)]),
-        _table("", [("level", "left"), *costs], timed),
+
+def predicted_tables(result: SweepResult, width: int) -> list[Table]:
+    """What was predicted beside what came; nothing if nothing was."""
+    ran, others = predicted_rows(result)
+    if not ran and not others:
+        return []
+    heads = [
+        Head("level", "left"),
+        Head("epoch\ns"),
+        Head("frozen\ns"),
+        Head("epoch\noff by"),
+        Head("store", "left", True),
     ]
+    heads += [Head("fill\ns"), Head("MB\nkept"), Head("paid\nafter")]
+    rows = []
+    for row in (*ran, *others):
+        epoch, frozen, fill, kept, paid = (_both(predicted, came) for _, predicted, came in row.figures(result))
+        rows.append([row.name, epoch, frozen, row.off, row.verdict, fill, kept, paid])
+    return fitting("predicted from a few batches / measured", heads, rows, width, parts=(5,))
 
 
-def _table(title: str, columns: Sequence[tuple[str, Side]], rows: Sequence[Sequence[str]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=Text(clean(title)) if title else None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-    )
-    table.collapse_padding = True
-    for name, justify in columns:
-        table.add_column(Text(name), justify=justify, no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+def _both(predicted: str, measured: str) -> str:
+    return f"{predicted} / {measured}" if measured else predicted
 
 
 def _row(result: SweepResult, one: LevelResult) -> list[str]:
-    columns = [*metric_columns(result), *COSTS]
+    columns = [*metric_columns(result), *cost_columns(result)]
     return [
         _named(result, one.level, one.words),
         clean(one.cut or ""),
@@ -95,9 +101,15 @@ def notes(result: SweepResult) -> Iterator[str]:
     """What the columns mean, how each level was trained, and what was run, a line each; plain text, no markup."""
     if recommended(result):
         yield "  *: recommended"
-    yield "  speed-up: total seconds of full training, by those of the level, without and with filling"
-    yield "  against frozen: an epoch with the same prefix frozen but computed again, by one from the store"
-    yield "  fill: one pass fills all levels; paid after: so many epochs, against the frozen prefix"
+    names = [one.name for one in cost_columns(result)]
+    if "speed-up" in names:
+        yield "  speed-up: total seconds of full training, by those of the level, without and with filling"
+    if expects_full(result):
+        yield f"  {in_words('full')} {EXPECTED.strip()} {EXPECTED_WORDS}"
+    if "against frozen" in names:
+        yield "  against frozen: an epoch with the same prefix frozen but computed again, by one from the store"
+    if "fill s" in names:
+        yield "  fill: one pass fills all levels; paid after: so many epochs, against the frozen prefix"
     for one in result.levels:
         if verdict := result.recommendation.verdicts.get(one.level):
             yield f"  {one.words}: {clean(verdict)}"

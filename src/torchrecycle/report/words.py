@@ -22,6 +22,7 @@ __all__ = [
     "rate",
     "seconds",
     "shortened",
+    "signed",
     "times",
 ]
 
@@ -76,6 +77,18 @@ def estimate(value: Estimate) -> str:
     ('0.936 ± 0.002', '0.500')
     """
     return figure(value.mean) + (f" ± {figure(value.error)}" if value.error else "")
+
+
+def signed(value: Estimate) -> str:
+    """A difference, with its error if one is known.
+
+    >>> signed(Estimate(0.0193, 0.0083)), signed(Estimate(-0.5, 0.0))
+    ('+0.019 ± 0.008', '−0.500')
+    """
+    if not math.isfinite(value.mean):
+        return figure(value.mean)
+    sign = "−" if value.mean < 0 else "+"
+    return sign + estimate(Estimate(abs(value.mean), value.error))
 
 
 def seconds(value: float | None) -> str:

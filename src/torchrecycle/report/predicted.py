@@ -1,0 +1,237 @@
+"""What was predicted from a few batches, before anything was filled, beside what then came.
+
+At 50 % an epoch was predicted to take 5.6 s, and took 5.86: 4 % less than what came. Where an epoch from the store is
+slower than one with the same layers frozen and computed again, this says so: recycling does not pay there, whatever
+else the level is good for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torchrecycle.report.levels import level_name
+from torchrecycle.report.markup import definitions, scrolling, text
+from torchrecycle.report.sheets import Cell, Sheet
+from torchrecycle.report.words import clean, count, megabytes, seconds
+from torchrecycle.sweep.results import LevelResult, Prediction, SweepResult, in_words
+
+__all__ = ["Row", "predicted_rows", "predicted_section", "predictions_sheet", "slow_lines"]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """Something that is predicted."""
+
+    name: str
+    meaning: str
+    predicted: Callable[[SweepResult, Prediction], str]
+    measured: Callable[[LevelResult], str]
+
+
+QUANTITIES = (
+    Quantity(
+        "epoch s",
+        "Seconds of one epoch of training.",
+        lambda result, one: seconds(one.epoch_seconds),
+        lambda one: seconds(one.epoch_seconds),
+    ),
+    Quantity(
+        "frozen s",
+        "Seconds of one epoch with the same layers frozen but computed again: without a store.",
+        lambda result, one: seconds(one.frozen_epoch_seconds),
+        lambda one: seconds(one.frozen_epoch_seconds),
+    ),
+    Quantity(
+        "fill s",
+        "Seconds of the pass that fills. Predicted for the level alone; what was measured filled all levels at once.",
+        lambda result, one: seconds(one.fill_seconds) if one.cut else "",
+        lambda one: seconds(one.fill_seconds) if one.cut else "",
+    ),
+    Quantity(
+        "MB kept",
+        "Megabytes on the disk, all splits; predicted from objects of the training split.",
+        lambda result, one: megabytes(_of_all_splits(result, one)) if one.cut else "",
+        lambda one: megabytes(one.bytes_kept) if one.cut else "",
+    ),
+    Quantity(
+        "paid after",
+        "After how many epochs filling has paid, against the frozen layers computed again.",
+        lambda result, one: _paid(one.frozen_epoch_seconds, one.epochs_until_paid),
+        lambda one: _paid(one.frozen_epoch_seconds, one.epochs_until_paid),
+    ),
+)
+
+
+def _of_all_splits(result: SweepResult, one: Prediction) -> int:
+    splits = result.ran.splits
+    trained = splits.get("train", 0)
+    return round(one.bytes_kept * sum(splits.values()) / trained) if trained else one.bytes_kept
+
+
+def _paid(frozen: float | None, epochs: int | None) -> str:
+    if frozen is None:
+        return ""
+    return "never" if epochs is None else f"{epochs:,}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prediction, and what came of it."""
+
+    prediction: Prediction
+    measured: LevelResult | None
+    """None if the level was not run, or not with this precision."""
+
+    @property
+    def name(self) -> str:
+        precision = f", {clean(self.prediction.precision)}" if self.prediction.precision else ""
+        return f"{in_words(self.prediction.level)}{precision}"
+
+    @property
+    def off(self) -> str:
+        """By how much the prediction of an epoch's seconds is above what was measured."""
+        measured = self.measured.epoch_seconds if self.measured is not None else 0.0
+        if not measured:
+            return ""
+        share = round(100 * (self.prediction.epoch_seconds / measured - 1))
+        return f"{'−' if share < 0 else '+'}{abs(share)} %" if share else "0 %"
+
+    @property
+    def verdict(self) -> str:
+        """Whether reading is quicker than computing again, as predicted and as measured."""
+        predicted, measured = _is_slow_as_predicted(self.prediction), None
+        if self.measured is not None:
+            measured = _is_slow(self.measured)
+        if predicted is None:
+            return ""
+        if measured is None or measured == predicted:
+            return _SLOW if predicted else "reading is quicker"
+        return f"predicted: {_SLOW}; measured: it is quicker" if predicted else f"predicted: quicker; measured: {_SLOW}"
+
+    def figures(self, result: SweepResult) -> list[tuple[str, str, str]]:
+        """For each quantity its name, what was predicted of it, and what was measured."""
+        return [
+            (one.name, one.predicted(result, self.prediction), one.measured(self.measured) if self.measured else "")
+            for one in QUANTITIES
+        ]
+
+
+_SLOW = "reading is slower than computing again"
+
+
+def _is_slow_as_predicted(one: Prediction) -> bool | None:
+    return None if one.frozen_epoch_seconds is None else not one.pays
+
+
+def _is_slow(one: LevelResult) -> bool | None:
+    """None for full training, and where no time was measured."""
+    if one.frozen_epoch_seconds is None or not one.epoch_seconds:
+        return None
+    return one.epoch_seconds >= one.frozen_epoch_seconds
+
+
+def predicted_rows(result: SweepResult) -> tuple[list[Row], list[Row]]:
+    """What was predicted of levels that were run, and of others, also of the same with another precision."""
+    ran = [Row(one.predicted, one) for one in result.levels if one.predicted is not None]
+    known = [row.prediction for row in ran]
+    return ran, [Row(one, None) for one in result.predictions if one not in known]
+
+
+def slow_lines(result: SweepResult) -> list[str]:
+    """For each level at which reading is slower than computing again, as measured, a sentence."""
+    return [
+        f"{one.words}: {_SLOW}. An epoch takes {seconds(one.epoch_seconds)} s from the store, and "
+        f"{seconds(one.frozen_epoch_seconds)} s with the same layers frozen and no store."
+        for one in result.levels
+        if _is_slow(one)
+    ]
+
+
+# -- on the page -------------------------------------------------------------------------------------------------------
+
+
+def predicted_section(result: SweepResult, ident: str) -> str:
+    """A table of what was predicted and what came; empty if nothing was predicted."""
+    ran, others = predicted_rows(result)
+    if not ran and not others:
+        return ""
+    steps = max(row.prediction.steps for row in (*ran, *others))
+    after = "" if not ran else " What was measured stands beside it."
+    rest = _table(result, others, "Predicted, but not run") if others else ""
+    if ran and others:
+        summary = f"{count(len(others), 'prediction')} of what was not run"
+        rest = f'<details class="legend"><summary>{summary}</summary>{rest}</details>'
+    return (
+        f'<section aria-labelledby="{ident}-predicted"><h3 id="{ident}-predicted">Predicted, and what came</h3>'
+        f"<p>From {steps:,} measured batches at most, before anything was filled.{after}</p>"
+        f"{_table(result, ran, 'Predicted, and what came') if ran else ''}{rest}"
+        f'<details class="legend"><summary>What these columns mean</summary>{_meanings()}</details></section>'
+    )
+
+
+def _table(result: SweepResult, rows: list[Row], caption: str) -> str:
+    """Two columns for each quantity, or one where nothing was measured."""
+    is_run = any(row.measured for row in rows)
+    kinds = ("predicted", "measured") if is_run else ("predicted",)
+    heads = [f"{one.name} {kind}" for one in QUANTITIES for kind in kinds] + ["epoch s off by"] * is_run
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in heads)
+    body = "".join(
+        f'<tr{_SLOW_ROW if _SLOW in row.verdict else ""}><th scope="row">{_name(result, row)}</th>'
+        f"{''.join(f'<td>{text(cell)}</td>' for cell in _cells(result, row, is_run))}"
+        f'<td class="words verdict">{text(row.verdict)}</td></tr>'
+        for row in rows
+    )
+    caption = f"{caption}: {result.title}"
+    table = (
+        f'<table class="levels"><caption>{text(caption)}</caption><thead><tr><th scope="col" class="words">level</th>'
+        f'{head}<th scope="col" class="words">store</th></tr></thead><tbody>{body}</tbody></table>'
+    )
+    return scrolling(table, caption)
+
+
+_SLOW_ROW = ' class="slow"'
+
+
+def _cells(result: SweepResult, row: Row, is_run: bool) -> list[str]:
+    both = [cell for _, *cells in row.figures(result) for cell in cells[: 1 + is_run]]
+    return [*both, row.off] if is_run else both
+
+
+def _name(result: SweepResult, row: Row) -> str:
+    precision = f" <small>{text(row.prediction.precision)}</small>" if row.prediction.precision else ""
+    return f"{level_name(result, row.prediction.level)}{precision}"
+
+
+def _meanings() -> str:
+    own = [(one.name, text(one.meaning)) for one in QUANTITIES]
+    off = ("off by", "How much the predicted seconds of an epoch are above what was measured.")
+    store = (
+        "store",
+        "Whether an epoch from the store is quicker than one in which the frozen layers are computed again.",
+    )
+    return definitions([*own, off, store], "meanings")
+
+
+# -- as a sheet --------------------------------------------------------------------------------------------------------
+
+
+def predictions_sheet(result: SweepResult) -> Sheet | None:
+    """Every figure that was predicted, not rounded, beside what was measured; None if nothing was."""
+    ran, others = predicted_rows(result)
+    if not ran and not others:
+        return None
+    names = ("fill_seconds", "epoch_seconds", "frozen_epoch_seconds", "epochs_until_paid")
+    header = ("level", "cut", "precision", "objects", "steps", "full_epoch_seconds", "pays")
+    header += ("bytes_kept predicted (training split)", "bytes_kept measured (all splits)")
+    header += tuple(f"{name} {kind}" for name in names for kind in ("predicted", "measured"))
+    rows = []
+    for row in (*ran, *others):
+        one = row.prediction
+        cells: list[Cell] = [one.level, one.cut, one.precision, one.objects, one.steps, one.full_epoch_seconds]
+        cells.append(str(one.pays).lower() if one.frozen_epoch_seconds is not None else None)
+        cells += [one.bytes_kept, row.measured.bytes_kept if row.measured is not None else None]
+        for name in names:
+            cells += [getattr(one, name), getattr(row.measured, name) if row.measured is not None else None]
+        rows.append(tuple(cells))
+    return Sheet("predictions", header, tuple(rows))
