@@ -10,16 +10,19 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from loops import accelerated, interrupted, shared
-from small import CUT, labels, pictures, residual
-from torchrecycle import recycle
+from small import CUT, bert, labels, pictures, residual
+from torchrecycle import CutError, recycle
 from torchrecycle.fill.ranks import Ranks, ReadingOrder
 
 HERE = Path(__file__).parent
@@ -262,6 +265,53 @@ def test_a_recycled_batch_is_not_sent_to_another_rank(together):
             assert kind == "BatchError"
             assert "each process finds the rows of its own batches" in words
             assert "dispatch_batches=False" in words
+
+
+@pytest.fixture
+def _one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_what_trains_since_a_recut_and_ddp_does_not_average_is_refused_until_it_is_put_around_anew(tmp_path):
+    model, data = residual(), list(zip(pictures(8), labels(8), strict=True))
+    recycling = recycle(model, pictures(2), cut=CUT, store=tmp_path / "store")
+    loader, wrapped = recycling.loader(data, batch_size=4), DistributedDataParallel(model)
+
+    def train(wrapped: Any) -> None:
+        for x, y in loader:
+            cross_entropy(wrapped.train()(x), y).backward()
+
+    train(wrapped)
+    recycling.recut("stem")
+    with pytest.raises(
+        CutError, match=r"'stages.0.conv.weight' and \d+ more train since recut\(\).*Wrap the model anew"
+    ):
+        train(wrapped)
+    with torch.no_grad():
+        assert len([wrapped.eval()(x) for x, _ in loader]) == 2, "nothing is trained"
+    train(DistributedDataParallel(model))
+    assert model.get_parameter("stages.0.conv.weight").grad is not None
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_the_fsdp2_plugin_of_accelerate_shards_the_model_itself_and_is_refused_in_words(tmp_path):
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    accelerator = Accelerator(cpu=True)
+    # On CPUs, Accelerate itself takes DDP in its place.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    model = bert()
+    recycling = recycle(model, accelerated.example(), cut=accelerated.CUT, store=tmp_path / "store")
+    loader = recycling.loader(accelerated.texts(), **accelerated.shuffled(4))
+    batch = next(iter(loader))
+    sharded = fsdp2_prepare_model(accelerator, model)
+    for call in (lambda: sharded(**batch), lambda: next(iter(loader))):
+        with pytest.raises(CutError, match=r"the model was sharded with fully_shard .*each module after the cut"):
+            call()
 
 
 # -- torchrun: FSDP2 ---------------------------------------------------------------------------------------------------

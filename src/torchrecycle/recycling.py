@@ -370,6 +370,8 @@ class Recycling:
         """The copies of rows in memory and on the GPU that its loaders have now."""
         self._paused = 0
         self._warned = self._warned_of_unfrozen = False
+        self._thawed: dict[str, nn.Parameter] = {}
+        """What `recut` has given back to training."""
         self._marks = Marks()
         self._keeping = Keeping(self._look_again, self._wrote)
         self._raw_batches: int | None = 0
@@ -822,6 +824,8 @@ class Recycling:
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model: with rows, raw, or without recycling."""
         self.bypass.refuse_lost()
+        if self._thawed and self.model.training and torch.is_grad_enabled():
+            self._thawed = _unknown_to_ddp(self._thawed)
         if self.bypass.interceptor.offloaded is not None:
             args, kwargs = self._where_the_rest_is(args, kwargs)
         try:
@@ -1507,7 +1511,9 @@ class Recycling:
             self.model, cut, level, self.store, self._options.autocast, None, None, self._options.verify_every
         )
         self._keeping.publish(self.source)
+        before = self.bypass.prefix_parameters
         self._rebuild(replace(self._options, cut=cut, level=level))
+        self._thawed |= {name: p for name, p in before.items() if name not in self.bypass.prefix_parameters}
         return self
 
     def _rebuild(self, options: _Options | None = None) -> None:
@@ -1719,6 +1725,30 @@ def _moved(leaf: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and not leaf.is_cuda:  # from pinned memory, so that the copy runs beside the computing
         return leaf.pin_memory().to(device, non_blocking=True)
     return leaf.to(device)
+
+
+def _unknown_to_ddp(thawed: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """What is still to be looked at: nothing, once a forward under DDP has been seen to average all of it.
+
+    DDP looks at what asks for a gradient when it is put around a model, and never averages what was frozen then.
+
+    Raises:
+        CutError: something of that trains now, and the ranks would go apart in silence.
+    """
+    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    asking = {name: parameter for name, parameter in thawed.items() if parameter.requires_grad}
+    if wrapper is None or not asking:
+        return thawed
+    averaged = {id(p) for bucket in wrapper.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
+    unknown = [name for name, parameter in asking.items() if id(parameter) not in averaged]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise CutError(
+            f"'{unknown[0]}'{more} train since recut(), and were frozen when DistributedDataParallel was put around the "
+            "model: it does not average their gradients, and each process would train them by itself. Wrap the model "
+            "anew after recut(): model = DistributedDataParallel(wrapped.module)."
+        )
+    return {}
 
 
 def _absent(name: str, tensor: RecycledTensor) -> Absent:
