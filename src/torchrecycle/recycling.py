@@ -1744,9 +1744,9 @@ def _unknown_to_ddp(thawed: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise CutError(
-            f"'{unknown[0]}'{more} train since recut(), and were frozen when DistributedDataParallel was put around the "
-            "model: it does not average their gradients, and each process would train them by itself. Wrap the model "
-            "anew after recut(): model = DistributedDataParallel(wrapped.module)."
+            f"'{unknown[0]}'{more} train since recut(), and were frozen when DistributedDataParallel was put around "
+            "the model: it does not average their gradients, and each process would train them by itself. Wrap the "
+            "model anew after recut(): model = DistributedDataParallel(wrapped.module)."
         )
     return {}
 
