@@ -11,11 +11,15 @@ into (a database, an object written in C) counts by identity.
 
 A class that knows better says with ``__recycle_state__(self)`` what its state consists of.
 
+`lasting_state_of` gives a digest that another process gives too: what counts by identity is refused there, and objects
+that are written in C count by what pickling makes of them.
+
 `generators_of` walks the same way in search of private random generators.
 """
 
 from __future__ import annotations
 
+import copyreg
 import dis
 import functools
 import marshal
@@ -24,6 +28,8 @@ import random
 import sys
 import sysconfig
 import types
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import parent_process
 from pathlib import PurePath
@@ -33,9 +39,15 @@ import numpy as np
 import torch
 from blake3 import blake3
 
+from torchrecycle.errors import RecycleError
 from torchrecycle.frames import is_frame, plain_of, texts_of
 
-__all__ = ["generators_of", "state_of"]
+__all__ = ["NoLastingStateError", "generators_of", "lasting_state_of", "state_of"]
+
+
+class NoLastingStateError(RecycleError, TypeError):
+    """An object cannot be told from another one by what it consists of."""
+
 
 _PLAIN = (str, int, float, bool, type(None), bytes, complex)
 _PLAIN_TYPES = frozenset(_PLAIN)
@@ -48,6 +60,20 @@ _MOST_PARTS = 5_000_000
 def state_of(*objects: Any) -> str:
     """A digest of the present state of objects, as far as it can be seen: for one process."""
     walk = _Walk()
+    for one in objects:
+        walk.visit(one)
+    return walk.hasher.hexdigest(length=16)
+
+
+def lasting_state_of(*objects: Any) -> str:
+    """A digest of the present state of objects that is the same in another process, all bytes of tensors included.
+
+    Generators count with the state that they are in, files by size and times, loggers and locks not at all.
+
+    Raises:
+        NoLastingStateError: something in them counts by identity: an open connection, a sparse tensor.
+    """
+    walk = _Walk(lasting=True)
     for one in objects:
         walk.visit(one)
     return walk.hasher.hexdigest(length=16)
@@ -85,12 +111,13 @@ class _Nothing:
 class _Walk:
     """One look at some objects."""
 
-    def __init__(self, *, hashes: bool = True) -> None:
+    def __init__(self, *, hashes: bool = True, lasting: bool = False) -> None:
         # A forked worker has not the threads of its parent, and would wait for them for ever.
         threads = blake3.AUTO if parent_process() is None else 1
         self.hasher: Any = blake3(max_threads=threads) if hashes else _Nothing()
         self.generators: list[Any] = []
-        self._left = _FULL_BYTES
+        self._lasting = lasting
+        self._left = sys.maxsize if lasting else _FULL_BYTES
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # an id in `_seen` must not be given again
 
@@ -108,12 +135,33 @@ class _Walk:
             self.say("again", self._seen[id(value)])
             return
         if len(self._seen) > _MOST_PARTS:
-            self.say("id", id(value))
+            self._by_identity(value)
             return
         self._seen[id(value)] = len(self._seen)
         self._alive.append(value)
         self.say(kind.__module__, kind.__qualname__)
         next(writer for kinds, writer in _WRITERS if isinstance(value, kinds))(self, value)
+
+    def _by_identity(self, value: Any, *more: Any) -> None:
+        """Of what cannot be looked into."""
+        if self._lasting:
+            raise NoLastingStateError(f"a {type(value).__module__}.{type(value).__qualname__} cannot be looked into")
+        self.say("id", id(value), *more)
+
+    def _reduced(self, value: Any) -> None:
+        """An object written in C, by what pickling makes of it; only for a digest that lasts."""
+        if not self._lasting:
+            self._by_identity(value)
+            return
+        try:
+            known = copyreg.dispatch_table.get(type(value))
+            parts = value.__reduce_ex__(2) if known is None else known(value)
+        except Exception as error:  # whatever a class raises that cannot be pickled
+            raise NoLastingStateError(f"a {type(value).__module__}.{type(value).__qualname__}: {error}") from error
+        if isinstance(parts, str):  # the name of a global, such as Ellipsis
+            self.say(parts)
+        else:
+            self.visit(tuple(list(part) if isinstance(part, Iterator) else part for part in parts))
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -165,7 +213,7 @@ class _Walk:
         try:
             flat = plain.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         except (RuntimeError, NotImplementedError, TypeError):  # sparse, quantised, without storage
-            self.say("id", id(value), plain._version)
+            self._by_identity(value, plain._version)
             return
         if not self._bytes(flat):
             self.say("version", plain._version)
@@ -188,6 +236,11 @@ class _Walk:
             self.hasher.update(flat[begin : begin + 4096].tobytes())
         return False
 
+    def _buffer(self, value: Any) -> None:
+        content = memoryview(value)
+        self.say(content.format, content.shape)
+        self._bytes(np.frombuffer(content.tobytes(), np.uint8))
+
     def _number(self, value: Any) -> None:
         self.say(value.dtype, value.tobytes().hex())
 
@@ -198,6 +251,8 @@ class _Walk:
     def _generator(self, value: Any) -> None:
         # What it will draw is no state of the data set: reading items moves it.
         self.generators.append(value)
+        if self._lasting:
+            self.visit(_state_of_generator(value))
 
     # -- code ----------------------------------------------------------------------------------------------------------
 
@@ -218,19 +273,29 @@ class _Walk:
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._code(constant, names)
+            elif isinstance(constant, frozenset):  # whose order is another in each process
+                self.say(sorted(map(repr, constant)))
             else:
                 self.say(repr(constant))
         asked = _globals_of(code)
+        for name in _imports_of(code):
+            module = sys.modules.get(name)
+            if module is not None and not _is_of_a_library(name):
+                self._named_in(code, module)
         for name in code.co_names:
             self.say(name)
             # An attribute's name may be that of a global which has nothing to do with it: a loop's `x` and `self.x`.
             value = names.get(name) if name in asked else None
             if isinstance(value, types.ModuleType) and not _is_of_a_library(value.__name__):
-                for attribute in code.co_names:
-                    if attribute in vars(value):
-                        self.visit(vars(value)[attribute])
+                self._named_in(code, value)
             elif name in asked and name in names and name != "__builtins__":
                 self.visit(value)
+
+    def _named_in(self, code: types.CodeType, module: types.ModuleType) -> None:
+        """What of a module some code may mean."""
+        for attribute in code.co_names:
+            if attribute in vars(module):
+                self.visit(vars(module)[attribute])
 
     def _method(self, method: types.MethodType) -> None:
         self.visit(method.__func__)
@@ -278,7 +343,8 @@ class _Walk:
     def _other(self, value: Any) -> None:
         kind = type(value)
         if kind.__module__.split(".")[0] in _OPAQUE:
-            self.say("id", id(value))
+            if not self._lasting:
+                self.say("id", id(value))
             return
         own = getattr(kind, "__recycle_state__", None)
         if own is not None:
@@ -297,14 +363,14 @@ class _Walk:
         if _is_image_folder(kind):
             self._files(value)
         if not self._attributes(value):
-            self.say("id", id(value))
+            self._reduced(value)
 
     def _frame(self, frame: Any) -> None:
         """Of a pandas, Arrow or polars object its content: it may have been edited in place."""
         try:
             content = plain_of(frame, by_chunk=True)
         except (ValueError, TypeError, NotImplementedError):
-            self.say("id", id(frame))
+            self._by_identity(frame)
         else:
             self.visit(content)
             for texts in texts_of(frame):
@@ -340,6 +406,14 @@ class _Walk:
         return found
 
 
+def _state_of_generator(value: Any) -> Any:
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    return value.get_state()
+
+
 def _paths_in(chunk: Any) -> Any:
     """A chunk of an Arrow column; of pictures and sounds, as `datasets` keeps them, their paths."""
     return chunk.field("path") if getattr(chunk.type, "get_field_index", lambda _: -1)("path") >= 0 else chunk
@@ -372,7 +446,8 @@ _WRITERS: list[tuple[Any, Callable[[_Walk, Any], None]]] = [
     (np.ndarray, _Walk._array),
     (np.generic, _Walk._number),
     ((random.Random, np.random.Generator, np.random.RandomState, torch.Generator), _Walk._generator),
-    ((list, tuple, bytearray), _Walk._sequence),
+    ((list, tuple, bytearray, deque), _Walk._sequence),
+    ((array, memoryview), _Walk._buffer),
     (Mapping, _Walk._mapping),
     ((set, frozenset), _Walk._set),
     (PurePath, _Walk._path),
@@ -394,6 +469,13 @@ def _globals_of(code: types.CodeType) -> frozenset[str]:
     return frozenset(
         str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _imports_of(code: types.CodeType) -> tuple[str, ...]:
+    """The modules that some code imports when it runs."""
+    found = (str(step.argval) for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME")
+    return tuple(dict.fromkeys(found))
 
 
 # -- whose code is it --------------------------------------------------------------------------------------------------
