@@ -3,7 +3,11 @@ row or label after any of them was edited."""
 
 from __future__ import annotations
 
+import array
+import collections
 import dataclasses
+import sys
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -197,6 +201,56 @@ def test_a_list_of_several_things_of_which_the_first_is_a_file_has_a_state(tmp_p
     before = [state_of(held) for held in kinds]
     path.write_text("other")
     assert not any(state_of(held) == one for held, one in zip(kinds, before, strict=True))
+
+
+# -- what else a data set may hold -------------------------------------------------------------------------------------
+
+EDITS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "deque": (collections.deque([1.0, 5.0]), lambda held: held.__setitem__(0, 2.0)),
+    "array": (array.array("d", [1.0, 5.0]), lambda held: held.__setitem__(0, 2.0)),
+    "memory": (memoryview(bytearray(b"\x01\x05")), lambda held: held.__setitem__(0, 2)),
+}
+
+
+class Times(Dataset[Any]):
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Any:
+        return X[index] * float(self.held[0]), index
+
+
+@pytest.mark.parametrize("held", EDITS)
+def test_what_is_edited_in_a_container_is_seen_at_the_next_iteration(held, made):
+    dataset, edit = Times(EDITS[held][0]), EDITS[held][1]
+    loader = made.loader(dataset, batch_size=5)
+    compare(made, dataset, loader)
+    edit(dataset.held)
+    compare(made, dataset, loader)
+
+
+class ImportsWhenRead(Dataset[Any]):
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Any:
+        import settings_of_a_user  # pyright: ignore
+
+        return X[index] * settings_of_a_user.factor, index
+
+
+def test_a_setting_of_a_module_that_is_imported_when_an_item_is_read_is_seen(made, monkeypatch):
+    module: Any = types.ModuleType("settings_of_a_user")
+    module.factor = 1.0
+    monkeypatch.setitem(sys.modules, "settings_of_a_user", module)
+    dataset = ImportsWhenRead()
+    loader = made.loader(dataset, batch_size=5)
+    compare(made, dataset, loader)
+    module.factor = 2.0
+    compare(made, dataset, loader)
 
 
 # -- arrays given as data sets -----------------------------------------------------------------------------------------

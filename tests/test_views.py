@@ -601,20 +601,40 @@ class Hidden(Dataset[Any]):
         return (X[index], drawn) if self.target else (X[index] * drawn, index)
 
 
+class Inner:
+    """A transform of whose generator Python sees nothing."""
+
+    def __init__(self) -> None:
+        self.draw = map(np.random.default_rng(0).random, [1] * 10_000).__next__
+
+    def __call__(self, index: int) -> torch.Tensor:
+        return X[index] * float(self.draw()[0])
+
+
+_UNSEEDED = r"\), gives other model inputs each time it is asked for the same item under the same seed"
+
+
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
-        (FromTheSystem(), "other model inputs each time it is asked for the same item under the same seed"),
-        (Hidden(), "other model inputs each time it is asked for the same item under the same seed"),
+        (FromTheSystem(), f"FromTheSystem.__getitem__{_UNSEEDED}"),
+        (Hidden(), f"Hidden.__getitem__{_UNSEEDED}"),
+        (Seen(Inner()), f"Inner{_UNSEEDED}"),
         (Hidden(target=True), "other targets each time"),
     ],
-    ids=["system", "hidden", "targets"],
+    ids=["system", "hidden", "hidden in a transform", "targets"],
 )
-def test_what_nobody_can_seed_is_refused(dataset, words, tmp_path):
+def test_what_nobody_can_seed_is_refused_by_name(dataset, words, tmp_path):
     recycling = made(tmp_path, views=4)
     with pytest.raises(RandomInputError, match=words):
         recycling.fill(dataset)
     assert len(recycling.source.rows) == 0
+
+
+@pytest.mark.parametrize("transform", [Inner(), Lazy()], ids=["hidden", "made at first use"])
+def test_without_views_what_leaves_no_trace_is_named_too(transform, tmp_path):
+    with pytest.raises(RandomInputError, match=type(transform).__name__):
+        made(tmp_path).fill(Seen(transform))
 
 
 def collate_with_noise(items: Sequence[Any]) -> Any:

@@ -28,7 +28,7 @@ from torchrecycle.data import Manifest, RowSource, Template, Views, absent_colum
 from torchrecycle.data.views import some_of
 from torchrecycle.errors import BatchError, CutError, RandomInputError, RecycleWarning, StoreError
 from torchrecycle.fill.ranks import Ranks, ReadingOrder
-from torchrecycle.fill.reading import AbsentLeaf, Reading, Watched
+from torchrecycle.fill.reading import AbsentLeaf, Reading, Watched, seen_changing
 from torchrecycle.progress import progress
 from torchrecycle.store.claims import claims_of
 from torchrecycle.trace import random_state, set_random_state
@@ -202,11 +202,14 @@ def _read_twice(dataset: Any, reading: Reading, source: RowSource) -> None:
     keys = [source.keys(source.rule(batch)) for batch in batches]
     step = "Draw from the global generators, or from one that the data set holds, so that views= can seed it"
     if not np.array_equal(keys[0], keys[1]):
+        Watched(dataset).__getitems__(indices)  # a generator that was made at first use is there now, and is named
         again = source.keys(source.rule(reading.collated(second)))
         if not np.array_equal(keys[1], again):
             who, step = "collate function", "Draw in the data set's __getitem__ instead, and keep several views="
         else:
-            who = "data set"
+            base, objects = (dataset.base, len(dataset.base)) if isinstance(dataset, Views) else (dataset, len(dataset))
+            item = indices[int((keys[0] != keys[1]).any(1).argmax())] % objects
+            who = f"data set, a {type(base).__name__} (in {seen_changing(base, item)}),"
         seeded = " under the same seed" if isinstance(dataset, Views) else ""
         raise RandomInputError(
             f"the {who} gives other model inputs each time it is asked for the same item{seeded}, and no generator "

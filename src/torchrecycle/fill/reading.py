@@ -21,10 +21,14 @@ from torchrecycle.bypass import BatchRule
 from torchrecycle.data import Generators, Template, Views
 from torchrecycle.data.batches import path_of
 from torchrecycle.data.known import items_of, user_key_of
+from torchrecycle.data.state import state_of
 from torchrecycle.errors import BatchError, RandomInputError
 from torchrecycle.keys import tensor_row_keys
 
-__all__ = ["Reading", "Watched"]
+__all__ = ["Reading", "Watched", "seen_changing"]
+
+MOST_CALLS = 10_000
+"""So many calls within the reading of an item are looked at to name what changes."""
 
 
 class Watched(Dataset[Any]):
@@ -123,6 +127,29 @@ def _seen_drawing(dataset: Any, indices: Sequence[int]) -> list[str]:
         finally:
             sys.setprofile(others)
     return found
+
+
+def seen_changing(dataset: Any, index: int) -> str:
+    """The innermost object or function that gives something else when this item is read a second time."""
+    runs: list[list[tuple[str, str]]] = []
+
+    def look(frame: types.FrameType, event: str, argument: Any) -> None:
+        name = _name_of(frame, dataset) if event == "return" and argument is not None else None
+        if name is not None and len(runs[-1]) < MOST_CALLS:
+            with suppress(Exception):
+                runs[-1].append((name, state_of(argument)))
+
+    others = sys.getprofile()
+    with Generators(dataset).undisturbed(), suppress(Exception):
+        for _ in range(2):
+            runs.append([])
+            sys.setprofile(look)
+            try:
+                items_of(dataset, [index])
+            finally:
+                sys.setprofile(others)
+    changed = (one[0] for one, other in zip(*runs, strict=False) if one[0] == other[0] and one[1] != other[1])
+    return next(changed, f"{type(dataset).__name__}.__getitem__")
 
 
 class Reading:
