@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,8 +49,7 @@ from torchrecycle.sweep.estimates import difference, estimate
 from torchrecycle.sweep.journal import Journal, JournalError, trial_from_json
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
-from torchrecycle.sweep.recommend import recommend
-from torchrecycle.sweep.results import EpochPoint, Found, LevelResult, Trial
+from torchrecycle.sweep.results import EpochPoint, Found, Trial
 from torchrecycle.sweep.run import SweepError, parse_levels, search_order
 from torchrecycle.sweep.splits import (
     MOST_VALIDATION,
@@ -281,135 +280,6 @@ def test_no_more_is_held_out_to_choose_a_rate_than_is_needed():
     assert len(split_by_class(*_objects([400] * 40)).validation) == 2 * 400  # but one class alone measures nothing
     many = [str(i) for i in range(9000)]
     assert len(split_pairs(many, [f"{i}'" for i in many]).validation) == MOST_VALIDATION
-
-
-# -- the recommendation ------------------------------------------------------------------------------------------------
-
-UNTRAINED = 0.2
-OBJECTS = 200
-CLUSTERS = tuple(range(OBJECTS))
-
-
-def _scores(mean: float, noise: float = 0.014, seed: int = 0) -> tuple[float, ...]:
-    """Of each object; all of them have exactly this mean and this deviation."""
-    drawn = np.random.default_rng(seed).normal(0, 1, OBJECTS)
-    return tuple(((drawn - drawn.mean()) / drawn.std() * noise + mean).tolist())
-
-
-def _level(
-    level: str, mean: float, seconds: float, *, fill: float = 0.0, kept: int = 0, noise: float = 0.014, seed: int = 0
-) -> LevelResult:
-    scores = _scores(mean, noise, seed + sum(map(ord, level)))
-    recipe = Recipe(epochs=1, suffix_rate=1e-3, head_rate=1e-3)
-    curve = (EpochPoint(1, seconds, 1.0, mean),)
-    trial = Trial(level, "final", 0, recipe, curve, {"accuracy": mean}, {"accuracy": scores})
-    return LevelResult(
-        level=level,
-        cut=None if level == "full" else f"trunk.at{level}",
-        share=0.5,
-        trained_parameters=1,
-        quality={"accuracy": estimate([scores], CLUSTERS)},
-        trials=(trial,),
-        search=(),
-        fill_seconds=fill,
-        frozen_epoch_seconds=None,
-        bytes_kept=kept,
-    )
-
-
-def _recommend(*levels: LevelResult) -> Any:
-    return recommend(levels, _scores(UNTRAINED), "accuracy", CLUSTERS)
-
-
-def test_half_is_recommended_where_it_keeps_what_training_gains():
-    found = _recommend(
-        _level("full", 0.600, 100.0),
-        _level("50", 0.595, 30.0, fill=10.0, kept=73_500_000),
-        _level("head", 0.355, 1.0, fill=10.0, kept=1_000),
-    )
-    assert found.level == "50"
-    assert found.sentence == (
-        "Recycle 50 % (cut `trunk.at50`): accuracy 0.595 ± 0.001 against 0.600 ± 0.001 for full training, "
-        "2.5 times faster, filling included, 73.5 MB kept; head only would lose 0.24."
-    )
-    assert found.verdicts == {
-        "full": "best, but takes longer",
-        "50": "recommended: keeps 99% of the gain",
-        "head": "keeps 39% of the gain",
-    }
-
-
-def test_head_only_is_recommended_where_it_is_as_good():
-    found = _recommend(_level("full", 0.6, 100.0), _level("50", 0.6, 30.0), _level("head", 0.59, 1.0, fill=4.0))
-    assert found.level == "head"
-    assert found.sentence.startswith("Train the head only (cut `trunk.athead`): accuracy 0.590")
-    assert "20.0 times faster, filling included" in found.sentence
-    assert "would lose" not in found.sentence
-    assert found.verdicts["50"] == "keeps 100% of the gain, but takes longer"
-
-
-def test_full_training_is_recommended_where_all_others_lose_too_much():
-    found = _recommend(_level("full", 0.6, 100.0), _level("50", 0.5, 30.0), _level("head", 0.3, 1.0))
-    assert found.level == "full"
-    assert found.sentence == "Train the whole network: accuracy 0.600 ± 0.001; 50 % recycled would lose 0.10."
-    assert found.verdicts == {
-        "full": "recommended: best",
-        "50": "keeps 75% of the gain",
-        "head": "keeps 25% of the gain",
-    }
-
-
-def test_a_level_that_is_slower_with_filling_is_not_recommended_for_its_quicker_epochs():
-    found = _recommend(_level("full", 0.6, 100.0), _level("50", 0.6, 30.0, fill=80.0))
-    assert found.level == "full"
-
-
-def test_where_nothing_is_gained_the_pretrained_model_is_to_be_taken_as_it_is():
-    found = _recommend(_level("full", 0.202, 100.0, noise=0.1), _level("head", 0.19, 1.0, noise=0.1))
-    assert found.level is None
-    assert found.sentence.startswith("Take the pretrained model as it is: accuracy 0.200 ± 0.001, and no level")
-    assert "the best, full training, by +0.002 ± 0.00" in found.sentence
-    assert set(found.verdicts.values()) == {"not better than the pretrained model as it is"}
-    worse = _recommend(_level("full", 0.1, 100.0, noise=0.0001))  # also where that is sure
-    assert worse.level is None
-    assert "by -0.100" in worse.sentence
-
-
-def test_ninety_per_cent_is_enough_only_where_the_rest_is_less_than_its_error():
-    sure = _recommend(_level("full", 0.6, 100.0), _level("50", 0.57, 30.0))
-    assert sure.level == "full"
-    noisy = _recommend(_level("full", 0.6, 100.0, noise=0.4), _level("50", 0.57, 30.0, noise=0.4))
-    assert noisy.level == "50"
-    assert _recommend(_level("full", 0.6, 100.0, noise=0.4), _level("50", 0.55, 30.0, noise=0.4)).level == "full"
-
-
-def test_a_level_that_is_quicker_and_better_than_one_that_is_good_enough_is_good_enough():
-    """The one is within the noise of the best, and the other is not, though it loses less."""
-    full = _level("full", 0.6, 100.0)
-    noisy = _level("75", 0.562, 50.0, noise=0.6)
-    sure = _level("50", 0.57, 30.0)
-    assert recommend([full, noisy], _scores(UNTRAINED), "accuracy", CLUSTERS).level == "75"
-    found = recommend([full, sure, noisy], _scores(UNTRAINED), "accuracy", CLUSTERS)
-    assert found.level == "50"
-    assert "lose -" not in found.sentence
-
-
-def test_without_full_training_the_best_level_is_what_others_are_held_against():
-    found = _recommend(_level("50", 0.6, 30.0, kept=5_000), _level("75", 0.599, 10.0, kept=2_500))
-    assert found.level == "75"
-    assert found.sentence == (
-        "Recycle 75 % (cut `trunk.at75`): accuracy 0.599 ± 0.001 against 0.600 ± 0.001 for 50 % recycled, 2.5 kB kept."
-    )
-    assert "times faster" not in found.sentence
-    alone = _recommend(_level("75", 0.6, 10.0, kept=900))
-    assert alone.sentence == "Recycle 75 % (cut `trunk.at75`): accuracy 0.600 ± 0.001, 900 bytes kept."
-
-
-def test_of_levels_that_are_equal_the_quicker_is_taken():
-    same = _level("full", 0.6, 10.0)
-    other = replace(_level("50", 0.6, 5.0), trials=(replace(same.trials[0], curve=(EpochPoint(1, 5.0, 1.0, 0.6),)),))
-    assert _recommend(same, other).level == "50"
-    assert _recommend(other, same).level == "50"
 
 
 # -- the journal -------------------------------------------------------------------------------------------------------

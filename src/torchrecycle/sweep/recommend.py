@@ -1,10 +1,16 @@
-"""Which level should one take? The quickest that keeps what training gains.
+"""Which level should one take? The quickest that keeps what training gains, in one sentence with its reason.
+
+    Recycle 50 % (cut `blocks.3`): R-precision 0.31 ± 0.01 against 0.32 ± 0.01 for full training, 2.4 times faster,
+    1.2 GB; 75 % would lose 0.03.
 
 Full training lifts R-precision from 0.11 to 0.32, so its gain is 0.21; 50 % recycled comes to 0.31 and keeps 95 % of
 it, head only to 0.22 and keeps 52 %. A level is good enough if it keeps 95 % of the best level's gain over the
 pretrained model, or 90 % where the rest is less than the standard error of the difference. Of those that are, the one
 that takes least time is recommended, filling included. If no level is above the pretrained model by two standard
 errors, training is not recommended at all.
+
+Where full training was not run, the sentence says what is expected of it (`torchrecycle.sweep.expect`), as such; what
+is good enough is then told from the levels that were run, since only those can be compared object by object.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from dataclasses import dataclass, replace
 from torchrecycle.sweep.estimates import difference, estimate
 from torchrecycle.sweep.results import Estimate, LevelResult, Recommendation
 
-__all__ = ["recommend"]
+__all__ = ["ExpectedFull", "recommend"]
 
 ENOUGH = 0.95
 """Share of the gain that a level must keep."""
@@ -38,6 +44,16 @@ class _Against:
         return self.level.total_seconds + self.level.fill_seconds
 
 
+@dataclass(frozen=True, slots=True)
+class ExpectedFull:
+    """What is expected of full training, where it was not run."""
+
+    quality: Estimate
+    """Of the metric that counts."""
+    seconds: float | None
+    """Wall seconds of all its epochs; None if nothing is known of them."""
+
+
 def recommend(
     levels: Sequence[LevelResult],
     untrained: Sequence[float],
@@ -45,6 +61,7 @@ def recommend(
     clusters: Sequence[int],
     *,
     pretrained: str = "the pretrained model as it is",
+    expected: ExpectedFull | None = None,
 ) -> Recommendation:
     """Which level to take, and why.
 
@@ -54,6 +71,7 @@ def recommend(
         metric: which of the figures counts.
         clusters: for each object, which ones belong together; see `torchrecycle.sweep.estimates`.
         pretrained: what one takes who does not train, in words.
+        expected: of full training; not looked at if it was run.
     """
     scores = {level.level: [trial.scores[metric] for trial in level.trials] for level in levels}
     best = max(levels, key=lambda level: level.quality[metric].mean)
@@ -65,7 +83,7 @@ def recommend(
     chosen = min((each for each in against if each.is_enough), key=lambda each: each.seconds)
     return Recommendation(
         chosen.level.level,
-        _sentence(chosen, against, best, metric),
+        _sentence(chosen, against, best, metric, expected),
         {each.level.level: _verdict(each, chosen, best) for each in against},
     )
 
@@ -98,33 +116,81 @@ def _nothing_gained(
     return Recommendation(None, sentence, {level.level: f"not better than {pretrained}" for level in levels})
 
 
-def _sentence(chosen: _Against, against: Sequence[_Against], best: LevelResult, metric: str) -> str:
-    level = chosen.level
-    if level.cut is None:
-        what = "Train the whole network"
-    elif level.level == "head":
-        what = f"Train the head only (cut `{level.cut}`)"
-    else:
-        what = f"Recycle {level.level} % (cut `{level.cut}`)"
-    parts = [f"{what}: {metric} {level.quality[metric]}"]
-    full = next((each for each in against if each.level.cut is None), None)
-    if full is not None and full is not chosen:
-        parts[0] += f" against {full.level.quality[metric]} for full training"
-        parts.append(_times(full.level.total_seconds / chosen.seconds))
-    elif full is None and level is not best:
-        parts[0] += f" against {best.quality[metric]} for {best.words}"
+def _sentence(
+    chosen: _Against, against: Sequence[_Against], best: LevelResult, metric: str, expected: ExpectedFull | None
+) -> str:
+    level, reason = chosen.level, _reason(chosen, against)
+    others = _beside(chosen, against, best, metric, expected)
+    digits = _digits([level.quality[metric], *([] if others is None else [others.quality])])
+    said = f"{_what(level)}: {metric} {_figure(level.quality[metric], digits)}"
+    if others is not None:
+        said += f" against {_figure(others.quality, digits)} {others.whose}"
+        said += "" if others.seconds is None else f", {_times(others.seconds / chosen.seconds)}"
     if level.cut is not None:
-        parts.append(f"{_bytes(level.bytes_kept)} kept")
-    return ", ".join(parts) + _others(chosen, against) + "."
+        said += f", {_bytes(level.bytes_kept)}" if level.bytes_kept else ", nothing kept"
+    return f"{said}; {reason}." if reason else f"{said}."
 
 
-def _others(chosen: _Against, against: Sequence[_Against]) -> str:
-    """What the next quicker level would lose: the reason not to go further."""
+def _what(level: LevelResult) -> str:
+    if level.cut is None:
+        return "Train the whole network"
+    what = "Train the head only" if level.level == "head" else f"Recycle {_short(level)}"
+    return f"{what} (cut `{level.cut}`)"
+
+
+def _short(level: LevelResult) -> str:
+    return level.words.removesuffix(" recycled")
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What a recommended level is held against."""
+
+    quality: Estimate
+    whose: str
+    seconds: float | None
+    """None where it would say nothing."""
+
+
+def _beside(
+    chosen: _Against, against: Sequence[_Against], best: LevelResult, metric: str, expected: ExpectedFull | None
+) -> _Beside | None:
+    """Full training; what is expected of it, if it was not run; the best level, if nothing is expected."""
+    full = next((each.level for each in against if each.level.cut is None), None)
+    if chosen.level is full:
+        return None
+    if full is not None:
+        return _Beside(full.quality[metric], "for full training", full.total_seconds)
+    if expected is not None:
+        return _Beside(expected.quality, "expected of full training", expected.seconds)
+    return None if best is chosen.level else _Beside(best.quality[metric], f"for {_short(best)}", None)
+
+
+def _reason(chosen: _Against, against: Sequence[_Against]) -> str:
+    """What the next quicker level would lose: the reason not to go further. If none is quicker, what is kept."""
     quicker = [each for each in against if each.seconds < chosen.seconds and not each.is_enough]
-    if not quicker:
+    if quicker:
+        nearest = min(quicker, key=lambda each: each.lost.mean)
+        return f"{_short(nearest.level)} would lose {_amount(nearest.lost.mean - chosen.lost.mean)}"
+    others = [each for each in against if each is not chosen]
+    if not others:
         return ""
-    nearest = min(quicker, key=lambda each: each.lost.mean)
-    return f"; {nearest.level.words} would lose {_amount(nearest.lost.mean - chosen.lost.mean)}"
+    if chosen.lost.mean <= 0:
+        return "no other level was better, and none was quicker"
+    return f"it keeps {chosen.kept:.0%} of the gain, and none was quicker".replace("%", " %")
+
+
+def _digits(figures: Sequence[Estimate]) -> int:
+    """Two decimals, where all errors are a hundredth at least; else three."""
+    return 2 if all(figure.error >= 0.0095 for figure in figures) else 3
+
+
+def _figure(figure: Estimate, digits: int) -> str:
+    """
+    >>> _figure(Estimate(0.3124, 0.0113), 2)
+    '0.31 ± 0.01'
+    """
+    return f"{figure.mean:.{digits}f} ± {figure.error:.{digits}f}"
 
 
 def _amount(value: float) -> str:
@@ -134,10 +200,9 @@ def _amount(value: float) -> str:
 def _times(factor: float) -> str:
     """
     >>> _times(2.43), _times(0.5)
-    ('2.4 times faster, filling included', '2.0 times slower, filling included')
+    ('2.4 times faster', '2.0 times slower')
     """
-    words = f"{factor:.1f} times faster" if factor >= 1 else f"{1 / factor:.1f} times slower"
-    return f"{words}, filling included"
+    return f"{factor:.1f} times faster" if factor >= 1 else f"{1 / factor:.1f} times slower"
 
 
 def _bytes(count: int) -> str:
