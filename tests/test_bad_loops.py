@@ -287,11 +287,13 @@ class Wrapped(Dataset[Any]):
             {"batch_sampler": BatchSampler(RandomSampler(LONGER), 4, False)},
             "RandomSampler draws from a TensorDataset of 30",
         ),
+        ({"sampler": RandomSampler(range(30))}, "RandomSampler draws from a range of 30 items.*TensorDataset, has 24"),
+        ({"sampler": SequentialSampler([0] * 25)}, "SequentialSampler draws from a list of 25 items"),
         ({"sampler": WeightedRandomSampler([1.0] * 30, 10)}, "has 30 weights, and the data set has 24 items"),
         ({"sampler": SubsetRandomSampler([0, 5, 24])}, "has the index 24, and the data set has 24 items"),
         ({"sampler": SubsetRandomSampler(np.array([0, 29]))}, "has the index 29"),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_a_sampler_that_counts_further_than_the_data_set_goes_is_refused_before_filling(arguments, words, made):
     with pytest.raises(BatchError, match=words):
@@ -336,10 +338,14 @@ def test_samplers_over_what_the_data_set_is_made_of_are_no_mistake(made):
         assert list(made.loader(wrapped, sampler=sampler))
 
 
-def test_a_number_that_no_item_has_is_an_error_where_the_sampler_does_not_tell(made):
-    loader = made.loader(DATA, sampler=[0, 1, 29])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_number_that_no_item_has_is_an_error_where_the_sampler_does_not_tell(late, made):
+    """Also where rows are read ahead, for a sampler of torch's own over what is longer by now."""
+    numbers = list(range(N))
+    loader = made.loader(DATA, sampler=SequentialSampler(numbers) if late else [0, 1, 24], batch_size=4)
+    numbers += range(6)
     with pytest.raises(
-        IndexError, match="item 29 was asked of a data set of 24: the sampler counts the items of another"
+        IndexError, match="item 24 was asked of a data set of 24: the sampler counts the items of another"
     ):
         list(loader)
 

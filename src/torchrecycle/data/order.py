@@ -192,6 +192,8 @@ class _Reading:
             self._idle = max(0, self._idle - 1)
             return None
         index = torch.tensor([index for batch in batches for index in batch])
+        if bool(((index < 0) | (index >= len(self._dataset))).any()):
+            return None  # who asks for these items is told what is wrong
         locations = self._dataset.locations[self._dataset.peek(index)]
         return _thread().submit(_read, source.rows, locations[locations >= 0])
 

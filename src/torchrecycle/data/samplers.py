@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
 from torchrecycle.errors import BatchError, RecycleWarning
 
@@ -38,7 +38,8 @@ def compare_samplers(dataset: Any, arguments: Mapping[str, Any]) -> None:
         _refuse_beyond(sampler, len(dataset))
         other = getattr(sampler, "data_source", None)
         other = getattr(sampler, "dataset", None) if other is None else other
-        if other is None or other is dataset or not _is_data_set(other):
+        counts = type(sampler) in _COUNTING and hasattr(other, "__len__")
+        if other is None or other is dataset or not (counts or _is_data_set(other)):
             continue
         if len(other) > len(dataset):
             raise BatchError(
@@ -46,7 +47,7 @@ def compare_samplers(dataset: Any, arguments: Mapping[str, Any]) -> None:
                 f"loader's data set, a {type(dataset).__name__}, has {len(dataset)}: it would ask for items that are "
                 "not there, and for others than it means. Make the sampler over the data set of the loader."
             )
-        if not _holds(dataset, other, DEPTH) and not _holds(other, dataset, DEPTH):
+        if _is_data_set(other) and not _holds(dataset, other, DEPTH) and not _holds(other, dataset, DEPTH):
             warnings.warn(
                 f"the {type(sampler).__name__} was made over another data set, a {type(other).__name__} of "
                 f"{len(other)} items, than that of the loader, a {type(dataset).__name__} of {len(dataset)}. The "
@@ -86,6 +87,10 @@ def _refuse_beyond(sampler: Any, count: int) -> None:
             f"the {type(sampler).__name__} has the index {largest}, and the data set has {count} items: it would draw "
             "items that are not there. Give indices of the data set of the loader."
         )
+
+
+_COUNTING = (RandomSampler, SequentialSampler, DistributedSampler)
+"""Samplers that count what they were made over, whatever it is, and draw from these numbers."""
 
 
 def _is_data_set(value: Any) -> bool:
