@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,17 @@ from transformers import BertConfig, BertModel, T5Config, T5Model
 from small_models import bert, efficientnet, images, resnet, sequential, state_of, texts, vit
 from torchrecycle import BatchError, Cut, CutError, cost, cuts, recycle
 from torchrecycle.bypass import BatchRule, Probes, evaluating, example_inputs, parameter_names, sequences_of
-from torchrecycle.cost import Cuts, _block_names, _Remembering, blocks_of, choose_cut, level_of
+from torchrecycle.cost import (
+    CutPrediction,
+    CutPredictions,
+    Cuts,
+    _block_names,
+    _Remembering,
+    blocks_of,
+    choose_cut,
+    level_of,
+)
+from torchrecycle.store import speed
 from torchrecycle.trace import Trace, trace
 
 
@@ -354,3 +366,75 @@ def test_what_does_not_fit_is_computed_each_time(monkeypatch):
         with _Remembering(layer) as remembering:
             assert torch.equal(layer(x), layer(x))
     assert not any(remembering._known.values())
+
+
+# -- does it pay -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _little_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "WRITTEN_BYTES", 2**20)
+    monkeypatch.setattr(speed, "PROBE_BYTES", 2 * 2**20)
+    monkeypatch.setattr(speed, "ENOUGH_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("_little_written")
+def test_what_a_data_set_costs_at_each_cut_is_predicted_from_what_rows_of_its_size_take(tmp_path: Path):
+    found = cuts(efficientnet(), images(4))
+    predicted = found.predict(objects=1000, epochs=30, store=tmp_path)
+    valid = [cut for cut in found if cut.valid]
+    assert [one.cut for one in predicted] == [cut.name for cut in valid]
+    assert [one.bytes_kept for one in predicted] == [1000 * cut.bytes_per_object for cut in valid]
+    for one, cut in zip(predicted, valid, strict=True):
+        assert one.computing_seconds == pytest.approx(1000 * cut.seconds_share * found.seconds / 4)
+        assert one.fill_seconds > one.computing_seconds
+        assert one.reading_seconds > 0
+        assert one.seconds_saved == pytest.approx(30 * (one.computing_seconds - one.reading_seconds) - one.fill_seconds)
+    assert predicted[-1].pays  # the whole trunk, for 5 KB
+    assert not any(tmp_path.iterdir())
+    lines = repr(predicted).splitlines()
+    assert lines[0] == "EfficientNet, 1,000 objects, 30 epochs:"
+    assert [line.split()[0] for line in lines[2:]] == [cut.name for cut in valid]
+    assert predicted.of(valid[0].name) is predicted[0]
+    with pytest.raises(KeyError, match=r"no valid cut 'blocks\.77'"):
+        predicted.of("blocks.77")
+
+
+class _Scale(nn.Module):
+    """Costs next to nothing, and gives much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+@pytest.mark.usefixtures("_little_written")
+def test_where_reading_is_slower_than_computing_again_it_says_so(tmp_path: Path):
+    model = nn.Sequential(_Scale(), nn.Linear(50_000, 8), nn.Linear(8, 4), nn.Linear(4, 4))
+    found = cuts(model, torch.randn(8, 50_000))
+    slow = found.predict(objects=10_000, epochs=100, store=tmp_path, memory=0)
+    assert not slow.of("0").pays
+    assert slow.of("0").epochs_until_paid is None
+    line = next(line for line in repr(slow).splitlines() if line.startswith("0 "))
+    assert line.endswith("never: reading is slower than computing again")
+    plenty = found.predict(objects=10_000, epochs=100, store=tmp_path, memory=10**12)
+    assert plenty.of("0").reading_seconds < slow.of("0").reading_seconds
+
+
+def test_filling_has_paid_when_what_epochs_save_is_more():
+    one = CutPrediction("layer2", 0.5, 100, 3, 10**6, fill_seconds=7.0, computing_seconds=5.0, reading_seconds=1.0)
+    assert (one.epochs_until_paid, one.seconds_saved, one.pays) == (2, 5.0, True)
+    once = replace(one, epochs=1)
+    assert once.seconds_saved == -3.0
+    assert "not yet: after 2 epochs" in repr(CutPredictions("ResNet", [once]))
+    assert "after 2 epochs, and saves 5 s" in repr(CutPredictions("ResNet", [one]))
+    assert repr(CutPredictions("ResNet", [])) == "ResNet: there is no valid cut to keep the rows of"
+
+
+@pytest.mark.parametrize("arguments", [{"objects": 0}, {"objects": 10, "epochs": 0}])
+def test_a_prediction_for_no_objects_or_epochs_is_refused(arguments: dict[str, Any]):
+    with pytest.raises(ValueError, match="at least 1 of each"):
+        Cuts("ResNet", [], objects=2).predict(**arguments)

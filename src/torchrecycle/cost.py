@@ -4,12 +4,19 @@ For a ResNet-34 at 192 px: ``layer2`` freezes 1.3 million of 21.3 million parame
 and costs 294,912 bytes per object; ``layer3`` three quarters, at half the bytes. ``level=0.5`` asks for the valid cut
 nearest to half of the blocks; blocks are the children of the outermost longest list of a model.
 
+Whether that pays depends on how often the data set is gone through and on the disk: ``cuts(...).predict(objects=8144,
+epochs=30, store="activations/")`` writes and reads some rows of each cut's size there, and says what filling, reading
+and computing again take. What a training then takes in all, with the objects' own reading and the steps, is measured by
+a sweep's prediction.
+
 Each cut is tried by some six forwards, all of them on the same two objects. Costly operations are therefore computed
 once and remembered with what they were given: a ViT-B/16 with its 14 rows takes 12 seconds of one core, not 38.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,9 +43,21 @@ from torchrecycle.bypass import (
     sequences_of,
 )
 from torchrecycle.errors import CutError
+from torchrecycle.store.sizes import bytes_in_words, counted
+from torchrecycle.store.speed import Speed, seconds_per_cold_byte, speed_of
 from torchrecycle.trace import Call, Trace, trace
 
-__all__ = ["Cut", "Cuts", "blocks_of", "choose_cut", "cuts", "level_of", "level_of_plan"]
+__all__ = [
+    "Cut",
+    "CutPrediction",
+    "CutPredictions",
+    "Cuts",
+    "blocks_of",
+    "choose_cut",
+    "cuts",
+    "level_of",
+    "level_of_plan",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +131,58 @@ class Cuts(Sequence[Cut]):
         """
         return min((cut for cut in self._cuts if cut.valid), key=lambda cut: _distance(cut.level, level), default=None)
 
+    def predict(
+        self, *, objects: int, epochs: int = 1, store: str | os.PathLike[str] | None = None, memory: int | None = None
+    ) -> CutPredictions:
+        """What keeping the rows of a data set costs and saves, at each valid cut, without a training step.
+
+        Some rows of each cut's size are written to a temporary store on the store's disk, and read again. Computing is
+        counted at the speed of the example's batch, so that one of the training's size says most.
+
+        Args:
+            objects: how many objects the data set has, of the example's size.
+            epochs: how often it will be gone through, in training or inference.
+            store: where rows would be kept: a folder, or ``memory://``; the system's folder for temporary files if
+                None.
+            memory: bytes of rows that the system can hold; all that the machine has if None. Of what is more, each row
+                comes from the disk.
+
+        Raises:
+            ValueError: there are no objects or no epochs, or the example has no size.
+            StoreError: nothing can be written there.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+            >>> found = cuts(model, torch.randn(2, 64)).predict(objects=1000, epochs=3, store="memory://")
+            >>> found.of("1").bytes_kept
+            256000
+        """
+        if objects < 1 or epochs < 1 or not self.objects:
+            raise ValueError(
+                f"objects={objects} and epochs={epochs} of an example of {self.objects} objects: at least 1 of each"
+            )
+        if memory is None:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        prefix = {cut.name: cut.seconds_share * self.seconds / self.objects for cut in self._cuts if cut.valid}
+        speeds = {size: speed_of(store, size) for size in {cut.bytes_per_object for cut in self._cuts if cut.valid}}
+        found = [
+            CutPrediction(
+                cut=cut.name,
+                level=cut.level,
+                objects=objects,
+                epochs=epochs,
+                bytes_kept=objects * cut.bytes_per_object,
+                fill_seconds=objects * (prefix[cut.name] + speeds[cut.bytes_per_object].write_seconds),
+                computing_seconds=objects * prefix[cut.name],
+                reading_seconds=_reading_seconds(cut.bytes_per_object, objects, speeds, store, memory),
+            )
+            for cut in self._cuts
+            if cut.valid
+        ]
+        return CutPredictions(self.model, found)
+
     def heading(self) -> str:
         """The model, its size, and what one forward takes."""
         if not self.objects:
@@ -161,6 +232,119 @@ class Cuts(Sequence[Cut]):
             f"<table><caption>{html.escape(self.heading())}</caption>"
             f"<thead><tr>{heads}</tr></thead><tbody>{''.join(map(row, rows))}</tbody></table>"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CutPrediction:
+    """What keeping the rows of a data set costs and saves at one cut. What comes after the cut is the same either way,
+    and not in any of these seconds; nor is the reading of the objects themselves, which rows save too."""
+
+    cut: str
+    """Name of the module whose output is kept."""
+    level: float
+    """Share of the blocks that is recycled."""
+    objects: int
+    """In the data set."""
+    epochs: int
+    """How often it is gone through."""
+    bytes_kept: int
+    """Bytes of all rows."""
+    fill_seconds: float
+    """To compute all rows and write them."""
+    computing_seconds: float
+    """To compute them again in an epoch."""
+    reading_seconds: float
+    """To read them in an epoch, at random."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether reading is quicker than computing again."""
+        return self.reading_seconds < self.computing_seconds
+
+    @property
+    def epochs_until_paid(self) -> int | None:
+        """After how many epochs filling has paid; None if never."""
+        saved = self.computing_seconds - self.reading_seconds
+        return max(1, math.ceil(self.fill_seconds / saved)) if saved > 0 else None
+
+    @property
+    def seconds_saved(self) -> float:
+        """In all epochs, less filling; negative where it does not pay."""
+        return self.epochs * (self.computing_seconds - self.reading_seconds) - self.fill_seconds
+
+
+class CutPredictions(Sequence[CutPrediction]):
+    """Predictions in running order. Prints as a table."""
+
+    def __init__(self, model: str, found: Sequence[CutPrediction]) -> None:
+        self.model = model
+        self._found = tuple(found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @overload
+    def __getitem__(self, at: int) -> CutPrediction: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[CutPrediction]: ...
+    def __getitem__(self, at: int | slice) -> Any:
+        return self._found[at]
+
+    def of(self, cut: str) -> CutPrediction:
+        """
+        Raises:
+            KeyError: there is no such valid cut.
+        """
+        for one in self._found:
+            if one.cut == cut:
+                return one
+        raise KeyError(f"no valid cut {cut!r}: there are {[one.cut for one in self._found]}")
+
+    def __repr__(self) -> str:
+        if not self._found:
+            return f"{self.model}: there is no valid cut to keep the rows of"
+        rows = [("cut", "level", "kept", "filling", "read in an epoch", "computed again", "it pays")]
+        rows += [
+            (
+                one.cut,
+                f"{one.level:.2f}",
+                bytes_in_words(one.bytes_kept),
+                f"{one.fill_seconds:.3g} s",
+                f"{one.reading_seconds:.3g} s",
+                f"{one.computing_seconds:.3g} s",
+                _paid(one),
+            )
+            for one in self._found
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = [
+            "  ".join(
+                [f"{row[0]:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(row[1:6], widths[1:], strict=True)), row[6]]
+            )
+            for row in rows
+        ]
+        first = self._found[0]
+        return f"{self.model}, {first.objects:,} objects, {counted(first.epochs, 'epoch')}:\n" + "\n".join(lines)
+
+
+def _paid(one: CutPrediction) -> str:
+    after = one.epochs_until_paid
+    if after is None:
+        return "never: reading is slower than computing again"
+    if one.seconds_saved < 0:
+        return f"not yet: after {counted(after, 'epoch')}"
+    return f"after {counted(after, 'epoch')}, and saves {one.seconds_saved:.3g} s"
+
+
+def _reading_seconds(
+    row_bytes: int, objects: int, speeds: Mapping[int, Speed], store: str | os.PathLike[str] | None, memory: int
+) -> float:
+    """Of an epoch: all rows from the page cache, and those that do not fit into memory from the disk before that."""
+    missing = row_bytes * objects - memory
+    cold = 0.0
+    if missing > 0 and not (store is not None and "://" in os.fspath(store)):
+        cold = missing * seconds_per_cold_byte(store, row_bytes)
+    return objects * speeds[row_bytes].read_seconds + cold
 
 
 def _amount(number: int) -> str:

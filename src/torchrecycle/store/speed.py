@@ -125,16 +125,17 @@ def _seconds_to_read(rows: Rows, locations: torch.Tensor) -> float:
     return (time.perf_counter() - began) / count
 
 
-def seconds_per_cold_byte(folder: Path, row_bytes: int) -> float:
+def seconds_per_cold_byte(place: str | os.PathLike[str] | None, row_bytes: int) -> float:
     """How long a disk takes for a byte that is not in the page cache, in rows at random places.
 
     Args:
-        folder: on that disk; made if it is not there.
+        place: a folder on that disk; made if it is not there. The system's folder for temporary files if None.
         row_bytes: of a row; a page is read at least.
     """
     piece = max(PAGE, row_bytes)
+    folder = Path(tempfile.gettempdir() if place is None else place)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{secrets.token_hex(4)}.tmp"
+    path = folder / f".measured-{secrets.token_hex(4)}.tmp"
     try:
         with path.open("wb") as file:
             for _ in range(PROBE_BYTES // 2**20):
