@@ -25,6 +25,7 @@ import report_samples as samples
 from torchrecycle.errors import RecycleError
 from torchrecycle.report import ReportError, html_of, notes, print_table, tables, write_page
 from torchrecycle.report.colours import LIGHT, marks_of
+from torchrecycle.report.columns import cost_columns
 from torchrecycle.report.plots import plots_of, to_png
 from torchrecycle.sweep.results import SweepResult
 
@@ -264,6 +265,95 @@ def test_without_full_training_there_is_no_speed_up(pages):
     assert rows[1]["speed_up_against_frozen"] != ""
 
 
+def test_without_full_training_no_column_stands_against_nothing(parsed):
+    heads = [column.name for column in cost_columns(ALL["two levels"])]
+    assert "speed-up" not in heads
+    assert "with filling" not in heads
+    assert "expected speed-up" not in heads
+    for text in (parsed["two levels"].text, _printed(ALL["two levels"], 150)):
+        assert "speed-up" not in text
+        assert "of full training" not in text
+        assert "≈" not in text
+    assert "full training" not in {row.split("  ")[0].strip() for row in _printed(ALL["two levels"], 150).splitlines()}
+
+
+def test_full_training_that_was_not_run_is_expected_and_never_taken_for_measured(pages, parsed):
+    result, html = ALL["expecting full"], _html(pages["expecting full"])
+    (row,) = re.findall(r'<tr class="expected">.*?</tr>', html)
+    assert Parsed(row).text == (
+        "full training expected ≈ 0.921 ± 0.012 ≈ 20.2 ≈ 60.5 not run, so not measured: what is expected of it from "
+        "the levels that were"
+    )
+    assert "the hollow mark was not measured" in parsed["expecting full"].text.lower()
+    assert [column.name for column in cost_columns(result)].count("expected speed-up") == 1
+    assert html.count("≈ 1.9×") == 1  # 60.5 seconds by 23.4 and 7.8 of filling
+    shown = next(line for line in _printed(result, 150).splitlines() if line.startswith(" full training"))
+    assert shown.split() == ["full", "training", "≈", "≈", "0.921", "±", "0.012", "≈", "20.2", "≈", "60.5"]
+    rows = _rows(pages["expecting full"] / "plots" / "levels.csv")
+    assert [row["level"] for row in rows] == ["untrained", "full, not run, expected", "50", "75", "head"]
+    assert (rows[1]["R-precision"], rows[1]["total_seconds"], rows[1]["epoch_seconds"]) == ("0.9214", "60.5", "")
+
+
+def test_a_plot_of_what_is_expected_has_a_hollow_mark(pages):
+    from PIL import Image
+
+    plot = plots_of(ALL["expecting full"])[0]
+    assert plot.series[0].label == "full training, expected"
+    assert [one.is_expected for one in plot.series] == [True, False, False, False]
+    point = plot.series[0].points[0]
+    assert (point.x, point.y, point.high - point.y) == (60.5, 0.9214, pytest.approx(0.0123))
+    with Image.open(pages["expecting full"] / "plots" / "quality-against-seconds.png") as image:
+        assert LIGHT["blue"] in {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in _colours(image)}
+
+
+def test_what_was_predicted_stands_beside_what_came(pages, parsed):
+    result, html = ALL["predictions"], _html(pages["predictions"])
+    (table,) = re.findall(r"<table[^>]*><caption>Predicted, and what came.*?</table>", html)
+    rows = {Parsed(row).text for row in re.findall(r"<tr.*?</tr>", table)}
+    assert "50 % recycled 5.71 5.94 9.80 10.2 7.51 7.82 73.5 73.5 2 2 −4 % reading is quicker" in rows
+    assert (
+        "75 % recycled 2.35 2.45 1.88 1.96 7.51 7.82 51.5 51.5 never never −4 % reading is slower than computing again"
+        in rows
+    )
+    assert (
+        "head only 0.13 0.14 0.12 7.00 7.51 7.82 9.2 9.2 never 2 −4 % predicted: reading is slower than computing "
+        "again; measured: it is quicker" in rows
+    )
+    assert "From 8 measured batches at most, before anything was filled." in parsed["predictions"].text
+    assert "3 predictions of what was not run" in parsed["predictions"].text
+    (others,) = re.findall(r"<table[^>]*><caption>Predicted, but not run.*?</table>", html)
+    assert "measured" not in Parsed(others).text
+    assert "25 % recycled 5.71 5.14 7.51 73.5 never reading is slower than computing again" in Parsed(others).text
+    assert "50 % recycled int8 5.71" in Parsed(others).text
+    sheet = _rows(pages["predictions"] / "plots" / "predictions.csv")
+    assert [(row["level"], row["precision"]) for row in sheet] == [
+        ("full", ""), ("50", ""), ("75", ""), ("head", ""), ("50", "float16"), ("50", "int8"), ("25", "")
+    ]  # fmt: skip
+    predicted = result.of("75").predicted
+    assert predicted is not None
+    assert float(sheet[2]["epoch_seconds predicted"]) == predicted.epoch_seconds
+    assert float(sheet[2]["epoch_seconds measured"]) == result.of("75").epoch_seconds
+    assert [row["pays"] for row in sheet] == ["", "true", "false", "false", "true", "false", "false"]
+
+
+def test_where_reading_is_slower_than_computing_again_it_is_said(parsed):
+    words = (
+        "75 % recycled: reading is slower than computing again. An epoch takes 2.45 s from the store, and 1.96 s with "
+        "the same layers frozen and no store."
+    )
+    assert words in parsed["predictions"].text.replace("\xa0", " ")
+    assert words in " ".join(_printed(ALL["predictions"], 150).split())
+    assert "An epoch takes" not in parsed["images"].text
+    assert "reading is slower" not in _printed(ALL["images"], 150)
+
+
+def test_without_predictions_there_is_no_section_of_them(pages, parsed):
+    assert "Predicted" not in parsed["images"].text
+    assert "what was predicted" not in parsed["images"].text
+    assert "predicted" not in _printed(ALL["images"], 150)
+    assert not (pages["images"] / "plots" / "predictions.csv").exists()
+
+
 def test_a_page_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one SweepResult or more"):
         write_page([], tmp_path, title="nothing")
@@ -436,6 +526,20 @@ def test_a_wide_terminal_gets_one_table_and_a_narrow_one_two():
     assert [len(table.columns) for table in tables(ALL["pairs"], 100)] == [4, 9]
 
 
+@pytest.mark.parametrize("width", [150, 100, 80, 74, 60, 40, 32])
+def test_no_figure_is_cut_off_however_narrow_the_terminal(width):
+    for name in ("images", "pairs", "predictions", "expecting full", "two levels"):
+        printed, result = _printed(ALL[name], width), ALL[name]
+        assert max(map(len, printed.splitlines())) <= width
+        assert "…" not in printed
+        words = " ".join(printed.split())
+        for one in result.levels:
+            for metric, quality in one.quality.items():
+                assert f"{quality.mean:.3f} ± {quality.error:.3f}" in words, (metric, one.level)
+            assert not one.cut or f"{one.bytes_kept / 1e6:.1f}" in words
+            assert not one.predicted or f"{one.predicted.epoch_seconds:.2f}"[:4] in words
+
+
 def test_the_table_fits_its_width_and_shows_the_figures_of_the_page():
     printed = _printed(ALL["images"], 150)
     assert max(map(len, printed.splitlines())) <= 150
@@ -467,7 +571,7 @@ def test_each_result_can_be_printed_and_brackets_are_no_markup(name):
         assert printed.count(samples.HOSTILE) > 5
 
 
-@pytest.mark.parametrize("room", ["words", "sheets", "markup", "ran"])
+@pytest.mark.parametrize("room", ["words", "sheets", "markup", "ran", "colours", "dots"])
 def test_the_examples_in_docstrings_run(room):
     done = doctest.testmod(importlib.import_module(f"torchrecycle.report.{room}"))
     assert done.attempted > 0

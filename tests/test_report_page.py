@@ -93,7 +93,9 @@ OVERFLOW = """() => {
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["two tasks", "hostile", "random weights", "no curves", "two levels"])
+@pytest.mark.parametrize(
+    "name", ["two tasks", "hostile", "random weights", "no curves", "two levels", "predictions", "expecting full"]
+)
 def test_nothing_is_wider_than_the_screen(browser, written, name, size):
     for theme in ("light", "dark"):
         with opened(browser, written(name), size=size, theme=theme) as tab:
@@ -140,7 +142,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["two tasks", "random weights"])
+@pytest.mark.parametrize("name", ["two tasks", "random weights", "expecting full"])
 def test_all_text_stands_out_from_its_ground(browser, written, name, theme):
     with opened(browser, written(name), theme=theme) as tab:
         tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
@@ -199,7 +201,7 @@ def test_labels_of_an_axis_and_of_the_legend_do_not_overlap(browser, written):
             a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4
         ).map(([other]) => [name, other]));
     })"""
-    for name in ("two tasks", "two levels", "no curves", "hostile"):
+    for name in ("two tasks", "two levels", "no curves", "hostile", "expecting full"):
         with opened(browser, written(name), size="phone") as tab:
             assert tab.evaluate(overlaps) == []
 

@@ -104,11 +104,6 @@ class Comparison:
         return _less(self.b.untrained.get(metric), self.a.untrained.get(metric))
 
     @property
-    def shared(self) -> tuple[Pair, ...]:
-        """Levels that both have."""
-        return tuple(pair for pair in self.pairs if pair.a is not None and pair.b is not None)
-
-    @property
     def sentence(self) -> str:
         """Where B is above A, and where below, in one sentence."""
         return _sentence(self)
@@ -179,14 +174,16 @@ def _place(level: str, one: LevelResult) -> float:
 
 def _same_test(a: SweepResult, b: SweepResult, metrics: tuple[str, ...]) -> tuple[bool | None, list[str]]:
     """Whether both were tested on the same objects, and what is to be said of it."""
+    other = _other_task(a, b)
+    not_the_same = [f"Not the same task or test objects: {other}. Their figures say nothing about each other."]
     if not metrics:
-        return False, [f"No metric in common: A has {', '.join(a.untrained)}, B has {', '.join(b.untrained)}."]
+        none = f"No metric in common: A has {', '.join(a.untrained)}, B has {', '.join(b.untrained)}."
+        return False, [*(not_the_same if other else ()), none]
     apart = _apart(a, b, metrics) if _scores_the_same(a, b) else None
     if apart == 0:
         return True, []
-    other = _other_task(a, b)
     if other:
-        return False, [f"Not the same task or test objects: {other}. Their figures say nothing about each other."]
+        return False, not_the_same
     scores = f"{metrics[0]} {_exact(a.untrained[metrics[0]].mean)} in A and {_exact(b.untrained[metrics[0]].mean)} in B"
     if apart is not None and apart > NEAR:
         return False, [
@@ -323,11 +320,11 @@ def _recipes(result: SweepResult) -> dict[str, str]:
 def _sentence(comparison: Comparison) -> str:
     if comparison.is_same_test is False:
         return "A and B cannot be compared: each stands for itself."
-    if not comparison.shared:
-        return "A and B have no level in common, so nothing is compared but what each of them says."
     metric = comparison.metrics[0]
-    told = [(pair, comparison.difference(pair, metric)) for pair in comparison.shared]
+    told = [(pair, comparison.difference(pair, metric)) for pair in comparison.pairs]
     known = [(pair, by) for pair, by in told if by is not None]
+    if not known:
+        return "A and B have no level in common: each stands for itself."
     sure = [(pair, by) for pair, by in known if by.error > 0 and abs(by.mean) > SURE * by.error]
     higher = [_by(pair, by) for pair, by in sure if by.mean > 0]
     lower = [_by(pair, by) for pair, by in sure if by.mean < 0]

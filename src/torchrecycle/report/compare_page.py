@@ -14,7 +14,7 @@ from pathlib import Path
 from torchrecycle.report.colours import marks_for, swatch
 from torchrecycle.report.columns import EXPECTED
 from torchrecycle.report.compare import Comparison, Difference, recommended_in_words
-from torchrecycle.report.compare_table import compared_heads, compared_rows, cost_heads, sides
+from torchrecycle.report.compare_table import are_times_alike, compared_heads, compared_rows, cost_heads, sides
 from torchrecycle.report.document import document, put_whole
 from torchrecycle.report.dots import A, B, Line, dots
 from torchrecycle.report.markup import definitions, scrolling, sentence, slot, text
@@ -61,8 +61,7 @@ def html_of_comparison(comparison: Comparison, *, names: tuple[str, str]) -> str
         f'<section class="task" aria-labelledby="ran"><h2 id="ran">What was run</h2>'
         f"{''.join(map(_ran, sides(comparison)))}</section>"
     )
-    versions = comparison.b.ran.versions.get("torchrecycle", "")
-    footer = f"<p>Made by torchrecycle {slot(versions)}. This page is one file: it needs no network and no script.</p>"
+    footer = "<p>Made by torchrecycle. This page is one file: it needs no network and no script.</p>"
     html = document(f"{names[0]} and {names[1]}", main, footer, sheets=("compare.css",))
     return html.replace('<meta name="color-scheme"', f'{MARK}<meta name="color-scheme"', 1)
 
@@ -140,7 +139,7 @@ def _meaning(comparison: Comparison) -> Iterator[tuple[str, str]]:
         )
     yield "epoch s", "Seconds of one epoch of training, mean."
     yield "in all s", "Seconds of all epochs of one training, and of the pass that fills."
-    if comparison.is_same_machine:
+    if are_times_alike(comparison):
         yield "B is quicker", "Seconds in all of A by those of B: 2.0× is half the time."
     yield "MB kept", "Megabytes on the disk for this level, all splits."
     if any(result.expected_full is not None for _, result in sides(comparison)):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["compared_heads", "compared_rows", "compared_tables", "cost_heads", "print_comparison"]
+__all__ = ["are_times_alike", "compared_heads", "compared_rows", "compared_tables", "cost_heads", "print_comparison"]
 
 
 def print_comparison(comparison: Comparison, *, console: Console) -> None:
@@ -60,23 +60,30 @@ def compared_heads(comparison: Comparison, between: str = " ") -> list[str]:
 
 
 def cost_heads(comparison: Comparison, between: str = " ") -> list[str]:
-    """Of the columns of seconds and bytes; that one is quicker is told only where both ran on one machine."""
+    """Of the columns of seconds and bytes; which is quicker is told only of one task on one machine."""
     heads = [f"{what}{between}{side}" for what in ("epoch s", "in all s") for side in ("A", "B")]
-    heads += [f"B is{between}quicker"] if comparison.is_same_machine else []
+    heads += [f"B is{between}quicker"] if are_times_alike(comparison) else []
     return [*heads, *(f"MB kept{between}{side}" for side in ("A", "B"))]
+
+
+def are_times_alike(comparison: Comparison) -> bool:
+    return comparison.is_same_machine and comparison.is_same_test is not False
 
 
 def compared_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
     """For the pretrained model and each level: its key, its name, and a cell for each column."""
     nothing = [""] * len(cost_heads(comparison))
-    rows = [("untrained", "untrained", [*_untrained_cells(comparison), *nothing])]
+    untrained = _untrained_cells(comparison)
+    rows = [("untrained", "untrained", [*untrained, *nothing])] if untrained else []
     if all(pair.level != "full" for pair in comparison.pairs) and (
         comparison.a.expected_full or comparison.b.expected_full
     ):
         empty = Pair("full", None, None)
         rows.append(("full", empty.words, [*_quality_cells(comparison, empty), *_cost_cells(comparison, empty)]))
     for pair in comparison.pairs:
-        rows.append((pair.level, pair.words, [*_quality_cells(comparison, pair), *_cost_cells(comparison, pair)]))
+        rows.append(
+            (pair.level, clean(pair.words), [*_quality_cells(comparison, pair), *_cost_cells(comparison, pair)])
+        )
     return rows
 
 
@@ -117,7 +124,7 @@ def _cost_cells(comparison: Comparison, pair: Pair) -> list[str]:
     a, b = pair.a, pair.b
     whole = _whole(comparison.a, a, pair.level), _whole(comparison.b, b, pair.level)
     cells = [_of(a, lambda one: seconds(one.epoch_seconds)), _of(b, lambda one: seconds(one.epoch_seconds)), *whole]
-    if comparison.is_same_machine:
+    if are_times_alike(comparison):
         cells.append(times(_in_all(a) / _in_all(b)) if a and b and _in_all(b) else "")
     return [*cells, *(_of(one, lambda one: megabytes(one.bytes_kept) if one.cut else "") for one in (a, b))]
 

@@ -19,7 +19,7 @@ from torchrecycle.sweep.results import Estimate
 __all__ = ["A", "B", "Line", "dots"]
 
 A, B = Mark("blue", "o"), Mark("orange", "s")
-WIDTH, TOP, STEP, MARGIN = 340, 22, 46, 14
+WIDTH, TOP, STEP, MARGIN = 340, 22, 54, 14
 """Units: of the whole, of what is above the first line, from line to line, and left and right of what is drawn."""
 
 
@@ -68,8 +68,13 @@ def dots(lines: Sequence[Line], label: str, ident: str) -> str:
 
 
 def _line(line: Line, y: float, at: Callable[[float], float]) -> str:
+    above = f'<path d="M0 {y - 15}H{WIDTH}" stroke="var(--line)"/>' if y > TOP else ""
     name = f'<text x="{MARGIN}" y="{y + 4}">{text(line.name)}</text>'
-    return name + "".join(_dot(one, mark, y + below, at) for one, mark, below in ((line.a, A, 16), (line.b, B, 30)))
+    return (
+        above
+        + name
+        + "".join(_dot(one, mark, y + below, at) for one, mark, below in ((line.a, A, 16), (line.b, B, 30)))
+    )
 
 
 def _dot(one: Estimate | None, mark: Mark, y: float, at: Callable[[float], float]) -> str:

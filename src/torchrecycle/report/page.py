@@ -112,7 +112,7 @@ def _section(result: SweepResult, ident: str, figures: Sequence[str], sheets: di
 
 def _slow(result: SweepResult) -> str:
     """Where recycling does not pay, below the figures that show it."""
-    return "".join(f'<p class="note slow">{sentence(line)}</p>' for line in slow_lines(result))
+    return "".join(f'<p class="slow">{sentence(line)}</p>' for line in slow_lines(result))
 
 
 def _figure(plot: Plot, ident: str, files: dict[str, bytes]) -> str:

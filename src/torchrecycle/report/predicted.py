@@ -174,7 +174,7 @@ def _table(result: SweepResult, rows: list[Row], caption: str) -> str:
     """Two columns for each quantity, or one where nothing was measured."""
     is_run = any(row.measured for row in rows)
     kinds = ("predicted", "measured") if is_run else ("predicted",)
-    heads = [f"{one.name} {kind}" for one in QUANTITIES for kind in kinds] + ["epoch s off by"] * is_run
+    heads = [f"{one.name} {kind}" for one in QUANTITIES for kind in kinds] + ["off by"] * is_run
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in heads)
     body = "".join(
         f'<tr{_SLOW_ROW if _SLOW in row.verdict else ""}><th scope="row">{_name(result, row)}</th>'
@@ -184,8 +184,9 @@ def _table(result: SweepResult, rows: list[Row], caption: str) -> str:
     )
     caption = f"{caption}: {result.title}"
     table = (
-        f'<table class="levels"><caption>{text(caption)}</caption><thead><tr><th scope="col" class="words">level</th>'
-        f'{head}<th scope="col" class="words">store</th></tr></thead><tbody>{body}</tbody></table>'
+        f'<table class="levels predicted"><caption>{text(caption)}</caption>'
+        f'<thead><tr><th scope="col" class="words">level</th>{head}'
+        f'<th scope="col" class="words">store</th></tr></thead><tbody>{body}</tbody></table>'
     )
     return scrolling(table, caption)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from torchrecycle.errors import RecycleError
+from torchrecycle.files.marker import is_marked
 from torchrecycle.report.words import shortened
 from torchrecycle.sweep.results import SweepResult
 
@@ -47,11 +48,19 @@ def read_result(where: Path) -> SweepResult:
     Raises:
         ResultsError: there is none, or it is none of a sweep, or parts of it are missing or wrong.
     """
+    if not where.exists():
+        raise ResultsError(f"there is no {where}: {_GIVE}")
     path = where / RESULTS if where.is_dir() else where
+    if not path.exists():
+        stopped = f"its sweep has not ended, and goes on with the same command; or {_GIVE}"
+        raise ResultsError(f"{where} holds no {RESULTS}: {stopped if is_marked(where) else _GIVE}")
     try:
         return _result(_json(path))
     except _WrongError as wrong:
         raise ResultsError(f"{path} holds no whole results of a sweep: {wrong}") from None
+
+
+_GIVE = f"give the folder that torchrecycle sweep wrote to (its --out), or the {RESULTS} in it"
 
 
 class _WrongError(Exception):
@@ -65,18 +74,10 @@ def _json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        said = f"{path.parent} holds no {path.name}" if path.parent.is_dir() else f"there is no {path}"
-        raise ResultsError(
-            f"{said}: give the folder that torchrecycle sweep wrote to (its --out), or the {RESULTS} in it"
-        ) from error
     except OSError as error:
         raise ResultsError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ResultsError(
-            f"{path} is no JSON ({type(error).__name__}): give the {RESULTS} that torchrecycle sweep wrote, or its "
-            "folder"
-        ) from error
+        raise ResultsError(f"{path} is no JSON: {_GIVE}") from error
 
 
 def _result(value: Any) -> SweepResult:
