@@ -21,10 +21,15 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -34,7 +39,15 @@ from transformers import (
 )
 
 from small import texts, tokenizer
-from torchrecycle import AutocastError, CutError, RandomInputError, RecycledTensor, Recycling, recycle
+from torchrecycle import (
+    AutocastError,
+    CutError,
+    RandomInputError,
+    RecycledTensor,
+    RecycleWarning,
+    Recycling,
+    recycle,
+)
 
 COUNT = 22
 EPOCHS = 2
@@ -510,6 +523,71 @@ def test_a_collator_that_leads_to_the_model_or_to_the_recycling_is_the_same_one_
             for batch in [*loader, *loader]:
                 assert isinstance(batch["input_ids"], RecycledTensor)
         assert recycling.stats.misses == COUNT
+
+
+def t5(*, use_cache: bool = False) -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(d_model=32, d_kv=16, d_ff=64, num_layers=3, num_decoder_layers=2, num_heads=2)
+    ids: dict[str, Any] = dict(vocab_size=30600, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    config = T5Config(**sizes, **ids, dropout_rate=0.0, use_cache=use_cache)  # which holds what lies at padded places
+    return T5ForConditionalGeneration(config)
+
+
+def test_a_model_of_sequences_trains_and_generates_by_raw_and_by_recycled_sets(tmp_path):
+    encoded = TOKENS(texts(COUNT), return_token_type_ids=False)
+    data = datasets.Dataset.from_dict({**encoded, "labels": [ids[:4] for ids in encoded["input_ids"]]})
+
+    def generated(found: Any) -> dict[str, float]:
+        return {"sum": float(np.where(found.predictions > 0, found.predictions, 0).sum())}
+
+    def run(recycled: bool) -> Run:
+        model, folder, recycling = t5(), tmp_path / str(recycled), None
+        collate: Any = DataCollatorForSeq2Seq(TOKENS, model=model)
+        train: Any = data
+        if recycled:
+            example = dict(collate([data[0], data[5]]))
+            options: dict[str, Any] = {"cut": "encoder.block.1", "share": "freeze", "store": folder / "store"}
+            recycling = recycle(model, example, **options)
+            train, collate = recycling.dataset(data, collate_fn=collate), recycling.collate(collate)
+        else:
+            model.shared.requires_grad_(False)
+            freeze(model.encoder.block[:2])
+        evaluated: Any = {"ours": train, "raw": data}
+        usual = arguments_of(folder, eval_strategy="epoch", num_train_epochs=1).to_dict()
+        more = {"predict_with_generate": True, "generation_max_length": 6, "report_to": []}
+        trainer = Seq2SeqTrainer(
+            model=model,
+            args=Seq2SeqTrainingArguments(**{**usual, **more}),
+            train_dataset=train,
+            eval_dataset=evaluated,
+            data_collator=collate,
+            compute_metrics=generated,
+        )
+        return Run(trainer, recycling).train()
+
+    got, want = run(True), run(False)
+    assert got.recycling is not None
+    same_logs(got, want)
+    assert dict(got.log)["eval_ours_sum"] == dict(got.log)["eval_raw_sum"] > 0
+    same_weights(got.trainer.model, want.trainer.model)
+    assert got.recycling.stats.hits >= 2 * COUNT
+
+
+def test_a_model_whose_rows_depend_on_the_padding_says_so_where_batches_of_other_lengths_find_none(tmp_path):
+    model = t5(use_cache=True)
+    collate: Any = DataCollatorForSeq2Seq(TOKENS, model=model)
+    items = [{**TOKENS(text, return_token_type_ids=False), "labels": [5, 6]} for text in texts(6)]
+    options: dict[str, Any] = {"cut": "encoder.block.1", "share": "freeze", "store": tmp_path}
+    with recycle(model, dict(collate(items[:2])), **options) as recycling:
+        for batch in recycling.loader(items, batch_size=6, collate_fn=collate):
+            model.train()(**batch)
+        assert recycling.stats.hits == 6
+        raw = recycling.collate(collate)(items[:2])
+        for _ in range(9):
+            model(**raw)
+        with pytest.warns(RecycleWarning, match=r"depend on the padding \(right: .*cache.*use_cache = False"):
+            model(**raw)
+        assert recycling.stats.hits == 6
 
 
 def test_a_collator_that_draws_masks_is_refused_with_the_remedy(tmp_path):

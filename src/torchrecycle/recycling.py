@@ -375,6 +375,7 @@ class Recycling:
         self._marks = Marks()
         self._keeping = Keeping(self._look_again, self._wrote)
         self._raw_batches: int | None = 0
+        self._raw_padded = 0
         self._attached = False
         self._precision: str | None = None
         self._manifests: KnownManifests
@@ -851,6 +852,8 @@ class Recycling:
             tensor.requires_grad for name, tensor in inputs.tensors().items() if name in self.source.key_inputs
         ):
             raise BatchError("a model input asks for a gradient, which the frozen prefix does not give. Detach it.")
+        if not torch.is_grad_enabled() and self.source.carrier not in inputs.tensors():
+            return self.bypass.full(inputs)  # generate() has run its encoder before
         carriers = self._looked_up(inputs) if self.looks_up and not self.off else {}
         if carriers:
             return self._recycled(inputs.replace(carriers), carriers)
@@ -897,7 +900,10 @@ class Recycling:
 
     def _count_raw(self) -> None:
         """Warn once where a training loop feeds raw batches, and never a recycled one."""
-        if self._raw_batches is None or not (self.model.training and torch.is_grad_enabled()):
+        if not (self.model.training and torch.is_grad_enabled()):
+            return
+        if self._raw_batches is None:
+            self._tell_of_padding()
             return
         self._raw_batches += 1
         if self._raw_batches < RAW_BATCHES:
@@ -914,6 +920,23 @@ class Recycling:
             RecycleWarning,
             stacklevel=2,
         )
+
+    def _tell_of_padding(self) -> None:
+        """Once, where many batches are raw since their rows were computed in batches of another padded length."""
+        padding = self.source.padding
+        if not padding.because or padding.right or padding.left:
+            return
+        self._raw_padded += 1
+        if self._raw_padded == RAW_BATCHES:
+            warnings.warn(
+                f"{RAW_BATCHES} training batches came with their objects: rows of this model depend on the padding "
+                f"({padding.because}), so that an object's is found only in a batch that is padded to the length at "
+                "which it was computed. Pad all objects to one length (padding='max_length'); where an output is named "
+                "that the loop does not need, switch it off (a cache of transformers: model.config.use_cache = False) "
+                "before recycle().",
+                RecycleWarning,
+                stacklevel=2,
+            )
 
     def _recycled(self, inputs: Inputs, carriers: Mapping[str, RecycledTensor]) -> Any:
         if self.model.training:

@@ -215,7 +215,8 @@ class Bypass:
         with self._turn(self._prefix_parts), self._quiet(run), self.interceptor.running(run):
             self.interceptor.bring_back()
             output = self.model._call_impl(*inputs.args, **inputs.kwargs)
-        self._must_be_complete(run)
+        if run.position:  # else it was handed what the prefix gives, as generate() does after its encoder
+            self._must_be_complete(run)
         return output
 
     def prefix(
