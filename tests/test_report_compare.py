@@ -189,7 +189,17 @@ def test_another_model_of_the_same_data_is_compared_and_so_are_the_pretrained_on
     by = comparison.untrained_difference(METRIC)
     assert by is not None
     assert (by.mean, by.error) == (pytest.approx(-0.13893), pytest.approx(math.hypot(0.0098, 0.01)))
+    assert comparison.warnings[0].startswith("That both were tested on the same objects is taken from the data's name")
     assert compare(A, changed()).untrained_difference(METRIC) is None
+
+
+def test_rows_of_another_precision_may_score_otherwise_and_are_no_other_split():
+    def kept(precision: str | None, untrained: float) -> SweepResult:
+        levels = tuple(replace(one, predicted=samples.prediction(one, precision=precision)) for one in A.levels)
+        return replace(A, levels=levels, untrained={METRIC: Estimate(untrained, 0.0098)})
+
+    assert compare(kept(None, 0.739), kept("int8", 0.735)).is_same_test is True
+    assert compare(kept(None, 0.739), kept(None, 0.735)).is_same_test is False
 
 
 def test_of_another_model_on_data_of_another_name_it_cannot_be_told():

@@ -32,7 +32,7 @@ SURE = 2.0
 """A difference of so many standard errors is held to be more than chance."""
 NEAR = 0.1
 """Standard errors by which the same figure may differ on another machine, or with another version of a library."""
-OF_TRAINING = ("part of the training split", "rate", "rates", "head")
+OF_TRAINING = ("part of the training split", "rate", "rates", "head", "views", "most bytes kept")
 """Settings that change nothing of what the pretrained model scores."""
 
 Side = Literal["a", "b"]
@@ -201,7 +201,10 @@ def _same_test(a: SweepResult, b: SweepResult, metrics: tuple[str, ...]) -> tupl
             f"The same pretrained model has {scores}. So little comes from another machine, version or precision; or "
             "a few of the test objects are not the same."
         ]
-    return True, []
+    return True, [
+        "That both were tested on the same objects is taken from the data's name and from how many there are: with "
+        "another model, or with other settings, there is nothing that proves it."
+    ]
 
 
 def _other_task(a: SweepResult, b: SweepResult) -> str:
@@ -230,10 +233,18 @@ def _scores_the_same(a: SweepResult, b: SweepResult) -> bool:
     """Whether the pretrained models are one, asked in one way: then they score the same on the same objects."""
     if a.ran.random_weights or b.ran.random_weights or not _is_same_model(a, b):
         return False
+    if _precisions(a) != _precisions(b):  # scored from rows that are rounded, it may well have other figures
+        return False
     one, other = (
         {name: value for name, value in result.ran.settings.items() if name not in OF_TRAINING} for result in (a, b)
     )
     return one == other
+
+
+def _precisions(result: SweepResult) -> set[str | None]:
+    """Of the rows that were kept, as far as it is told: none are all floats of the model's own."""
+    told = {one.predicted.precision for one in result.levels if one.predicted is not None and one.cut is not None}
+    return told - {None}
 
 
 def _apart(a: SweepResult, b: SweepResult, metrics: tuple[str, ...]) -> float:

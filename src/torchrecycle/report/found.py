@@ -16,7 +16,7 @@ from torchrecycle.sweep.results import Found, Sample, SweepResult
 
 __all__ = ["found_section"]
 
-SHOWN = {"images": 4, "texts": 2, "pairs": 2}
+SHOWN = {"images": 4, "texts": 2, "pairs": 2, "objects": 2}
 """Objects that are open from the start; the others are unfolded."""
 LETTERS = 120
 """Of a text, this many are shown; the whole of it is unfolded."""

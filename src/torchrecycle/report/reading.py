@@ -53,11 +53,15 @@ def read_result(where: Path) -> SweepResult:
     path = where / RESULTS if where.is_dir() else where
     if not path.exists():
         stopped = f"its sweep has not ended, and goes on with the same command; or {_GIVE}"
-        raise ResultsError(f"{where} holds no {RESULTS}: {stopped if is_marked(where) else _GIVE}")
+        raise ResultsError(f"{where} holds no {RESULTS}: {stopped if _is_of_a_sweep(where) else _GIVE}")
     try:
         return _result(_json(path))
     except _WrongError as wrong:
         raise ResultsError(f"{path} holds no whole results of a sweep: {wrong}") from None
+
+
+def _is_of_a_sweep(folder: Path) -> bool:
+    return is_marked(folder) or (folder / "journal").is_dir()
 
 
 _GIVE = f"give the folder that torchrecycle sweep wrote to (its --out), or the {RESULTS} in it"
