@@ -26,7 +26,7 @@ import torch
 from precision import cars  # pyright: ignore[reportMissingImports]
 from torchrecycle import Recycling, recycle
 from torchrecycle.data import BlockShuffleSampler
-from torchrecycle.sweep import Task
+from torchrecycle.sweep import ObjectiveTask
 from torchrecycle.sweep.environment import machine, versions
 from torchrecycle.sweep.fit import fit
 
@@ -35,7 +35,7 @@ BLOCK = 7
 """Pictures in a block: 1 MB of rows of 150 KB."""
 
 
-def loader_of(task: Task, recycling: Recycling, order: str, seed: int) -> Any:
+def loader_of(task: ObjectiveTask, recycling: Recycling, order: str, seed: int) -> Any:
     recipe = task.recipe("75", recycling.level)
     arguments = task.loader_arguments(recipe, seed=seed)
     if order != "shuffled":
@@ -48,7 +48,7 @@ def loader_of(task: Task, recycling: Recycling, order: str, seed: int) -> Any:
     return recycling.loader(task.train.dataset, name=task.train.name, **arguments)
 
 
-def quality(task: Task, recycling: Recycling, order: str, seed: int) -> float:
+def quality(task: ObjectiveTask, recycling: Recycling, order: str, seed: int) -> float:
     model = recycling.model
     start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     loader = loader_of(task, recycling, order, seed)

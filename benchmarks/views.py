@@ -45,7 +45,7 @@ from precision import RESULTS, cars  # pyright: ignore[reportMissingImports]
 from torchrecycle import Recycling, recycle
 from torchrecycle.augment import Brightness, Contrast, Mixup, Noise
 from torchrecycle.data import Views
-from torchrecycle.sweep import Split, Task
+from torchrecycle.sweep import ObjectiveTask, Split
 from torchrecycle.sweep.environment import machine, versions
 from torchrecycle.sweep.estimates import difference
 from torchrecycle.sweep.fit import fit
@@ -134,7 +134,7 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return image.as_subclass(torch.Tensor), torch.tensor(self.objects.labels[index])
 
 
-def tested(task: Task, share: float) -> Task:
+def tested(task: ObjectiveTask, share: float) -> ObjectiveTask:
     """The task with the photos of a share of the models that are tested."""
     models = sorted(set(task.test.labels))
     kept = set(models[:: max(1, round(1 / share))])
@@ -171,7 +171,7 @@ class Mixed(nn.Module):
         return self.mixup.loss(self.loss, output, targets)
 
 
-def with_augment(task: Task, recycling: Recycling, arm: Arm) -> Task:
+def with_augment(task: ObjectiveTask, recycling: Recycling, arm: Arm) -> ObjectiveTask:
     """The task of an arm; the recycling augments from now on as the arm says."""
     augment = None if arm.augment is None else AUGMENTATIONS[arm.augment]()
     recycling.augment = augment
@@ -186,7 +186,7 @@ def with_augment(task: Task, recycling: Recycling, arm: Arm) -> Task:
     return replace(task, objective=objective)
 
 
-def trained(task: Task, recycling: Recycling, augmented: Augmented, arm: Arm, seed: int) -> dict[str, Any]:
+def trained(task: ObjectiveTask, recycling: Recycling, augmented: Augmented, arm: Arm, seed: int) -> dict[str, Any]:
     """One training from the pretrained weights: seconds of each epoch, and the mean score of each model tested."""
     model, level = recycling.model, f"{recycling.level:.0%}".removesuffix("%")
     own = with_augment(task, recycling, arm)
@@ -212,7 +212,7 @@ def trained(task: Task, recycling: Recycling, augmented: Augmented, arm: Arm, se
     }
 
 
-def tested_scores(task: Task, recycling: Recycling) -> list[float]:
+def tested_scores(task: ObjectiveTask, recycling: Recycling) -> list[float]:
     """The mean score of the photos of each model that is tested, in the order of the models' numbers."""
     loader = recycling.loader(task.test.dataset, name=task.test.name, **task.eval_arguments())
     found = task.evaluate(recycling.model, loader, task.test).scores[task.objective.metric]
@@ -252,7 +252,7 @@ class Journal:
             self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
 
 
-def fill(task: Task, recycling: Recycling, augmented: Augmented, found: dict[str, Any]) -> None:
+def fill(task: ObjectiveTask, recycling: Recycling, augmented: Augmented, found: dict[str, Any]) -> None:
     """Keep the rows of all arms, and what each costs.
 
     Views are added to those that are there, as a user does. From nothing, so many views take the reading of that pass
@@ -281,7 +281,9 @@ def cost(seconds: float, nbytes: float) -> dict[str, Any]:
 class Side:
     """One level: a recycling whose rows are filled when the first training asks for them."""
 
-    def __init__(self, task: Task, augmented: Augmented, level: float, journal: Journal, stack: ExitStack) -> None:
+    def __init__(
+        self, task: ObjectiveTask, augmented: Augmented, level: float, journal: Journal, stack: ExitStack
+    ) -> None:
         self.task, self.level, self.journal, self.stack = task, level, journal, stack
         self.found = journal.level(level)
         self.augmented = augmented

@@ -21,9 +21,10 @@ from torchrecycle.demo.tasks import image_task, text_task
 from torchrecycle.demo.weights import MissingPackageError, image_trunk, lite0_state, package_folder, text_trunk
 from torchrecycle.sweep.datasets import Preprocessing
 from torchrecycle.sweep.fit import fit
+from torchrecycle.sweep.objective_task import ObjectiveTask
 from torchrecycle.sweep.run import LEVELS
 from torchrecycle.sweep.splits import halves
-from torchrecycle.sweep.task import Split, Task
+from torchrecycle.sweep.task import Split
 
 DAISY, PALACE = 985, 698
 
@@ -36,12 +37,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def images(drawn: Path) -> Task:
+def images(drawn: Path) -> ObjectiveTask:
     return image_task(drawn, quick=True)
 
 
 @pytest.fixture(scope="module")
-def texts() -> Task:
+def texts() -> ObjectiveTask:
     return text_task(quick=True)
 
 
@@ -120,7 +121,7 @@ def test_no_class_and_no_identical_picture_is_in_both_halves(drawn: Path):
     assert sum(map(len, contents)) == len(train) + len(test) == 1794
 
 
-def test_classes_are_numbered_from_zero_in_sorted_order(images: Task):
+def test_classes_are_numbered_from_zero_in_sorted_order(images: ObjectiveTask):
     names = class_names(images.train.dataset.pictures)
     assert images.train.labels == tuple(names.index(p.label) for p in images.train.dataset.pictures)
     assert sorted(set(images.train.labels)) == list(range(len(names)))
@@ -159,7 +160,7 @@ def test_halves_are_pinned():
 # -- FAQ ---------------------------------------------------------------------------------------------------------------
 
 
-def test_untrained_minilm_finds_557_of_1000_answers(texts: Task):
+def test_untrained_minilm_finds_557_of_1000_answers(texts: ObjectiveTask):
     whole = Split(pair_texts(load_pairs()))
     assert len(whole) == 2 * 503
     loader = DataLoader(whole.dataset, **texts.eval_arguments())
@@ -181,7 +182,7 @@ def test_no_question_and_no_answer_is_in_both_halves():
     assert len({p.question for p in alone}) == len(alone) == len({p.question for p in train})
 
 
-def test_a_step_is_the_questions_of_some_pairs_and_then_their_answers(texts: Task):
+def test_a_step_is_the_questions_of_some_pairs_and_then_their_answers(texts: ObjectiveTask):
     data = texts.train.dataset
     assert data.pairs == 63
     recipe = replace(texts.recipe("head", 1.0), batch_size=20)
@@ -198,7 +199,7 @@ def test_a_step_is_the_questions_of_some_pairs_and_then_their_answers(texts: Tas
             assert torch.equal(answers["input_ids"][row, :length], data[63 + pair]["input_ids"])
 
 
-def test_what_is_shown_of_a_pair_is_its_question_and_its_answer(texts: Task):
+def test_what_is_shown_of_a_pair_is_its_question_and_its_answer(texts: ObjectiveTask):
     sample = texts.test.sample
     assert sample is not None
     pairs = split_pairs(load_pairs()[::4])[1]
@@ -210,7 +211,7 @@ def test_what_is_shown_of_a_pair_is_its_question_and_its_answer(texts: Task):
 
 
 @torch.no_grad()
-def test_an_untrained_image_encoder_gives_the_pretrained_embedding(images: Task):
+def test_an_untrained_image_encoder_gives_the_pretrained_embedding(images: ObjectiveTask):
     example = images.example()
     expected = F.normalize(image_trunk()(example), dim=-1)
     assert torch.equal(images.build_untrained()(example), expected)
@@ -218,7 +219,7 @@ def test_an_untrained_image_encoder_gives_the_pretrained_embedding(images: Task)
 
 
 @torch.no_grad()
-def test_an_untrained_text_encoder_gives_the_pretrained_embedding(texts: Task):
+def test_an_untrained_text_encoder_gives_the_pretrained_embedding(texts: ObjectiveTask):
     example = texts.example()
     hidden = text_trunk()(**example).last_hidden_state
     lengths = example["attention_mask"].sum(1).tolist()
@@ -228,7 +229,7 @@ def test_an_untrained_text_encoder_gives_the_pretrained_embedding(texts: Task):
     torch.testing.assert_close(texts.build_model()(**example), F.normalize(means, dim=-1))
 
 
-def test_every_level_has_a_recipe_and_a_cut_at_a_module_of_its_model(images: Task, texts: Task):
+def test_every_level_has_a_recipe_and_a_cut_at_a_module_of_its_model(images: ObjectiveTask, texts: ObjectiveTask):
     for task, recipes, cuts in ((images, IMAGE_RECIPES, IMAGE_CUTS), (texts, TEXT_RECIPES, TEXT_CUTS)):
         modules = dict(task.build_model().named_modules())
         assert tuple(recipes) == LEVELS
@@ -237,7 +238,7 @@ def test_every_level_has_a_recipe_and_a_cut_at_a_module_of_its_model(images: Tas
         assert task.recipe("head", 1.0) == quicker(recipes["head"])
 
 
-def test_building_a_model_does_not_move_the_global_generator(texts: Task):
+def test_building_a_model_does_not_move_the_global_generator(texts: ObjectiveTask):
     before = torch.get_rng_state()
     texts.build_model()
     assert torch.equal(torch.get_rng_state(), before)
@@ -253,7 +254,7 @@ def _before(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["images", "texts"])
 def test_fit_trains_the_given_parameters_and_nothing_else(name: str, request: pytest.FixtureRequest):
-    task: Task = request.getfixturevalue(name)
+    task: ObjectiveTask = request.getfixturevalue(name)
     model, recipe = task.build_model(), replace(task.recipe("head", 1.0), epochs=3)
     before = _before(model)
     batches = list(DataLoader(task.train.dataset, **task.loader_arguments(recipe, seed=0)))[:2]
@@ -274,7 +275,7 @@ def test_fit_trains_the_given_parameters_and_nothing_else(name: str, request: py
     assert _moved(model, before) == {"head.linear.weight", "head.linear.bias"}
 
 
-def _one_step(task: Task, **changes: float) -> set[str]:
+def _one_step(task: ObjectiveTask, **changes: float) -> set[str]:
     """What a step of full training moves."""
     model = task.build_model()
     recipe = replace(task.recipe("full", 0.0), epochs=1, warm_up=0.0, **changes)
@@ -284,7 +285,9 @@ def _one_step(task: Task, **changes: float) -> set[str]:
     return _moved(model, before)
 
 
-def test_the_rates_of_a_recipe_reach_the_parameters_they_are_for_and_batch_norm_keeps_its_statistics(images: Task):
+def test_the_rates_of_a_recipe_reach_the_parameters_they_are_for_and_batch_norm_keeps_its_statistics(
+    images: ObjectiveTask,
+):
     moved = _one_step(images, head_rate=0.0)
     assert {"trunk.conv_stem.weight", "trunk.bn1.weight", "trunk.conv_head.weight"} <= moved
     assert not [key for key in moved if key.startswith("head.") or "running" in key or "num_batches" in key]

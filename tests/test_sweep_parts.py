@@ -47,10 +47,13 @@ from torchrecycle.sweep.encoders import (
 )
 from torchrecycle.sweep.estimates import difference, estimate
 from torchrecycle.sweep.journal import Journal, JournalError, trial_from_json
+from torchrecycle.sweep.levels import parse_levels
+from torchrecycle.sweep.objective_task import Objective
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
+from torchrecycle.sweep.plan import SweepError
+from torchrecycle.sweep.rates import search_order
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import EpochPoint, Found, Trial
-from torchrecycle.sweep.run import SweepError, parse_levels, search_order
 from torchrecycle.sweep.splits import (
     MOST_VALIDATION,
     SplitError,
@@ -60,7 +63,7 @@ from torchrecycle.sweep.splits import (
     split_pairs,
     split_within_classes,
 )
-from torchrecycle.sweep.task import Evaluation, Objective, Split
+from torchrecycle.sweep.task import Evaluation, Split
 from torchrecycle.sweep.trunks import Trunk, _preprocessing
 
 NAN = math.nan

@@ -28,19 +28,18 @@ from torchrecycle.demo.faq import load_pairs
 from torchrecycle.demo.weights import package_folder
 from torchrecycle.files import Pairs, find_pictures, find_texts
 from torchrecycle.sweep import (
+    ObjectiveTask,
     Settings,
+    Sweep,
     SweepError,
     SweepPlan,
     SweepResult,
-    Task,
     Trial,
     Trunk,
-    best_weights,
+    engine,
     load_trunk,
     pair_task,
     picture_task,
-    run,
-    sweep,
 )
 from torchrecycle.sweep.build import text_task
 from torchrecycle.sweep.journal import Journal
@@ -66,17 +65,25 @@ def make_trunk(seed: int = 0, size: int = 48) -> Trunk:
         return load_trunk("timm/test_resnet", "images", size=size)
 
 
-def make_task(emoji: Path, *, trunk: Trunk | None = None, settings: Settings = SETTINGS, what: Any = None) -> Task:
+def make_task(
+    emoji: Path, *, trunk: Trunk | None = None, settings: Settings = SETTINGS, what: Any = None
+) -> ObjectiveTask:
     return picture_task(find_pictures(emoji), trunk or make_trunk(), what or "similarity", settings)
 
 
 def make_plan(home: Path, levels: str = "50,head", **options: Any) -> SweepPlan:
     options = {"search": False, **options}
-    return SweepPlan(store=home / "store", journal=home / "journal", levels=levels.split(","), **options)
+    return SweepPlan(store=home / "store", results=home, levels=levels.split(","), **options)
+
+
+def sweep(task: ObjectiveTask, plan: SweepPlan) -> SweepResult:
+    return Sweep(task.build_model, task, plan).result()
 
 
 def _files(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    """But for the results, which are written at the end of each sweep."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "results.json"]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def _trials(result: SweepResult) -> list[Trial]:
@@ -343,7 +350,7 @@ def test_a_recycled_level_is_as_good_as_the_same_level_without_a_store(
     monkeypatch.setenv("TORCHRECYCLE", "off")
     with pytest.raises(SweepError, match="unset it"):
         sweep(make_task(emoji, what=what), make_plan(tmp_path / "frozen"))
-    monkeypatch.setattr(run, "_refuse_switched_off", lambda: None)
+    monkeypatch.setattr(engine, "_refuse_switched_off", lambda: None)
     frozen = sweep(make_task(emoji, what=what), make_plan(tmp_path / "frozen"))
     for one, other in zip(recycled.levels, frozen.levels, strict=True):
         assert one.cut == other.cut
@@ -395,9 +402,10 @@ def test_the_weights_of_the_best_seed_are_kept_and_are_as_good_as_was_said(emoji
     from safetensors.torch import load_model
 
     task, plan = make_task(emoji), make_plan(tmp_path, "50,head", seeds=(0, 1), weights=tmp_path / "weights")
-    result = sweep(task, plan)
+    run = Sweep(task.build_model, task, plan)
+    result = run.result()
     assert len(list((tmp_path / "weights").iterdir())) == 4
-    best = best_weights(task, plan, result)
+    best = run.best_weights()
     metric = result.metric
     assert best.trial.quality[metric] == max(trial.quality[metric] for trial in best.level.trials)
     model = task.build_model()
@@ -405,10 +413,11 @@ def test_the_weights_of_the_best_seed_are_kept_and_are_as_good_as_was_said(emoji
     found = task.evaluate(model, DataLoader(task.test.dataset, **task.eval_arguments()), task.test)
     assert found.quality[metric] == pytest.approx(best.trial.quality[metric], abs=0.006)
     best.file.unlink()  # weights that are gone are trained anew when they are asked for, and nothing else is
-    again = sweep(task, plan)
+    run = Sweep(task.build_model, task, plan)
+    again = run.result()
     assert _seconds(again) == _seconds(result)
     assert not best.file.is_file()
-    assert best_weights(task, plan, again).file == best.file
+    assert run.best_weights().file == best.file
     assert best.file.is_file()
     found = sweep(task, plan)
     assert sum(seconds in _seconds(result) for seconds in _seconds(found)) == 3
@@ -429,7 +438,7 @@ def test_a_rate_that_diverges_is_an_error_with_the_next_step(emoji: Path, tmp_pa
 def test_in_a_search_a_rate_that_diverges_is_a_quality_of_nothing(batch: int, emoji: Path, tmp_path: Path):
     """Of a single step in an epoch the loss is finite, and what comes after it is not."""
     wild = Recipe(epochs=1, suffix_rate=1e30, head_rate=1e-3, batch_size=batch)
-    task = replace(make_task(emoji), recipe=lambda level, share: wild, rate_is_given=lambda level: False)
+    task = replace(make_task(emoji), recipes=lambda level, share: wild, given_rates=lambda level: False)
     with pytest.raises(SweepError, match="50 % recycled diverged"):
         sweep(task, make_plan(tmp_path, "50", search=True))
     tried = [record["trial"] for record in Journal(tmp_path / "journal").all("trial")]

@@ -25,16 +25,15 @@ from torchrecycle.errors import RecycleError
 from torchrecycle.files import find_pairs, find_pictures, find_texts
 from torchrecycle.sweep import (
     BestWeights,
+    ObjectiveTask,
     Settings,
+    Sweep,
     SweepPlan,
-    Task,
     Trunk,
-    best_weights,
     load_trunk,
     pair_task,
     picture_task,
     save_servable,
-    sweep,
     text_task,
 )
 from torchrecycle.sweep.save import SaveError
@@ -161,7 +160,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Trained:
     """What a sweep of one level of one epoch leaves."""
 
-    task: Task
+    task: ObjectiveTask
     trunk: Trunk
     best: BestWeights
 
@@ -177,7 +176,8 @@ class Trained:
 
     def outputs(self, items: list[Any], part: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """What it gives for objects, each read as training reads it."""
-        inputs = self.task.inputs(self.task._collated(items))
+        collate = self.task.collate or torch.utils.data.default_collate
+        inputs = self.task.inputs(collate(items))
         model = self.model()
         with torch.no_grad():
             if part is not None:
@@ -185,16 +185,15 @@ class Trained:
             return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
-def trained(task: Task, trunk: Trunk, folder: Path, level: str = "head") -> Trained:
+def trained(task: ObjectiveTask, trunk: Trunk, folder: Path, level: str = "head") -> Trained:
     plan = SweepPlan(
         store=folder / "activations",
-        journal=folder / "journal",
+        results=folder,
         levels=[level],
         search=False,
         weights=folder / "weights",
     )
-    result = sweep(task, plan)
-    best = best_weights(task, plan, result)
+    best = Sweep(task.build_model, task, plan).best_weights()
     made, start = Trained(task, trunk, best), task.build_model().state_dict()
     moved = {name.split(".")[0] for name, now in made.model().state_dict().items() if not torch.equal(now, start[name])}
     assert moved == ({"head"} if level == "head" else {"trunk", "head"})

@@ -25,11 +25,11 @@ import typer
 
 from torchrecycle.cli.errors import Debug, OptionError, one_line_errors
 from torchrecycle.cli.words import check_device, left_out_line, say_random, telling
-from torchrecycle.errors import RecycleError
+from torchrecycle.errors import RecycleError, StoreError
 from torchrecycle.files.marker import MARKER, MARKER_TEXT, is_marked
 
 if TYPE_CHECKING:
-    from torchrecycle.sweep import Settings, SweepPlan, SweepResult, Task, Trunk
+    from torchrecycle.sweep import ObjectiveTask, Settings, Sweep, SweepPlan, SweepResult, Trunk
 
 __all__ = ["OutError", "sweep_app"]
 
@@ -117,6 +117,21 @@ PrecisionOption = Annotated[
         "less than another batch size does. The model's own if not given."
     ),
 ]
+MaxBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="What the store may take, such as 20GB: levels that do not fit together take turns, and one that does not "
+        "fit at all is trained without a store."
+    ),
+]
+Views = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Train on augmented pictures (other parts of them, and mirrored), of which so many are kept for each; an "
+        "epoch draws one. As they are if not given.",
+    ),
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option(
@@ -159,7 +174,8 @@ class _Asked:
     save: Path | None
     as_json: bool
     settings: dict[str, Any]
-    size: int | None = None
+    max_bytes: str | None = None
+    views: int | None = None
     smaller: str = "or fewer --tokens"
     """What else than a smaller batch takes less memory."""
 
@@ -187,11 +203,13 @@ class _Asked:
 
         return SweepPlan(
             store=self.rows,
-            journal=self.folder / "journal",
+            results=self.folder,
             levels=self.levels.split(","),
             seeds=range(self.seeds),
             search=self.search,
+            max_bytes=self.max_bytes,
             precision=self.precision.value if self.precision is not None else None,
+            views=self.views,
             weights=self.folder / "weights" if self.save is not None else None,
             command=shlex.join(["torchrecycle", *sys.argv[1:]]),
             tell=tell,
@@ -225,8 +243,10 @@ def sweep_images(
     head_rate: HeadRate = None,
     head: Head = HeadName.linear,
     loss: Loss = None,
+    views: Views = None,
     search: Search = True,
     precision: PrecisionOption = None,
+    max_bytes: MaxBytes = None,
     store: StoreOption = None,
     out: Out = None,
     save: Save = None,
@@ -238,6 +258,7 @@ def sweep_images(
 ) -> None:
     """Pictures: in a folder for each class, or in a folder or tar with a table of their classes."""
     settings = _settings(fraction, epochs, batch, rate, head_rate, head, loss, search, skip_bad, workers, device)
+    settings["views"] = views
     asked = _Asked(
         where,
         model,
@@ -252,11 +273,12 @@ def sweep_images(
         save,
         as_json,
         settings,
-        size,
+        max_bytes,
+        views,
         "or a smaller --size",
     )
 
-    def make(settings: Settings) -> tuple[Task, Trunk]:
+    def make(settings: Settings) -> tuple[ObjectiveTask, Trunk]:
         from torchrecycle.files import find_pictures
         from torchrecycle.sweep import load_trunk, picture_task
 
@@ -294,6 +316,7 @@ def sweep_texts(
     loss: Loss = None,
     search: Search = True,
     precision: PrecisionOption = None,
+    max_bytes: MaxBytes = None,
     store: StoreOption = None,
     out: Out = None,
     save: Save = None,
@@ -308,10 +331,23 @@ def sweep_texts(
         fraction, epochs, batch, rate, head_rate, head, loss, search, skip_bad, workers, device, tokens
     )
     asked = _Asked(
-        table, model, checkpoint, False, levels, seeds, search, precision, store, out, save, as_json, settings
+        table,
+        model,
+        checkpoint,
+        False,
+        levels,
+        seeds,
+        search,
+        precision,
+        store,
+        out,
+        save,
+        as_json,
+        settings,
+        max_bytes,
     )
 
-    def make(settings: Settings) -> tuple[Task, Trunk]:
+    def make(settings: Settings) -> tuple[ObjectiveTask, Trunk]:
         from torchrecycle.files import find_texts
         from torchrecycle.sweep import load_trunk, text_task
 
@@ -341,6 +377,7 @@ def sweep_pairs(
     loss: Loss = None,
     search: Search = True,
     precision: PrecisionOption = None,
+    max_bytes: MaxBytes = None,
     store: StoreOption = None,
     out: Out = None,
     save: Save = None,
@@ -355,10 +392,23 @@ def sweep_pairs(
         fraction, epochs, batch, rate, head_rate, head, loss, search, skip_bad, workers, device, tokens
     )
     asked = _Asked(
-        table, model, checkpoint, False, levels, seeds, search, precision, store, out, save, as_json, settings
+        table,
+        model,
+        checkpoint,
+        False,
+        levels,
+        seeds,
+        search,
+        precision,
+        store,
+        out,
+        save,
+        as_json,
+        settings,
+        max_bytes,
     )
 
-    def make(settings: Settings) -> tuple[Task, Trunk]:
+    def make(settings: Settings) -> tuple[ObjectiveTask, Trunk]:
         from torchrecycle.files import find_pairs
         from torchrecycle.sweep import load_trunk, pair_task
 
@@ -405,10 +455,11 @@ def _settings(
 _SMALLER_BATCH = "a smaller --batch, by which training and testing both go"
 
 
-def _run(asked: _Asked, make: Callable[[Settings], tuple[Task, Trunk]], debug: bool) -> None:
+def _run(asked: _Asked, make: Callable[[Settings], tuple[ObjectiveTask, Trunk]], debug: bool) -> None:
     with one_line_errors(debug, lambda: _kept(asked), smaller=f"{_SMALLER_BATCH}, {asked.smaller}"):
         _refuse_early(asked)
-        from torchrecycle.sweep import Settings, sweep
+        from torchrecycle.sweep import Settings, Sweep
+        from torchrecycle.sweep.kept import finite
 
         with redirect_stdout(sys.stderr) as stderr:  # what a library says is no part of the answer
             tell: Callable[[str], None] = lambda line: print(f"  {line}", flush=True, file=stderr)  # noqa: E731
@@ -416,21 +467,22 @@ def _run(asked: _Asked, make: Callable[[Settings], tuple[Task, Trunk]], debug: b
             plan = asked.plan(tell)
             _introduce(task, plan, asked.folder)
             _begin(asked.folder)
-            result = sweep(task, plan)
+            run = Sweep(task.build_model, task, plan)
+            result = run.result()
         if asked.as_json:
-            print(json.dumps(_finite(result.to_json()), indent=2), flush=True)
+            print(json.dumps(finite(result.to_json()), indent=2), flush=True)
         else:
             _show(result)
         page = _write(result, asked)
         print(f"The page: {page}", file=sys.stderr if asked.as_json else sys.stdout, flush=True)
         if asked.save is not None:
             with redirect_stdout(sys.stderr):
-                _save(task, trunk, plan, result, asked.save)
+                _save(run, task, trunk, asked.save)
         if task.random_weights and asked.as_json:  # else the table has said it
             say_random(published=task.kind == "images")
 
 
-def _made(make: Callable[[Settings], tuple[Task, Trunk]], settings: Settings) -> tuple[Task, Trunk]:
+def _made(make: Callable[[Settings], tuple[ObjectiveTask, Trunk]], settings: Settings) -> tuple[ObjectiveTask, Trunk]:
     """Random weights are the same in each run, or the next one would find nothing of what this one has kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -467,6 +519,7 @@ def _refuse_early(asked: _Asked) -> None:
     from torchrecycle.sweep.run import parse_levels
 
     _check_numbers(asked.settings)
+    _check_bytes(asked.max_bytes)
     parse_levels(asked.levels.split(","))
     check_device(asked.settings["device"])
     if not asked.model.strip():
@@ -490,6 +543,16 @@ def _check_numbers(settings: dict[str, Any]) -> None:
         settings["rate"] = _rates(settings["rate"])
     if settings["head_rate"] is not None:
         _checked_rate("--head-rate", settings["head_rate"])
+
+
+def _check_bytes(said: str | None) -> None:
+    from torchrecycle.store.sizes import parse_bytes
+
+    if said is not None:
+        try:
+            parse_bytes(said)
+        except StoreError as error:
+            raise OptionError(f"--max-bytes: {error}") from error
 
 
 def _rates(said: str) -> float | dict[str, float]:
@@ -569,7 +632,7 @@ def _refuse_unwritable(folder: Path, option: str) -> None:
 # -- what is said and written ------------------------------------------------------------------------------------------
 
 
-def _introduce(task: Task, plan: SweepPlan, folder: Path) -> None:
+def _introduce(task: ObjectiveTask, plan: SweepPlan, folder: Path) -> None:
     per = 2 if task.kind == "pairs" else 1
     splits = [
         f"{len(split) // per:,} to {purpose}"
@@ -605,7 +668,6 @@ def _write(result: SweepResult, asked: _Asked) -> Path:
 
     folder = asked.folder
     try:
-        _write_whole(folder / "results.json", json.dumps(_finite(result.to_json()), indent=2))
         return write_page([result], folder, title=f"{result.title} {result.ran.model}")
     except OSError as error:
         if error.errno is None:
@@ -623,15 +685,6 @@ def _write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
 def _show(result: SweepResult) -> None:
     from rich.console import Console
 
@@ -641,10 +694,10 @@ def _show(result: SweepResult) -> None:
     print_table(result, console=Console(width=None if sys.stdout.isatty() else WIDE, highlight=False))
 
 
-def _save(task: Task, trunk: Trunk, plan: SweepPlan, result: SweepResult, folder: Path) -> None:
-    from torchrecycle.sweep import best_weights, save_servable
+def _save(run: Sweep, task: ObjectiveTask, trunk: Trunk, folder: Path) -> None:
+    from torchrecycle.sweep import save_servable
 
-    best = best_weights(task, plan, result)
+    best, result = run.best_weights(), run.result()
     save_servable(folder, task, trunk, best)
     which = "the recommended level" if result.recommendation.level else "the best level, though none is recommended"
     typer.echo(f"saved: {best.level.words}, seed {best.trial.seed}, {which}, in {folder}", err=True)

@@ -20,7 +20,7 @@ from torchrecycle.demo.tasks import image_task, text_task
 from torchrecycle.progress import progress
 from torchrecycle.report import print_table, write_page
 from torchrecycle.report.terminal import WIDE
-from torchrecycle.sweep import SweepPlan, SweepResult, Task, sweep
+from torchrecycle.sweep import ObjectiveTask, Sweep, SweepPlan, SweepResult
 
 __all__ = ["run_demo"]
 
@@ -54,13 +54,13 @@ def run_demo(
                 _introduce(task)
             plan = SweepPlan(
                 store=(store or folder / "activations") / name,
-                journal=folder / "journal",
+                results=folder,
                 seeds=SEEDS,
                 search=False,
                 command="torchrecycle demo" + (" --quick" if quick else "") + f" --task {name}",
                 tell=tell,
             )
-            results[name] = sweep(task, plan)
+            results[name] = Sweep(task.build_model, task, plan).result()
             if not silent:
                 print_table(results[name], console=_console())
     page = write_page(
@@ -88,7 +88,7 @@ def _temporary() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _load(name: str, quick: bool) -> Task:
+def _load(name: str, quick: bool) -> ObjectiveTask:
     if name == "texts":
         return text_task(quick=quick)
     with progress("drawing", 1, "pictures") as shown:
@@ -107,7 +107,7 @@ def _console() -> Any:
     return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
 
 
-def _introduce(task: Task) -> None:
+def _introduce(task: ObjectiveTask) -> None:
     per = 2 if task.kind == "pairs" else 1
     what = "pairs" if task.kind == "pairs" else "objects"
     print(f"\n{task.title}  {len(task.train) // per:,} {what} to train on, {len(task.test) // per:,} others to test")

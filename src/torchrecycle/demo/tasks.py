@@ -25,11 +25,12 @@ from torchrecycle.demo.recipes import IMAGE_CUTS, IMAGE_RECIPES, TEXT_CUTS, TEXT
 from torchrecycle.demo.weights import image_trunk, text_trunk
 from torchrecycle.sweep.datasets import PadTexts, thumbnail
 from torchrecycle.sweep.encoders import ImageEncoder, TextEncoder
+from torchrecycle.sweep.objective_task import ObjectiveTask
 from torchrecycle.sweep.objectives import Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Sample
 from torchrecycle.sweep.splits import halves
-from torchrecycle.sweep.task import Split, Task
+from torchrecycle.sweep.task import Split
 
 __all__ = ["image_task", "text_task"]
 
@@ -42,7 +43,7 @@ def _choosing(recipes: dict[str, Recipe], quick: bool) -> Callable[[str, float],
 
 def image_task(
     folder: Path = DEFAULT_FOLDER, *, quick: bool = False, on_progress: Callable[[int, int], None] | None = None
-) -> Task:
+) -> ObjectiveTask:
     """Which emoji is it? 299 emoji in six skin tones; half train, half are to be found.
 
     The pictures are drawn if they are not drawn yet.
@@ -56,7 +57,7 @@ def image_task(
     pictures = drop_identical(draw(folder, labels=labels, on_progress=on_progress))
     train, test = (set(half) for half in halves(picture.label for picture in pictures))
     trained = [picture for picture in pictures if picture.label in train]
-    return Task(
+    return ObjectiveTask(
         kind="images",
         title="Which emoji is it?",
         train=_emoji_split(trained),
@@ -66,7 +67,7 @@ def image_task(
         build=lambda head, unit: ImageEncoder(image_trunk(), head, unit=unit),
         dim=1280,
         collate=None,
-        recipe=_choosing(IMAGE_RECIPES, quick),
+        recipes=_choosing(IMAGE_RECIPES, quick),
         identity=f"OpenMoji 17.0.0, {len(pictures)} pictures, EfficientNet-Lite0",
         data=f"OpenMoji pictures: {len(class_names(pictures))} emoji in six skin tones",
         weights="ImageNet",
@@ -91,14 +92,14 @@ def _emoji_split(pictures: Sequence[Picture]) -> Split:
     return Split(data, labels=data.labels, sample=sample)
 
 
-def text_task(*, quick: bool = False) -> Task:
+def text_task(*, quick: bool = False) -> ObjectiveTask:
     """Which answer belongs to the question? 503 pairs; half train, half are to be found.
 
     Args:
         quick: a quarter of the pairs
     """
     train, test = split_pairs(load_pairs()[:: 4 if quick else 1])
-    return Task(
+    return ObjectiveTask(
         kind="pairs",
         title="Which answer belongs to the question?",
         train=_pair_split(distinct(train)),
@@ -108,7 +109,7 @@ def text_task(*, quick: bool = False) -> Task:
         build=lambda head, unit: TextEncoder(text_trunk(), head, unit=unit),
         dim=384,
         collate=PadTexts(0),
-        recipe=_choosing(TEXT_RECIPES, quick),
+        recipes=_choosing(TEXT_RECIPES, quick),
         identity=f"Swedish Construction FAQ 1.2.1, {len(train)} and {len(test)} pairs, all-MiniLM-L6-v2",
         data="Swedish Construction FAQ: 503 questions and their answers, in English",
         weights="sentence-transformers",

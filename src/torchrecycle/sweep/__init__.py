@@ -1,43 +1,48 @@
 """Which level is right for a task? Quality, time and bytes at each, and a recommendation."""
 
 from torchrecycle.sweep.build import Settings, pair_task, picture_task, text_task
+from torchrecycle.sweep.objective_task import Objective, ObjectiveTask
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe
-from torchrecycle.sweep.results import Estimate, LevelResult, Recommendation, SweepResult, Trial
-from torchrecycle.sweep.run import LEVELS, BestWeights, SweepError, SweepPlan, best_weights, sweep
+from torchrecycle.sweep.results import Estimate, LevelResult, Prediction, Recommendation, SweepResult, Trial
+from torchrecycle.sweep.run import LEVELS, BestWeights, Sweep, SweepError, SweepPlan, sweep
 from torchrecycle.sweep.save import save_servable
-from torchrecycle.sweep.task import Evaluation, Objective, Split, Task
+from torchrecycle.sweep.task import Evaluation, Split, Task
+from torchrecycle.sweep.trial import RunningTrial
 from torchrecycle.sweep.trunks import Trunk, load_trunk
 
 __all__ = [
+    # the sweep
+    "LEVELS",
+    "Sweep",
+    "SweepError",
+    "SweepPlan",
+    "sweep",
     # what is swept
+    "Evaluation",
+    "Recipe",
+    "RunningTrial",
+    "Split",
+    "Task",
+    # a task from a user's own files
     "Classify",
     "Matching",
     "Objective",
-    "Evaluation",
-    "Recipe",
-    "Similar",
-    "Split",
-    "Task",
-    # a task from a user's own data
+    "ObjectiveTask",
     "Settings",
+    "Similar",
     "Trunk",
     "load_trunk",
     "pair_task",
     "picture_task",
     "text_task",
-    # the sweep
-    "LEVELS",
-    "SweepError",
-    "SweepPlan",
-    "sweep",
     # its trained weights
     "BestWeights",
-    "best_weights",
     "save_servable",
     # what comes out
     "Estimate",
     "LevelResult",
+    "Prediction",
     "Recommendation",
     "SweepResult",
     "Trial",

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,11 +24,12 @@ from torchrecycle.keys import key
 from torchrecycle.similarity.heads import HeadKind
 from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, TextObjects, thumbnail, tokenised
 from torchrecycle.sweep.encoders import ImageEncoder, TextEncoder
+from torchrecycle.sweep.objective_task import Objective, ObjectiveTask
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
-from torchrecycle.sweep.recipes import Recipe
+from torchrecycle.sweep.recipes import Recipe, usual_recipe
 from torchrecycle.sweep.results import Sample
 from torchrecycle.sweep.splits import Splits, split_by_class, split_pairs, split_within_classes
-from torchrecycle.sweep.task import Objective, Split, Task
+from torchrecycle.sweep.task import Split
 from torchrecycle.sweep.trunks import Trunk
 
 __all__ = ["Settings", "pair_task", "picture_task", "text_task"]
@@ -61,6 +61,8 @@ class Settings:
     """See `Classify`, `Similar` and `Matching`."""
     tokens: int | None = None
     """Of each text, at most."""
+    views: int | None = None
+    """Whether pictures are augmented in training, and in how many versions each is to be kept; not if None."""
     workers: int | None = None
     """Processes that read; none on a processor, up to eight beside a graphics card."""
     device: str | None = None
@@ -68,10 +70,6 @@ class Settings:
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
-
-LEAST_STEPS, LEAST_HEAD_STEPS = 60, 300
-"""Steps that a training has at least, however little there is to train on."""
-MOST_EPOCHS, MOST_HEAD_EPOCHS = 30, 150
 
 
 def _recipes(settings: Settings, base: dict[str, Recipe], objects: int) -> Callable[[str, float], Recipe]:
@@ -84,20 +82,12 @@ def _recipes(settings: Settings, base: dict[str, Recipe], objects: int) -> Calla
     """
 
     def recipe(level: str, share: float) -> Recipe:
-        usual, is_head = base.get(level, base["between"]), level == "head"
-        size = settings.batch_size or usual.batch_size
-        epochs = usual.epochs if level in base else usual.epochs + round(2 * share)
-        least = math.ceil((LEAST_HEAD_STEPS if is_head else LEAST_STEPS) / max(1, objects / size))
-        epochs = max(epochs, min(least, MOST_HEAD_EPOCHS if is_head else MOST_EPOCHS))
-        if settings.epochs is not None:
-            epochs = settings.epochs * (5 if is_head else 1)
-        given = _rate(settings, level)
-        return Recipe(
-            epochs=epochs,
+        usual = usual_recipe(base, level, share, objects, epochs=settings.epochs, batch_size=settings.batch_size)
+        given, is_head = _rate(settings, level), level == "head"
+        return replace(
+            usual,
             suffix_rate=0.0 if is_head else usual.suffix_rate if given is None else given,
             head_rate=given if is_head and given is not None else settings.head_rate or usual.head_rate,
-            batch_size=size,
-            scale=usual.scale,
         )
 
     return recipe
@@ -157,7 +147,7 @@ def _shared(trunk: Trunk, settings: Settings, identity: str) -> dict[str, Any]:
         "device": _device(settings),
         "workers": _workers(settings),
         "evaluation_batch": min(64, settings.batch_size or 64),
-        "rate_is_given": lambda level: _rate(settings, level) is not None,
+        "given_rates": lambda level: _rate(settings, level) is not None,
     }
 
 
@@ -253,7 +243,7 @@ def _make_splits(
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Settings = Settings()) -> Task:
+def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Settings = Settings()) -> ObjectiveTask:
     """Pictures that have a class.
 
     Args:
@@ -284,13 +274,13 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
         return Sample(title=picture.label, text=picture.name, picture=thumbnail(picture.image()))
 
     identity = _identity(pictures.identity, preprocessing, what, _readers())
-    return Task(
+    return ObjectiveTask(
         kind="images",
         title=_TITLES["images", what],
         objective=objective,
         build=lambda head, unit: ImageEncoder(copy.deepcopy(module), head, unit=unit),
         collate=None,
-        recipe=_recipes(settings, _PICTURES, len(splits.train)),
+        recipes=_recipes(settings, _PICTURES, len(splits.train)),
         data=pictures.where,
         left_out=(*pictures.left_out, *once.lines),
         settings={
@@ -334,7 +324,7 @@ def _text_builder(trunk: Trunk) -> Callable[[nn.Module, bool], nn.Module]:
     return lambda head, unit: TextEncoder(copy.deepcopy(module), head, unit=unit, pool=copy.deepcopy(pool))
 
 
-def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Settings()) -> Task:
+def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Settings()) -> ObjectiveTask:
     """Texts that have a class.
 
     Args:
@@ -362,13 +352,13 @@ def text_task(texts: Texts, trunk: Trunk, what: What, settings: Settings = Setti
         return Sample(title=labels[index], text=names[index])
 
     identity = _identity(texts.identity, what, _all_ids(ids))
-    return Task(
+    return ObjectiveTask(
         kind="texts",
         title=_TITLES["texts", what],
         objective=objective,
         build=_text_builder(trunk),
         collate=PadTexts(trunk.tokenizer.pad_token_id),
-        recipe=_recipes(settings, _TEXTS, len(splits.train)),
+        recipes=_recipes(settings, _TEXTS, len(splits.train)),
         data=texts.where,
         left_out=(*texts.left_out, *once.lines),
         settings={"tokens of a text": f"{tokens} at most", **_said(settings)},
@@ -382,7 +372,7 @@ def _all_ids(ids: Sequence[torch.Tensor]) -> str:
     return _identity([each.tolist() for each in ids])
 
 
-def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Task:
+def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> ObjectiveTask:
     """Pairs of texts that belong together.
 
     Args:
@@ -411,7 +401,7 @@ def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Ta
 
     used = sum(len(getattr(splits, name)) for name in ("train", "validation", "test"))
     unused = () if settings.fraction < 1 or used == len(pairs.left) else (_of_shared_texts(len(pairs.left), used),)
-    return Task(
+    return ObjectiveTask(
         kind="pairs",
         title="Which right text belongs to the left one?",
         train=part(splits.train),
@@ -420,7 +410,7 @@ def pair_task(pairs: Pairs, trunk: Trunk, settings: Settings = Settings()) -> Ta
         objective=objective,
         build=_text_builder(trunk),
         collate=PadTexts(trunk.tokenizer.pad_token_id),
-        recipe=_recipes(settings, _TEXTS, len(splits.train)),
+        recipes=_recipes(settings, _TEXTS, len(splits.train)),
         data=pairs.where,
         left_out=(*pairs.left_out, *unused),
         settings={"tokens of a text": f"{tokens} at most", **_said(settings)},

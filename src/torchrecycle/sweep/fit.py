@@ -1,28 +1,29 @@
 """Training at one level: AdamW, rates that rise and fall along a cosine, batch norm with the statistics it came with.
 
-`fit` trains the given parameters in place and gives one `EpochPoint` for each epoch. It takes anything that gives
-batches, recycled or not. Batch norm keeps its statistics also in what is trained: with 900 pictures to learn from,
-their own are noise.
+`train` trains groups of parameters in place and tells the trial of each epoch. It takes anything that gives losses, of
+batches that are recycled or not. Batch norm keeps its statistics also in what is trained: with 900 pictures to learn
+from, their own are noise. `fit` is one training of a task by itself, outside of any sweep.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
-from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import EpochPoint
-from torchrecycle.sweep.task import Task
+from torchrecycle.sweep.trial import RunningTrial
 
-__all__ = ["fit"]
+if TYPE_CHECKING:
+    from torchrecycle.sweep.task import Task
+
+__all__ = ["fit", "train"]
 
 
 def fit(
@@ -33,47 +34,60 @@ def fit(
     recipe: Recipe,
     *,
     seed: int,
+    level: str = "full",
+    share: float = 0.0,
     judge: Callable[[int], float | None] | None = None,
 ) -> list[EpochPoint]:
-    """Train in place. The global generator, which dropout draws from, is seeded, and put back at the end.
+    """Train in place, by the task's own `fit`.
 
     A loss or an output that is no longer finite ends the training: the last point then has a loss of NaN.
 
     Args:
         task: what is trained.
-        model: made by it, with a child ``head``.
+        model: of which it is.
         parameters: what to train.
         loader: gives an epoch's batches each time it is iterated, and knows how many.
         recipe: rates and epochs.
         seed: of the loss's class vectors and of dropout.
+        level: what the trial is told that it is at.
+        share: the same, as a share.
         judge: told the epoch that has ended, gives the quality then, or None; its time does not count.
 
     Returns:
-        one point for each epoch
+        one point for each epoch that the task told of
     """
-    objective = task.objective
-    loss = objective.make_loss(task.dim, recipe, seed).to(task.device)
-    optimizer = _optimizer(model, list(parameters), loss, recipe)
-    rates = LambdaLR(optimizer, _schedule(recipe, recipe.epochs * objective.steps(loader)))
-    points: list[EpochPoint] = []
-    seconds = 0.0
-    with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    trial = RunningTrial(level, share, recipe, seed, tuple(parameters), judge=judge)
+    task.fit(model, loader, trial)
+    return list(trial.curve)
+
+
+def train(
+    model: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    losses: Callable[[], Iterator[Tensor]],
+    steps: int,
+    trial: RunningTrial,
+) -> None:
+    """Train in place, until the recipe's epochs are over or the trial says to stop. The global generator, which dropout
+    draws from, is seeded, and put back at the end.
+
+    Args:
+        model: set to train mode for each epoch, but for its batch norm.
+        groups: parameters with their rates, as an optimizer takes them; empty ones are left out.
+        losses: gives the loss of each step of an epoch.
+        steps: how many an epoch has.
+        trial: recipe and seed; told of each epoch. A loss of NaN ends it.
+    """
+    recipe = trial.recipe
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=recipe.weight_decay)
+    rates = LambdaLR(optimizer, _schedule(recipe, recipe.epochs * steps))
+    devices = {parameter.device for parameter in trial.parameters if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(trial.seed)
         for epoch in range(1, recipe.epochs + 1):
-            began = time.perf_counter()
             _train_mode(model)
-            mean = _run_epoch(objective.losses(task.feed(model), loss, loader), optimizer, rates)
-            seconds += time.perf_counter() - began
-            quality = None
-            try:
-                if judge is not None and math.isfinite(mean):
-                    quality = judge(epoch)
-            except NotFiniteError:  # the last step of the epoch did it: no loss has seen it yet
-                mean = math.nan
-            points.append(EpochPoint(epoch, seconds, mean, quality))
-            if not math.isfinite(mean):
+            if not trial.ended(epoch, _run_epoch(losses(), optimizer, rates)):
                 break
-    return points
 
 
 def _train_mode(model: nn.Module) -> None:
@@ -81,18 +95,6 @@ def _train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-
-
-def _optimizer(
-    model: nn.Module, parameters: Sequence[nn.Parameter], loss: nn.Module, recipe: Recipe
-) -> torch.optim.Optimizer:
-    heads = {id(parameter) for parameter in model.head.parameters()}  # pyright: ignore
-    groups = [
-        {"params": [p for p in parameters if id(p) in heads], "lr": recipe.head_rate},
-        {"params": [p for p in parameters if id(p) not in heads], "lr": recipe.suffix_rate},
-        {"params": list(loss.parameters()), "lr": recipe.class_rate, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=recipe.weight_decay)
 
 
 def _schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:

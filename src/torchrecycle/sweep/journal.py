@@ -113,6 +113,8 @@ def trial_from_json(record: Mapping[str, Any]) -> Trial:
         quality=record["quality"],
         scores={name: tuple(each) for name, each in record["scores"].items()},
         found=found_from_json(record["found"]),
+        untold_seconds=record.get("untold_seconds", 0.0),
+        untold_epochs=record.get("untold_epochs", 0),
     )
 
 

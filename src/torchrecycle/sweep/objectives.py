@@ -23,9 +23,10 @@ from torchrecycle.similarity.loaders import GroupBatches
 from torchrecycle.similarity.losses import LossError, learns_classes, loss_by_name
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.datasets import PairBatches, two_by_two
+from torchrecycle.sweep.objective_task import Feed, Objective
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Found
-from torchrecycle.sweep.task import Evaluation, Feed, Objective, Split
+from torchrecycle.sweep.task import Evaluation, Split
 
 __all__ = ["Classify", "Matching", "Similar"]
 

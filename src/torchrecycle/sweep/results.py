@@ -31,7 +31,8 @@ __all__ = [
     "in_words",
 ]
 
-Kind = Literal["images", "texts", "pairs"]
+Kind = Literal["images", "texts", "pairs", "objects"]
+"""What is looked at; `objects` is anything, of which nothing is shown."""
 
 
 def in_words(level: str) -> str:
@@ -115,16 +116,20 @@ class Trial:
     """Per metric, what each object asked contributes, in the test split's order; empty for a search."""
     found: tuple[Found, ...] = field(default=(), repr=False)
     """What it finds for a few objects; final trials only."""
+    untold_seconds: float = 0.0
+    """Wall seconds of a `fit` that told of no epochs, as a whole."""
+    untold_epochs: int = 0
+    """How often such a `fit` went over its loader."""
 
     @property
     def seconds(self) -> float:
         """Wall seconds of training, without filling and without evaluation."""
-        return self.curve[-1].seconds if self.curve else 0.0
+        return self.curve[-1].seconds if self.curve else self.untold_seconds
 
     @property
     def epoch_seconds(self) -> float:
         """Mean wall seconds of an epoch."""
-        return self.seconds / len(self.curve) if self.curve else 0.0
+        return self.seconds / max(1, len(self.curve) or self.untold_epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +246,30 @@ class LevelResult:
         """After how many epochs filling has paid against the frozen prefix; None if never, or for full training."""
         return _epochs_until_paid(self.fill_seconds, self.epoch_seconds, self.frozen_epoch_seconds)
 
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {value}" for name, value in self.quality.items())
+        kept = f", {self.bytes_kept / 1e6:,.1f} MB" if self.bytes_kept else ""
+        cut = f" (cut '{self.cut}')" if self.cut is not None else ""
+        return f"{self.words}{cut}: {figures}, {self.epoch_seconds:.2f} s per epoch{kept}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, but not what each object contributes."""
+        figures = asdict(self)
+        for trial in (*figures["trials"], *figures["search"]):
+            del trial["scores"], trial["found"]
+        figures["epoch_seconds"] = self.epoch_seconds
+        figures["total_seconds"] = self.total_seconds
+        figures["search_seconds"] = self.search_seconds
+        figures["epochs_until_paid"] = self.epochs_until_paid
+        figures["predicted"] = _with_verdict(self.predicted)
+        return figures
+
+
+def _with_verdict(prediction: Prediction | None) -> dict[str, Any] | None:
+    if prediction is None:
+        return None
+    return {**asdict(prediction), "epochs_until_paid": prediction.epochs_until_paid, "pays": prediction.pays}
+
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
@@ -286,12 +315,6 @@ class Ran:
     """ISO, when the sweep ended, with the time zone."""
     seconds: float
     """Wall seconds that all trials and fills took, also those of earlier runs that were gone on from."""
-
-
-def _with_verdict(prediction: Prediction | None) -> dict[str, Any] | None:
-    if prediction is None:
-        return None
-    return {**asdict(prediction), "epochs_until_paid": prediction.epochs_until_paid, "pays": prediction.pays}
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,14 +383,7 @@ class SweepResult:
         """Every figure, but not the samples and not what each object contributes."""
         levels = []
         for result in self.levels:
-            figures = asdict(result)
-            for trial in (*figures["trials"], *figures["search"]):
-                del trial["scores"], trial["found"]
-            figures["epoch_seconds"] = result.epoch_seconds
-            figures["total_seconds"] = result.total_seconds
-            figures["search_seconds"] = result.search_seconds
-            figures["epochs_until_paid"] = result.epochs_until_paid
-            figures["predicted"] = _with_verdict(result.predicted)
+            figures = result.to_json()
             figures["speed_up"] = self.speed_up(result.level)
             figures["speed_up_with_filling"] = self.speed_up(result.level, filling=True)
             figures["speed_up_against_frozen"] = self.speed_up_against_frozen(result.level)

@@ -36,8 +36,8 @@ from torchrecycle.similarity.heads import ResidualHead, ResidualMlpHead
 from torchrecycle.similarity.saving import force_to_disk
 from torchrecycle.sweep.encoders import FirstToken, MeanPool, PooledOutput
 from torchrecycle.sweep.environment import now, versions
+from torchrecycle.sweep.objective_task import ObjectiveTask
 from torchrecycle.sweep.objectives import Classify
-from torchrecycle.sweep.task import Task
 from torchrecycle.sweep.trunks import Trunk
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class SaveError(RecycleError, OSError):
     """The model cannot be kept in that folder, or not in a form that can be loaded without torchrecycle."""
 
 
-def save_servable(folder: Path, task: Task, trunk: Trunk, best: BestWeights) -> None:
+def save_servable(folder: Path, task: ObjectiveTask, trunk: Trunk, best: BestWeights) -> None:
     """Keep a trained model with what is needed to load it without torchrecycle.
 
     A model that was saved there before is replaced; other files in the folder stay, but not those in ``trunk``. Until
@@ -69,7 +69,7 @@ def save_servable(folder: Path, task: Task, trunk: Trunk, best: BestWeights) -> 
         folder: new, empty, or one that was made here before.
         task: as it was swept.
         trunk: what the task was made with.
-        best: as `best_weights` gives them.
+        best: as `Sweep.best_weights` gives them.
 
     Raises:
         SaveError: the folder holds something else or cannot be written, the weights are gone or of another task, or
@@ -101,7 +101,7 @@ def _why_not_written(folder: Path, error: OSError, best: BestWeights) -> str:
 # -- what the model is -------------------------------------------------------------------------------------------------
 
 
-def _config(task: Task, trunk: Trunk, best: BestWeights) -> dict[str, Any]:
+def _config(task: ObjectiveTask, trunk: Trunk, best: BestWeights) -> dict[str, Any]:
     """All that ``load.py`` reads, and how the model came about."""
     classes = list(task.objective.names) if isinstance(task.objective, Classify) else []
     return {
@@ -163,7 +163,7 @@ def _torchvision_options(module: nn.Module) -> dict[str, Any]:
     return {**options, "init_weights": False} if "aux_logits" in options else options
 
 
-def _head(task: Task) -> str:
+def _head(task: ObjectiveTask) -> str:
     head = task.objective.make_head(task.dim)
     if isinstance(head, ResidualHead):
         return "residual"
@@ -195,11 +195,11 @@ def _of_pictures(trunk: Trunk) -> dict[str, Any]:
     return {"preprocessing": asdict(trunk.preprocessing)}
 
 
-def _of_texts(task: Task, trunk: Trunk) -> dict[str, Any]:
+def _of_texts(task: ObjectiveTask, trunk: Trunk) -> dict[str, Any]:
     return {"tokens": _tokens(task), "padding": trunk.tokenizer.pad_token_id}
 
 
-def _tokens(task: Task) -> int:
+def _tokens(task: ObjectiveTask) -> int:
     # The task says it in words only.
     found = re.match(r"\d+", task.settings.get("tokens of a text", ""))
     if found is None:
@@ -207,7 +207,7 @@ def _tokens(task: Task) -> int:
     return int(found[0])
 
 
-def _trained(task: Task, best: BestWeights) -> dict[str, Any]:
+def _trained(task: ObjectiveTask, best: BestWeights) -> dict[str, Any]:
     """How the weights came about."""
     level, trial = best.level, best.trial
     return {
@@ -234,7 +234,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _licences(task: Task, trunk: Trunk) -> list[str]:
+def _licences(task: ObjectiveTask, trunk: Trunk) -> list[str]:
     known = list(task.licences)
     if _library(trunk) == "timm" and trunk.weights.startswith("published"):
         said: Any = getattr(trunk.module, "pretrained_cfg", {}).get("license")
@@ -245,7 +245,7 @@ def _licences(task: Task, trunk: Trunk) -> list[str]:
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def _script(task: Task) -> Path:
+def _script(task: ObjectiveTask) -> Path:
     return SCRIPTS / ("load_images.py" if task.kind == "images" else "load_texts.py")
 
 
@@ -302,7 +302,7 @@ def _is_ours(script: Path) -> bool:
         return MARK in file.readline()
 
 
-def _write(staging: Path, config: Mapping[str, Any], task: Task, trunk: Trunk, best: BestWeights) -> None:
+def _write(staging: Path, config: Mapping[str, Any], task: ObjectiveTask, trunk: Trunk, best: BestWeights) -> None:
     if not best.file.is_file():
         raise SaveError(f"the trained weights {best.file} are gone: run the sweep again with a folder for weights")
     shutil.copyfile(best.file, staging / MODEL)
@@ -349,7 +349,7 @@ def _publish(staging: Path, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _must_be_alike(staging: Path, task: Task, trunk: Trunk, best: BestWeights) -> None:
+def _must_be_alike(staging: Path, task: ObjectiveTask, trunk: Trunk, best: BestWeights) -> None:
     """Load what was written as its reader will, and compare.
 
     Raises:
@@ -372,7 +372,7 @@ def _must_be_alike(staging: Path, task: Task, trunk: Trunk, best: BestWeights) -
         )
 
 
-def _trained_model(task: Task, best: BestWeights) -> nn.Module:
+def _trained_model(task: ObjectiveTask, best: BestWeights) -> nn.Module:
     from safetensors.torch import load_model
 
     model = task.build_model().cpu()
@@ -383,7 +383,7 @@ def _trained_model(task: Task, best: BestWeights) -> nn.Module:
     return model.eval()
 
 
-def _load(folder: Path, task: Task) -> nn.Module:
+def _load(folder: Path, task: ObjectiveTask) -> nn.Module:
     if task.kind == "images":
         from torchrecycle.sweep.servable import load_images as script
     else:
@@ -397,7 +397,7 @@ def _outputs(model: nn.Module, example: Any) -> Tensor:
     return model(example.cpu())
 
 
-def _must_read_alike(task: Task, trunk: Trunk, theirs: nn.Module) -> None:
+def _must_read_alike(task: ObjectiveTask, trunk: Trunk, theirs: nn.Module) -> None:
     """The saved tokenizer gives the tokens of the one that was trained with, for some texts of the test split."""
     texts = ["a short text"]
     if task.test.sample is not None:
@@ -412,7 +412,7 @@ def _must_read_alike(task: Task, trunk: Trunk, theirs: nn.Module) -> None:
 # -- in words ----------------------------------------------------------------------------------------------------------
 
 
-def _about(task: Task, trunk: Trunk, config: Mapping[str, Any]) -> str:
+def _about(task: ObjectiveTask, trunk: Trunk, config: Mapping[str, Any]) -> str:
     """README.md."""
     trained = config["trained"]
     random = ["", "**It started from random weights: it is good for trying out, and for nothing else.**"]
@@ -455,7 +455,7 @@ def _about(task: Task, trunk: Trunk, config: Mapping[str, Any]) -> str:
     )
 
 
-def _does(task: Task, config: Mapping[str, Any]) -> str:
+def _does(task: ObjectiveTask, config: Mapping[str, Any]) -> str:
     one = "a picture" if task.kind == "images" else "a text"
     if config["what"] == "classify":
         return f"A model that tells {len(config['classes'])} classes apart, given {one}."
@@ -483,7 +483,7 @@ def _level(trained: Mapping[str, Any]) -> str:
     return in_words(trained["level"]) + cut
 
 
-def _qualities(task: Task, trained: Mapping[str, Any]) -> Iterator[str]:
+def _qualities(task: ObjectiveTask, trained: Mapping[str, Any]) -> Iterator[str]:
     """On the test split; where there were several seeds, the best of them was chosen on it too."""
     for name, value in trained["quality"].items():
         over = trained["quality over all seeds"][name]

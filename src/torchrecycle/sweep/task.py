@@ -1,29 +1,46 @@
-"""A task: data in three splits, a pretrained model, and what is to be learned of it.
+"""A task: what is learned from which data, and how good a model is at it.
 
-`Task` joins a `Split` for training, one for choosing a rate and one for testing with an `Objective`, which says how a
-batch becomes a loss and how good a model is. One and the same code trains from a plain `DataLoader` and from a recycled
-one; nothing here knows about recycling:
+Four members make one; all else has a default:
 
-    arguments = task.loader_arguments(recipe, seed=0)
-    raw = DataLoader(task.train.dataset, **arguments)
-    recycled = recycling.loader(task.train.dataset, **arguments)
+    class Colours(Task):
+        def __init__(self, train, test):
+            self.train, self.test = train, test
+
+        def fit(self, model, loader, trial):
+            optimizer = torch.optim.AdamW(trial.parameters, lr=trial.recipe.suffix_rate)
+            for epoch in range(1, trial.recipe.epochs + 1):
+                for images, labels in loader:
+                    loss = F.cross_entropy(model(images), labels)
+                    optimizer.zero_grad(); loss.backward(); optimizer.step()
+                if not trial.ended(epoch, loss):
+                    break
+
+        def evaluate(self, model, loader):
+            return sum(float((model(x).argmax(1) == y).sum()) for x, y in loader) / len(self.test)
+
+`fit` and `evaluate` get the model that `build_model` gave and a loader of its batches, recycled or not: nothing in a
+task knows about recycling. What is finished is kept under the task's identity, so a task's attributes are what it
+depends on, and nothing that changes by itself.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchrecycle.similarity.heads import ResidualHead
-from torchrecycle.sweep.recipes import Recipe
+from torchrecycle.sweep.plan import SweepError
+from torchrecycle.sweep.recipes import USUAL, Recipe, usual_recipe
 from torchrecycle.sweep.results import Found, Kind, Sample
+from torchrecycle.sweep.trial import RunningTrial
 
-__all__ = ["Evaluation", "Objective", "Split", "Task"]
+__all__ = ["Evaluation", "Split", "Task", "as_evaluation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +50,7 @@ class Split:
     dataset: Any = field(repr=False)
     """Map-style: items are ``(image, label)`` or dicts of tensors. Of pairs, all left texts and then all right ones."""
     labels: tuple[int, ...] = ()
-    """The class of each object; empty for pairs."""
+    """The class of each object; empty for pairs, and where nobody asks for it."""
     name: str | None = None
     """What tells it from every other, transforms and targets included; None if nothing does."""
     sample: Callable[[int], Sample] | None = field(default=None, repr=False)
@@ -48,166 +65,99 @@ class Evaluation:
     """How good a model is on a split."""
 
     quality: dict[str, float]
-    """Per metric, 0 to 1."""
-    scores: dict[str, tuple[float, ...]] = field(repr=False)
-    """Per metric, what each object asked contributes: `quality` is their mean."""
+    """Per metric; more is better."""
+    scores: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    """Per metric, what each object asked contributes: `quality` is their mean. By them it is told how sure a figure
+    is; without them, only several seeds tell."""
     found: tuple[Found, ...] = field(default=(), repr=False)
     """What it finds for the objects that were asked for."""
 
 
-class Objective(ABC):
-    """What is learned, and how it is judged."""
+TARGETS = ("labels", "label", "targets", "target", "y", "pair")
+"""Names under which a batch that is a dict may hold what is to be learned."""
 
-    metric: str
-    """Which of the figures stands for the quality."""
-    metrics: dict[str, str]
-    """Each figure with what it means, in one sentence."""
-    loss: str
-    """In words."""
-    unit: bool
-    """Whether the model's outputs are embeddings of length one."""
-    pretrained: str = "the pretrained model as it is"
+
+class Task(ABC):
+    """What is learned, from which data, and how it is judged. See the head of this module for an example.
+
+    `train` and `test`, and `validation` if a rate is to be looked for, are map-style data sets, or `Split`s with a name
+    of their own.
+    """
+
+    train: Any
+    test: Any
+    """Objects that training never sees."""
+    validation: Any = None
+    """What a rate is chosen on; without it, the recipe's is taken."""
+
+    kind: Kind = "objects"
+    title: str = "How good is it at each level?"
+    """What is asked, for a heading."""
+    metric: str | None = None
+    """Which figure stands for the quality; the first that `evaluate` gives, if None."""
+    metrics: Mapping[str, str] = MappingProxyType({})
+    """Figures with what they mean, in one sentence; those that are not named here are shown by their name."""
+    identity: str | None = None
+    """What tells the task from every other. If None, that is told from the content of its data sets, its attributes and
+    its class's own code; where it cannot be told, a sweep is refused."""
+    device: Any = None
+    """Where the model is put; where `build_model` has put it, if None."""
+    collate: Any = None
+    """The loader's collate function."""
+    workers: int = 0
+    """Processes that read."""
+    evaluation_batch: int = 64
+    """Objects in a batch that is filled or evaluated."""
+    cuts: Mapping[str, str] = MappingProxyType({})
+    """Levels with the module to cut at; the nearest valid cut for any other."""
+    recycling: Mapping[str, Any] = MappingProxyType({})
+    """What else `recycle` is to be told: ``inputs=``, ``mask=``, ``autocast=``."""
+
+    # What is said of it.
+    model: str = ""
+    weights: str = "as build_model gives them"
+    random_weights: bool = False
+    data: str = ""
+    left_out: tuple[str, ...] = ()
+    loss: str = "as the task's fit has it"
+    settings: Mapping[str, str] = MappingProxyType({})
+    licences: tuple[str, ...] = ()
+    pretrained: str = "the model as it comes"
     """What one takes who does not train."""
 
     @abstractmethod
-    def make_head(self, dim: int) -> nn.Module:
-        """What stands on the trunk: the same each time."""
-
-    @abstractmethod
-    def make_loss(self, dim: int, recipe: Recipe, seed: int) -> nn.Module:
-        """The loss, with whatever it learns itself."""
-
-    def loader_arguments(self, split: Split, recipe: Recipe, generator: torch.Generator) -> dict[str, Any]:
-        """What of a loader's arguments says which objects are in a batch: any, by chance, if not overridden."""
-        return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator}
-
-    def losses(self, feed: Feed, loss: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
-        """The loss of each step of an epoch: a batch is a step, unless an objective takes several."""
-        for batch in batches:
-            yield loss(*feed(batch))
-
-    def steps(self, batches: Sized) -> int:
-        """How many steps the batches of an epoch make."""
-        return len(batches)
-
-    @abstractmethod
-    def evaluate(
-        self, feed: Feed, batches: Iterable[Any], split: Split, queries: Sequence[int], *, known: Iterable[Any] | None
-    ) -> Evaluation:
-        """Figures of merit.
+    def fit(self, model: nn.Module, loader: Any, trial: RunningTrial) -> Any:
+        """Train in place.
 
         Args:
-            feed: runs the model on a batch.
-            batches: the whole split in its order.
-            split: which.
-            queries: objects for which to tell what is nearest.
-            known: None for a trained model; for the pretrained one, whose head does nothing, the batches of the
-            training
-                split, by which it may know the classes.
+            model: what `build_model` gave, with its first weights.
+            loader: gives an epoch's batches each time it is iterated.
+            trial: parameters to train, recipe, seed; to be told of each epoch.
         """
 
     @abstractmethod
-    def clusters(self, split: Split) -> tuple[int, ...]:
-        """For each score, which ones are easy or hard together."""
+    def evaluate(self, model: nn.Module, loader: Any) -> Evaluation | Mapping[str, float] | float:
+        """Figures of merit; more is better. The model is in eval mode, and no gradients are kept.
 
+        Args:
+            model: trained or not.
+            loader: the batches of a whole split, in its order.
+        """
 
-Feed = Callable[[Any], tuple[Tensor, Tensor]]
-"""Runs the model on a batch: its output, and the batch's targets, on the model's device."""
+    # -- what may be overridden ----------------------------------------------------------------------------------------
 
+    def recipe(self, level: str, share: float) -> Recipe:
+        """How a level is trained if no other rate is found."""
+        return usual_recipe(USUAL, level, share, len(self.splits()["train"]))
 
-@dataclass(frozen=True)
-class Task:
-    """Data, a model and an objective."""
-
-    kind: Kind
-    title: str
-    """What is asked, for a heading."""
-    train: Split
-    validation: Split | None
-    """What a rate is chosen on; None if recipes are given."""
-    test: Split
-    """Objects that training never sees."""
-    objective: Objective
-    build: Callable[[nn.Module, bool], nn.Module] = field(repr=False)
-    """From a head, and whether what it gives is made of length one, to the pretrained model with that head: the same
-    weights each time, in an object of its own."""
-    dim: int
-    """How long the features are that the head takes."""
-    collate: Callable[[Sequence[Any]], Any] | None = field(repr=False)
-    recipe: Callable[[str, float], Recipe] = field(repr=False)
-    """From a level, such as ``50``, and the share of the blocks that is recycled, to how it is trained by default."""
-    identity: str
-    """What tells it from every other task: data, weights, splits and settings, as a hash or in words."""
-    data: str
-    """The data set, in words."""
-    weights: str
-    """Where the model's weights came from, in words."""
-    model: str
-    """The model's name."""
-    random_weights: bool = False
-    left_out: tuple[str, ...] = ()
-    """What of the data is not used, a line each."""
-    settings: dict[str, str] = field(default_factory=dict)
-    """Whatever else was set, by name."""
-    licences: tuple[str, ...] = ()
-    """Whose data and weights these are, a line each, to be printed."""
-    rate_is_given: Callable[[str], bool] = field(default=lambda level: False, repr=False)
-    """Whether a level's rate was given, so that none is looked for."""
-    cuts: dict[str, str] = field(default_factory=dict)
-    """Levels with the module to cut at; the nearest valid cut for any other."""
-    evaluation_batch: int = 64
-    """Objects in a batch that is filled or evaluated."""
-    workers: int = 0
-    """Processes that read."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def build_model(self) -> nn.Module:
-        """The pretrained model with the objective's head: the same each time."""
-        return self._built(lambda: self.objective.make_head(self.dim), self.objective.unit)
-
-    def build_untrained(self) -> nn.Module:
-        """The pretrained model as it comes: its embeddings, of length one."""
-        return self._built(lambda: ResidualHead(self.dim), True)
-
-    def _built(self, make_head: Callable[[], nn.Module], unit: bool) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return self.build(make_head(), unit).to(self.device).eval()
-
-    def example(self) -> Any:
-        """A small batch of model inputs, two objects of the training split and two others."""
-        count = len(self.train)
-        chosen = sorted({0, 1, count // 2, count - 1})
-        batch = self._collated([self.train.dataset[i] for i in chosen])
-        return self.inputs(batch)
-
-    def _collated(self, items: Sequence[Any]) -> Any:
-        if self.collate is not None:
-            return self.collate(items)
-        return torch.utils.data.default_collate(list(items))
-
-    def inputs(self, batch: Any) -> Any:
-        """What of a batch the model takes: a tensor, or a dict of them."""
-        if isinstance(batch, dict):
-            return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        return batch[0].to(self.device)
-
-    def feed(self, model: nn.Module) -> Feed:
-        """What runs the model on a batch of a loader."""
-
-        def fed(batch: Any) -> tuple[Tensor, Tensor]:
-            inputs = self.inputs(batch)
-            if isinstance(batch, dict):
-                target = batch["pair"] if "pair" in batch else batch["label"]
-                return model(**inputs), target.to(self.device)
-            return model(inputs), batch[1].to(self.device)
-
-        return fed
+    def rate_is_given(self, level: str) -> bool:
+        """Whether none is to be looked for at a level."""
+        return False
 
     def loader_arguments(self, recipe: Recipe, *, seed: int) -> dict[str, Any]:
         """What a loader over the training split takes; a new generator each time."""
         generator = torch.Generator().manual_seed(seed)
-        return {**self.objective.loader_arguments(self.train, recipe, generator), **self._reading()}
+        return {"batch_size": recipe.batch_size, "shuffle": True, "generator": generator, **self._reading()}
 
     def eval_arguments(self) -> dict[str, Any]:
         """What a loader over any split takes that gives it in its order, also good to fill with."""
@@ -216,24 +166,119 @@ class Task:
     def _reading(self) -> dict[str, Any]:
         return {"collate_fn": self.collate, "num_workers": self.workers}
 
-    @torch.no_grad()
-    def evaluate(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        split: Split,
-        *,
-        queries: Sequence[int] = (),
-        known: Iterable[Any] | None = None,
+    def inputs(self, batch: Any) -> Any:
+        """What of a batch the model takes, as `recycle` wants its example: a tensor, a tuple, or a dict by names."""
+        if isinstance(batch, Mapping):
+            return {name: value for name, value in batch.items() if name not in TARGETS}
+        if isinstance(batch, (tuple, list)) and len(batch) > 1:
+            return batch[0] if len(batch) == 2 else tuple(batch[:-1])
+        return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+    def example(self) -> Any:
+        """A small batch of model inputs, two objects of the training split and two others."""
+        data = self.splits()["train"].dataset
+        chosen = sorted({0, min(1, len(data) - 1), len(data) // 2, len(data) - 1})
+        collate = self.collate or torch.utils.data.default_collate
+        return self.inputs(collate([data[i] for i in chosen]))
+
+    def clusters(self) -> Sequence[int] | None:
+        """For each score of the test split, which ones are easy or hard together; None: each by itself."""
+        return None
+
+    # -- what the sweep asks -------------------------------------------------------------------------------------------
+
+    def splits(self) -> dict[str, Split]:
+        """``train``, ``validation`` (if there is one) and ``test``.
+
+        Raises:
+            SweepError: one that is needed is missing, empty or no map-style data set.
+        """
+        found: dict[str, Split] = {}
+        for name in ("train", "validation", "test"):
+            given = getattr(self, name, None)
+            if given is not None:
+                found[name] = _as_split(self, name, given)
+            elif name != "validation":
+                raise SweepError(f"{type(self).__name__}.{name} is missing: give it a data set")
+        return found
+
+    def untrained(self, build_model: Callable[[], nn.Module]) -> nn.Module:
+        """The model that stands for no training."""
+        return build_model()
+
+    def judged(
+        self, model: nn.Module, loader: Any, split: Split, queries: Sequence[int], known: Iterable[Any] | None
     ) -> Evaluation:
-        """Figures of merit, 0 to 1. Leaves the model in eval mode.
+        """`evaluate`, as the sweep asks it.
 
         Args:
-            model: made by `build_model` or `build_untrained`.
-            batches: the whole split in its order.
+            model: in eval mode.
+            loader: of the split.
             split: which.
             queries: objects for which to tell what is nearest.
-            known: for `build_untrained`, the batches of the training split; None for `build_model`.
+            known: None for a trained model; of an untrained one, the batches of the training split.
         """
-        model.eval()
-        return self.objective.evaluate(self.feed(model), batches, split, queries, known=known)
+        return as_evaluation(self.evaluate(model, loader), type(self).__name__, self.metric)
+
+
+def _as_split(task: Task, name: str, given: Any) -> Split:
+    split = given if isinstance(given, Split) else Split(given)
+    where, data = f"{type(task).__name__}.{name}", split.dataset
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise SweepError(
+            f"{where} is a {type(data).__name__}, which has no length or no items by index: a sweep goes over the same "
+            "objects many times, and needs a map-style data set, with __len__ and __getitem__"
+        )
+    if not len(data):
+        raise SweepError(f"{where} is empty: give it objects")
+    return split
+
+
+def as_evaluation(found: Any, whose: str, metric: str | None) -> Evaluation:
+    """What a user's `evaluate` gave, in one form.
+
+    Args:
+        found: an `Evaluation`, figures by name, or one figure.
+        whose: the name of the task, for errors.
+        metric: the one that must be there, if any.
+
+    >>> as_evaluation(0.5, "Mine", None).quality
+    {'quality': 0.5}
+
+    Raises:
+        SweepError: it is none of these, or a figure is no finite number.
+    """
+    if not isinstance(found, Evaluation):
+        figures = found if isinstance(found, Mapping) else {metric or "quality": found}
+        found = Evaluation({str(name): _figure(value, str(name), whose) for name, value in figures.items()})
+    for name, value in found.quality.items():
+        if not math.isfinite(_figure(value, name, whose)):
+            raise SweepError(
+                f"{whose}.evaluate gave {value} for {name}: give a finite number. Has the training diverged, or was "
+                "nothing counted?"
+            )
+    for name, each in found.scores.items():
+        if name not in found.quality:
+            raise SweepError(f"{whose}.evaluate gave scores of {name}, but no quality of that name")
+        if all(math.isnan(score) for score in each) or any(math.isinf(score) for score in each):
+            raise SweepError(f"{whose}.evaluate gave scores of {name} of which none is a number, or one is infinite")
+    if not found.quality or (metric is not None and metric not in found.quality):
+        raise SweepError(
+            f"{whose}.evaluate gave {', '.join(found.quality) or 'no figure'}, and not the metric "
+            f"{metric or 'of the task'}: more is better, and one figure is needed"
+        )
+    return found
+
+
+def _figure(value: Any, name: str, whose: str) -> float:
+    try:
+        if isinstance(value, (str, bytes, bool)) or value is None:
+            raise TypeError
+        if isinstance(value, Tensor):
+            value = value.item()
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SweepError(
+            f"{whose}.evaluate gave {value!r} for {name}, a {type(value).__name__}: give a number, a dict of numbers "
+            "by metric, or an Evaluation"
+        ) from error

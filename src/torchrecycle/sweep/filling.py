@@ -1,0 +1,191 @@
+"""Filling for several levels at once: what passes cost, what is kept, and what has no room.
+
+All levels are filled in one pass over each split: the deepest prefix runs once. Under ``max_bytes`` they may not fit
+together: of 1 GB at 50 %, 0.5 GB at 75 % and 20 MB at head only, 1.2 GB hold any two but the largest pair. Then as
+many as fit are filled and trained, most recycled first, and the next ones take their place in the store. A level that
+does not fit by itself is trained with its prefix computed again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from torchrecycle.errors import RecycleWarning, StoreError
+from torchrecycle.fill import FillReport
+from torchrecycle.recycling import Recycling, fill_many
+from torchrecycle.store import leaf_bytes
+from torchrecycle.sweep.records import Records
+from torchrecycle.sweep.runner import Runner
+from torchrecycle.sweep.task import Split, Task
+
+__all__ = ["Filling", "groups_that_fit"]
+
+SIZED = 512
+"""Rows of which the size is looked at."""
+ROW_BYTES = 24
+"""What a row takes beside its leaves: a key and a checksum."""
+FILES, FILE_BYTES = 1.02, 100_000
+"""What files take beside their rows: manifests, headers, a probe."""
+
+
+class Filling:
+    """Fills what levels need, and knows what that cost.
+
+    Args:
+        task: whose splits.
+        records: where the cost of a pass is kept.
+        views: of each object of the training split; None for one.
+        tell: told of each pass.
+    """
+
+    def __init__(self, task: Task, records: Records, views: int | None, tell: Callable[[str], None]) -> None:
+        self.task, self.records, self.views, self.tell = task, records, views or 1, tell
+
+    def fill(self, runners: Mapping[str, Runner]) -> None:
+        """One pass over each split, for all of these levels."""
+        if not runners:
+            return
+        names = {"train": "training"}
+        for name, split in self.task.splits().items():
+            report = self._fill_split(names.get(name, name), split, runners)
+            self.tell(f"{names.get(name, name)} split: {report}")
+        for runner in runners.values():
+            runner.is_filled = True
+
+    def _fill_split(self, name: str, split: Split, runners: Mapping[str, Runner]) -> FillReport:
+        """What it cost is kept."""
+        reports = _filled(runners, split.dataset, split.name, self.task.eval_arguments())
+        together = _together(reports)
+        if together.computed:
+            cost = {"objects": together.objects, "computed": together.computed, "seconds": together.seconds}
+            levels = [level for level, report in zip(runners, reports, strict=True) if report.computed]
+            record = {"kind": "fill", "split": name, "levels": levels, "prefix_seconds": together.prefix_seconds}
+            self.records.journal.write(f"fill-{time.time_ns()}", {**record, **cost, **self.records.facts})
+        return together
+
+    def seconds(self, level: str) -> float | None:
+        """What filling the training split takes: reading and hashing of all objects, the prefix of those computed.
+
+        None if most rows of the level were in the store already, so that nothing is known of it.
+        """
+        passes = [
+            record
+            for record in self.records.fills()
+            if level in record["levels"]
+            and 2 * record["computed"] >= record["objects"]  # of a few rows, most is what comes before the first
+        ]
+        if not passes:
+            return None
+        total = {
+            name: sum(one[name] for one in passes) for name in ("objects", "computed", "seconds", "prefix_seconds")
+        }
+        reading = (total["seconds"] - total["prefix_seconds"]) / total["objects"]
+        objects = len(self.task.splits()["train"]) * self.views
+        return objects * (reading + total["prefix_seconds"] / total["computed"])
+
+    def bytes_kept(self, runner: Runner) -> int:
+        """Of the rows of this task's objects, whatever else the store holds; from some of them if they are many."""
+        assert runner.recycling is not None
+        loaders = [runner.evaluation_loader(split) for split in self.task.splits().values()]
+        rows = torch.cat([torch.as_tensor(loader.dataset.locations).flatten() for loader in loaders]).unique()
+        return round(len(rows[rows >= 0]) * _row_bytes(runner.recycling, rows))
+
+    def expected_bytes(self, runners: Mapping[str, Runner]) -> dict[str, int]:
+        """What the rows of each level will take, from those of a few objects, which are filled for it; infinitely much
+        where not even they have room."""
+        train = self.task.splits()["train"].dataset
+        some = Subset(train, range(0, len(train), max(1, len(train) // self.task.evaluation_batch)))
+        arguments = self.task.eval_arguments()
+        objects = sum(len(split) * (self.views if name == "train" else 1) for name, split in self.task.splits().items())
+        found = {}
+        for level, runner in runners.items():
+            assert runner.recycling is not None
+            try:
+                _filled({level: runner}, some, None, arguments)
+            except StoreError:
+                found[level] = sys.maxsize
+                continue
+            loader: Any = runner.recycling.loader(some, **arguments)
+            locations = torch.as_tensor(loader.dataset.locations).flatten()
+            found[level] = round(FILES * objects * _row_bytes(runner.recycling, locations)) + FILE_BYTES
+        return found
+
+
+def _row_bytes(recycling: Recycling, rows: torch.Tensor) -> float:
+    """Mean bytes of a row, with what it takes beside its leaves; of those for which the store had room."""
+    there = rows[rows >= 0]
+    if not len(there):
+        return 0.0
+    some = there[:: max(1, len(there) // SIZED)]
+    kept = sum(leaf_bytes(leaf) for leaf in recycling.source.rows.gather(some))
+    return kept / len(some) + ROW_BYTES
+
+
+def _filled(
+    runners: Mapping[str, Runner], dataset: Any, name: str | None, arguments: Mapping[str, Any]
+) -> list[FillReport]:
+    """
+    Raises:
+        StoreError: the store took no more rows.
+    """
+    recyclings = [runner.recycling for runner in runners.values() if runner.recycling is not None]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", RecycleWarning)
+        reports = fill_many(recyclings, dataset, name=name, **arguments)
+    _refuse_missing_rows(reports, said)
+    return reports
+
+
+def _refuse_missing_rows(reports: Sequence[FillReport], said: Sequence[warnings.WarningMessage]) -> None:
+    """A store that took no more rows ends a sweep: with some of them computed anew, its times would mean nothing."""
+    words = [str(warning.message) for warning in said if warning.category is RecycleWarning]
+    if any(report.missing for report in reports):
+        error = StoreError(f"cannot write all rows: {' '.join(words)}")
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        error.errno = next((number for number in known if os.strerror(number) in str(error)), errno.ENOSPC)
+        raise error
+    for warning in said:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _together(reports: Sequence[FillReport]) -> FillReport:
+    """One pass over a data set as one report: bytes of all levels."""
+    computed = max(report.computed for report in reports)
+    written = sum(report.bytes_written for report in reports)
+    missing = max(report.missing for report in reports)
+    found = reports[0].objects - computed - missing
+    return replace(reports[0], computed=computed, found=found, missing=missing, bytes_written=written)
+
+
+def groups_that_fit(sizes: Mapping[str, int], limit: int) -> tuple[list[list[str]], list[str]]:
+    """Levels that are filled together, in the order given, and those that do not fit by themselves.
+
+    Args:
+        sizes: bytes of each level.
+        limit: bytes that the store may take.
+
+    >>> groups_that_fit({"head": 20, "75": 500, "50": 1000, "25": 3000}, 1200)
+    ([['head', '75'], ['50']], ['25'])
+    """
+    groups: list[list[str]] = []
+    too_large = [level for level, size in sizes.items() if size > limit]
+    left = 0
+    for level, size in sizes.items():
+        if level in too_large:
+            continue
+        if not groups or size > left:
+            groups.append([])
+            left = limit
+        groups[-1].append(level)
+        left -= size
+    return groups, too_large

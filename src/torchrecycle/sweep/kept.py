@@ -1,0 +1,88 @@
+"""Files beside the journal: a line for each level as it is finished, and all figures at the end.
+
+``results.jsonl`` grows while a sweep runs: whoever watches it sees head only after a minute and full training after an
+hour. A line says which sweep it is of, since several may share a folder; one that is asked again adds nothing.
+``results.json`` is the whole of the last sweep that ended, as ``torchrecycle report compare`` takes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from torchrecycle.sweep.environment import now
+from torchrecycle.sweep.journal import JournalError
+from torchrecycle.sweep.results import LevelResult, SweepResult
+
+__all__ = ["RESULT", "ROWS", "finite", "keep_result", "keep_row"]
+
+ROWS, RESULT = "results.jsonl", "results.json"
+
+
+def keep_row(folder: Path, sweep: str, level: LevelResult) -> None:
+    """Add a level to ``results.jsonl``, unless the same line of the same sweep is there.
+
+    Args:
+        folder: of the results.
+        sweep: what tells the sweep from others in the folder.
+        level: that has been finished.
+
+    Raises:
+        JournalError: it cannot be read or written.
+    """
+    path = folder / ROWS
+    figures = finite(level.to_json())
+    lines = _lines(path)
+    if any(line.get("sweep") == sweep and line.get("row") == figures for line in lines):
+        return
+    lines.append({"sweep": sweep, "date": now(), "row": figures})
+    _write_whole(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise JournalError(f"{path} cannot be read ({error}): move it away, and it is begun anew") from error
+
+
+def keep_result(folder: Path, result: SweepResult) -> None:
+    """Write ``results.json``.
+
+    Raises:
+        JournalError: it cannot be written.
+    """
+    _write_whole(folder / RESULT, json.dumps(finite(result.to_json()), indent=2))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        worded = JournalError(f"cannot write to {path.parent}: {error.strerror}")
+        worded.errno = error.errno
+        raise worded from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not know.
+
+    >>> finite({"loss": (float("nan"), 1.0)})
+    {'loss': [None, 1.0]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
