@@ -2,20 +2,26 @@
 
 Filling 8,144 photos shows, on a terminal, a bar with the time left; in a log file a line every ten seconds:
 ``filling: 2,048 of 8,144 objects, 31 s``. What is done within two seconds shows nothing.
+
+Where work advances it can also be stopped: `watching` has something called at each step of whatever is under way, such
+as a clock that raises when time is up.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["Progress", "progress"]
+__all__ = ["Progress", "progress", "watching"]
 
 QUIET_SECONDS = 2.0
 LINE_EVERY = 10.0
+
+_watch: ContextVar[Callable[[], None] | None] = ContextVar("watch", default=None)
 
 
 class Progress:
@@ -32,6 +38,9 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
         self.done += count
+        watch = _watch.get()
+        if watch is not None:
+            watch()
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
@@ -76,3 +85,19 @@ def progress(title: str, total: int | None, unit: str = "objects") -> Iterator[P
         yield shown
     finally:
         shown.close()
+
+
+@contextmanager
+def watching(call: Callable[[], None]) -> Iterator[None]:
+    """Have something called whenever anything advances, in this thread and until the end, also where nothing is shown.
+
+    What it raises stops the work as Ctrl-C would: rows that are filled are kept, models are as they were.
+
+    Args:
+        call: takes little time, since it is called for each batch.
+    """
+    token = _watch.set(call)
+    try:
+        yield
+    finally:
+        _watch.reset(token)

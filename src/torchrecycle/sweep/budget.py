@@ -294,7 +294,9 @@ def _choices(whole: _Choice, free: float) -> Iterator[_Choice]:
         if len(choice.levels) == 1:
             break
         choice = replace(choice, levels=_without_one(choice, free))
-    yield from (replace(choice, share=share / 100) for share in range(round(100 * SHORTEST), -1, -1))
+    for level in (*choice.levels, *whole.levels):  # that only full training fits is rare, but can be
+        for share in range(round(100 * SHORTEST), -1, -1):
+            yield replace(choice, levels=(level,), share=share / 100)
 
 
 def _without_one(choice: _Choice, free: float) -> tuple[Cost, ...]:
@@ -348,32 +350,33 @@ def _round_up(seconds: float) -> str:
 
 
 class Clock:
-    """What is left of a budget. Without one, everything fits.
+    """What is left of a budget. It stands until it is told to go.
 
     Args:
-        budget: seconds, of the whole sweep; None for as long as it takes.
-        used: seconds of it that earlier runs have used.
+        budget: seconds, of the whole sweep.
+        used: seconds of it that are gone.
         now: gives the time, in seconds from some moment.
     """
 
-    def __init__(self, budget: float | None, used: float = 0.0, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, budget: float, used: float = 0.0, *, now: Callable[[], float] = time.monotonic) -> None:
         self.budget, self._before, self._now = budget, used, now
-        self._began = now()
+        self._began: float | None = None
+
+    def go(self) -> None:
+        """Time counts from now on."""
+        if self._began is None:
+            self._began = self._now()
+
+    def stop(self) -> None:
+        """Time does not count until it goes again."""
+        self._before, self._began = self.used, None
 
     @property
     def used(self) -> float:
-        """Seconds of this run, and of those before."""
-        return self._before + self._now() - self._began
+        """Seconds."""
+        return self._before + (0.0 if self._began is None else self._now() - self._began)
 
     @property
     def left(self) -> float:
-        """Seconds; infinite without a budget, and never below zero."""
-        return math.inf if self.budget is None else max(0.0, self.budget - self.used)
-
-    @property
-    def is_over(self) -> bool:
-        return self.left <= 0
-
-    def fits(self, seconds: float) -> bool:
-        """Whether something may be started that is expected to take so long."""
-        return seconds <= self.left
+        """Seconds, never below zero."""
+        return max(0.0, self.budget - self.used)
