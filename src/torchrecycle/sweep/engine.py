@@ -16,7 +16,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from torchrecycle.progress import progress
-from torchrecycle.store import Store, open_store
+from torchrecycle.store import MemoryStore, Store, open_store
 from torchrecycle.store.sizes import bytes_in_words, parse_bytes
 from torchrecycle.sweep.environment import machine, now, versions
 from torchrecycle.sweep.estimates import estimate
@@ -73,6 +73,8 @@ class Engine:
         self.judged = self.splits.get("validation", self.splits["test"])
         self.began = time.perf_counter()
         self._store: Store | None = None
+        self._without_room: list[str] = []
+        self._has_told = False
         self._model_identity: str | None = None
         self._model_name, self._device = task.model, task.device
         queries = _queries(task, self.splits["test"])
@@ -127,22 +129,19 @@ class Engine:
         task, plan = self.task, self.plan
         todo = [level for level in self.levels if not self._is_done(level)]
         with ExitStack() as stack:
-            runners = self.attach(todo, stack)
-            self._tell_of_others(runners, todo)
-            groups = self._groups(runners)
-            self._fill_next(groups, runners)
+            groups = self._groups([level for level in todo if level != "full"])
+            runners = self._begun(groups[0], stack) if groups else {}
             self._untrained(runners.get("head"))
             for level in reversed(self.levels):
                 if level not in todo:
                     plan.tell(f"{in_words(level)}: was finished before")
                     yield self._level(level)
                     continue
-                runner = runners.get(level) or Runner(task, level, None, self.build())
-                if runner.recycling is not None and not runner.is_filled and not runner.recycling.off:
-                    self._fill_next(groups, runners)
+                if level != "full" and level not in runners:
+                    runners.update(self._begun(next(group for group in groups if level in group), stack))
+                runner = runners.pop(level, None) or Runner(task, level, None, self.build())
                 self._run(level, runner)
-                if runner.recycling is not None:
-                    runners.pop(level).recycling.detach()  # pyright: ignore
+                runner.release()
                 yield self._level(level)
 
     def _is_done(self, level: str) -> bool:
@@ -160,15 +159,13 @@ class Engine:
     def attach(self, levels: Sequence[str], stack: ExitStack, *, alone: bool = False) -> dict[str, Runner]:
         """A model of its own for each recycled level, so that all are filled in one pass."""
         runners: dict[str, Runner] = {}
-        done = [] if alone else [level for level in self.levels if level not in levels and level != "full"]
-        cuts = {self.records.place(level).cut: level for level in done}
-        for level in reversed(levels):
-            if level != "full":
-                runners[level] = self._attached(level, self.build(), self.task.cuts.get(level), stack)
+        cuts = {} if alone else {place.cut: level for level, place in self._places(levels).items()}
         for level in levels:
-            recycling = runners[level].recycling if level in runners else None
-            if recycling is None:
+            if level == "full":
                 continue
+            runners[level] = self._attached(level, self.build(), self.task.cuts.get(level), stack)
+            recycling = runners[level].recycling
+            assert recycling is not None
             if recycling.cut in cuts:
                 raise SweepError(
                     f"levels {cuts[recycling.cut]} and {level} would both be cut at '{recycling.cut}', the nearest "
@@ -178,47 +175,67 @@ class Engine:
             cuts[recycling.cut] = level
         return runners
 
+    def _places(self, others: Sequence[str]) -> dict[str, Place]:
+        """Of recycled levels but these, as far as they are known."""
+        found = {}
+        for level in self.levels:
+            if level not in others and level != "full":
+                with suppress(MissingRecordError):
+                    found[level] = self.records.place(level)
+        return found
+
     def _attached(self, level: str, model: nn.Module, cut: str | None, stack: ExitStack) -> Runner:
         if self._store is None:
             self._store = open_store(self.plan.store, self.plan.max_bytes)
-        options: dict[str, Any] = {"precision": self.plan.precision}
-        if self.plan.views is not None:
-            options["views"] = self.plan.views
-        recycling = attach(self.task, model, level, cut, self._store, options)
+        recycling = attach(self.task, model, level, cut, self._store, self._options())
         stack.callback(recycling.detach)
         return Runner(self.task, level, recycling, model)
 
-    def _tell_of_others(self, runners: Mapping[str, Runner], todo: Sequence[str]) -> None:
+    def _options(self) -> dict[str, Any]:
+        views = {} if self.plan.views is None else {"views": self.plan.views}
+        return {"precision": self.plan.precision, **views}
+
+    def _tell_of_others(self, runners: Mapping[str, Runner]) -> None:
         recyclings = [runner.recycling for runner in runners.values() if runner.recycling is not None]
-        if not recyclings:
-            return
-        done = [level for level in self.levels if level not in todo]
-        ours = {self.records.place(level).fingerprint for level in done} | {each.fingerprint for each in recyclings}
-        others = set(recyclings[0].store.fingerprints()) - ours
+        ours = {place.fingerprint for place in self._places(list(runners)).values()}
+        others = set(recyclings[0].store.fingerprints()) - ours - {each.fingerprint for each in recyclings}
         if others:
             self.plan.tell(
                 f"the store {self.plan.store} holds rows of {len(others)} other models or cuts too: they are not "
                 "used, and left as they are"
             )
 
-    def _groups(self, runners: Mapping[str, Runner]) -> list[list[str]]:
-        """Which levels are filled together; those without room by themselves are not recycled."""
-        if self.plan.max_bytes is None or not runners:
-            return [list(runners)]
-        limit = parse_bytes(self.plan.max_bytes)
-        sizes = self.filling.expected_bytes(runners)
-        groups, too_large = groups_that_fit(sizes, limit)
-        for level in too_large:
+    def _groups(self, levels: Sequence[str]) -> list[list[str]]:
+        """Which levels are filled together, the most recycled first."""
+        if self.plan.max_bytes is None or not levels:
+            return [list(levels)] if levels else []
+        limit, sizes = parse_bytes(self.plan.max_bytes), {}
+        for level in reversed(levels):
+            with ExitStack() as stack:
+                recycling = attach(
+                    self.task, self.build(), level, self.task.cuts.get(level), MemoryStore(), self._options()
+                )
+                stack.callback(recycling.detach)
+                sizes[level] = self.filling.expected_bytes(recycling)
+        groups, self._without_room = groups_that_fit(sizes, limit)
+        for level in self._without_room:
             self.plan.tell(
-                f"{in_words(level)}: its rows do not fit into {bytes_in_words(limit)}, so its frozen layers are "
-                "computed again instead"
+                f"{in_words(level)}: its rows would take {bytes_in_words(sizes[level])}, and the store may take "
+                f"{bytes_in_words(limit)}: its frozen layers are computed again instead"
             )
-            runners[level].keep_nothing()
-        return groups
+        return [*groups, *([level] for level in self._without_room)]
 
-    def _fill_next(self, groups: list[list[str]], runners: Mapping[str, Runner]) -> None:
-        if groups:
-            self.filling.fill({level: runners[level] for level in groups.pop(0)})
+    def _begun(self, group: Sequence[str], stack: ExitStack) -> dict[str, Runner]:
+        """Levels attached and filled; one without room is attached only."""
+        runners = self.attach([level for level in self.levels if level in group], stack)
+        if group[0] in self._without_room:
+            runners[group[0]].keep_nothing()
+        else:
+            if not self._has_told:
+                self._tell_of_others(runners)
+                self._has_told = True
+            self.filling.fill(runners)
+        return runners
 
     # -- the pretrained model ------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ SIZED = 512
 """Rows of which the size is looked at."""
 ROW_BYTES = 24
 """What a row takes beside its leaves: a key and a checksum."""
-FILES, FILE_BYTES = 1.02, 100_000
+FILES, FILE_BYTES = 1.02, 50_000
 """What files take beside their rows: manifests, headers, a probe."""
 
 
@@ -100,25 +99,20 @@ class Filling:
         rows = torch.cat([torch.as_tensor(loader.dataset.locations).flatten() for loader in loaders]).unique()
         return round(len(rows[rows >= 0]) * _row_bytes(runner.recycling, rows))
 
-    def expected_bytes(self, runners: Mapping[str, Runner]) -> dict[str, int]:
-        """What the rows of each level will take, from those of a few objects, which are filled for it; infinitely much
-        where not even they have room."""
-        train = self.task.splits()["train"].dataset
+    def expected_bytes(self, recycling: Recycling) -> int:
+        """What the rows of a level will take, from those of a few objects, which are filled for it.
+
+        Args:
+            recycling: with a store in memory.
+        """
+        train, arguments = self.task.splits()["train"].dataset, self.task.eval_arguments()
         some = Subset(train, range(0, len(train), max(1, len(train) // self.task.evaluation_batch)))
-        arguments = self.task.eval_arguments()
-        objects = sum(len(split) * (self.views if name == "train" else 1) for name, split in self.task.splits().items())
-        found = {}
-        for level, runner in runners.items():
-            assert runner.recycling is not None
-            try:
-                _filled({level: runner}, some, None, arguments)
-            except StoreError:
-                found[level] = sys.maxsize
-                continue
-            loader: Any = runner.recycling.loader(some, **arguments)
-            locations = torch.as_tensor(loader.dataset.locations).flatten()
-            found[level] = round(FILES * objects * _row_bytes(runner.recycling, locations)) + FILE_BYTES
-        return found
+        recycling.fill(some, **arguments)
+        loader: Any = recycling.loader(some, **arguments)
+        row = _row_bytes(recycling, torch.as_tensor(loader.dataset.locations).flatten())
+        splits = self.task.splits()
+        objects = sum(len(split) * (self.views if name == "train" else 1) for name, split in splits.items())
+        return round(FILES * objects * row) + FILE_BYTES
 
 
 def _row_bytes(recycling: Recycling, rows: torch.Tensor) -> float:

@@ -148,9 +148,9 @@ def _kept_weights(engine: Engine, level: LevelResult, trial: Trial, folder: Path
         engine.plan.tell(f"{level.words}, seed {trial.seed}: trained once more, since its weights were not kept")
         with ExitStack() as stack:
             runners = engine.attach([level.level], stack, alone=True)
-            if place.is_kept:
+            if runners and place.is_kept:
                 engine.filling.fill(runners)
-            else:
+            elif runners:
                 runners[level.level].keep_nothing()
             runner = runners.get(level.level) or Runner(engine.task, level.level, None, engine.build())
             trial = engine.train_and_keep(place, trial.recipe, trial.seed, "final", runner)

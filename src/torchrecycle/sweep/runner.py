@@ -47,6 +47,12 @@ class Runner:
         assert self.recycling is not None
         self._paused.enter_context(self.recycling.paused())
 
+    def release(self) -> None:
+        """Detach the model: nothing of it is needed any more, and the store may drop its rows for others."""
+        self._paused.close()
+        if self.recycling is not None:
+            self.recycling.detach()
+
     def restart(self) -> None:
         """The pretrained weights again. What is as it was is not touched: the frozen part does not look changed."""
         with torch.no_grad():

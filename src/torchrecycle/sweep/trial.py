@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.plan import SweepError
@@ -121,7 +121,7 @@ def _number(loss: Any) -> float:
     try:
         if isinstance(loss, (str, bytes)):
             raise TypeError("a text")
-        return float(loss)
+        return loss.item() if isinstance(loss, Tensor) else float(loss)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SweepError(
             f"trial.ended was given a loss of {loss!r}, a {type(loss).__name__}: give one number, the mean over the "
