@@ -39,7 +39,7 @@ def _differences(differences: Sequence[Difference], width: int) -> list[Table]:
 
 
 def compared_tables(comparison: Comparison, width: int) -> list[Table]:
-    """One table if it fits; else one for quality and one for what it costs; else blocks of lines."""
+    """One table if it fits; else one for quality and one or two for what it costs; else blocks of lines."""
     heads = [
         Head("level", "left"),
         *map(Head, compared_heads(comparison, "\n")),
@@ -47,7 +47,8 @@ def compared_tables(comparison: Comparison, width: int) -> list[Table]:
     ]
     rows = [[name, *cells] for _, name, cells in compared_rows(comparison)]
     title = comparison.a.title if comparison.a.title == comparison.b.title else ""
-    return fitting(title, heads, rows, width, parts=(1 + len(compared_heads(comparison)),))
+    first = 1 + len(compared_heads(comparison))
+    return fitting(title, heads, rows, width, parts=((first,), (first, first + 4)))
 
 
 def compared_heads(comparison: Comparison, between: str = " ") -> list[str]:

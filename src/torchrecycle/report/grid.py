@@ -35,7 +35,12 @@ class Head:
 
 
 def fitting(
-    title: str, heads: Sequence[Head], rows: Sequence[Sequence[str]], width: int, *, parts: Sequence[int] = ()
+    title: str,
+    heads: Sequence[Head],
+    rows: Sequence[Sequence[str]],
+    width: int,
+    *,
+    parts: Sequence[Sequence[int]] = (),
 ) -> list[Table]:
     """As few tables as fit.
 
@@ -44,19 +49,29 @@ def fitting(
         heads: of the columns; the first names the row.
         rows: as many cells in each.
         width: characters of a line.
-        parts: the first column of each further table, where one does not fit: ``(3,)`` leaves three columns in the
-            first table and repeats the first column before all others in the second.
+        parts: ways to part the columns, of which the first that fits is taken where one table does not; each names the
+            first column of each further table: ``(3,)`` leaves three columns in the first table and repeats the first
+            column before all others in the second. A row that is empty in a further table is left out there.
     """
-    if width_of(heads, rows) <= width:
-        return [grid(title, heads, rows)]
+    for begins in ((), *parts):
+        tables = _parted(title, heads, rows, width, begins)
+        if tables:
+            return tables
+    return _blocks(title, heads, rows)
+
+
+def _parted(
+    title: str, heads: Sequence[Head], rows: Sequence[Sequence[str]], width: int, begins: Sequence[int]
+) -> list[Table]:
+    """Nothing if one of them does not fit."""
     tables = []
-    for begin, end in zip((1, *parts), (*parts, len(heads)), strict=True):
+    for begin, end in zip((1, *begins), (*begins, len(heads)), strict=True):
         columns = (0, *range(begin, end))
         own = [heads[at] for at in columns]
         cut = [[row[at] for at in columns] for row in rows]
-        full = [row for row in cut if any(row[1:])]
+        full = cut if begin == 1 else [row for row in cut if any(row[1:])]
         if width_of(own, full) > width:
-            return _blocks(title, heads, rows)
+            return []
         tables.append(grid(title if begin == 1 else "", own, full))
     return tables
 

@@ -48,7 +48,7 @@ def print_table(result: SweepResult, *, console: Console) -> None:
 
 
 def tables(result: SweepResult, width: int) -> list[Table]:
-    """One table if it fits; else one for quality and one for time; else a block of lines for each level."""
+    """One table if it fits; else one for quality and one or two for time; else a block of lines for each level."""
     metrics, costs = metric_columns(result), cost_columns(result)
     heads = [Head("level", "left"), Head("cut", "left", is_broken=True), *(Head(one.name) for one in metrics)]
     heads += [Head(one.name.replace(" ", "\n", 1)) for one in costs]
@@ -57,7 +57,8 @@ def tables(result: SweepResult, width: int) -> list[Table]:
     if expects_full(result):
         rows.append([f"{in_words('full')} {EXPECTED.strip()}", "", *(column.expected(result) for column in columns)])
     rows += [_row(result, one) for one in result.levels]
-    return fitting(result.title, heads, rows, width, parts=(2 + len(metrics),))
+    first = 2 + len(metrics)
+    return fitting(result.title, heads, rows, width, parts=((first,), (first, first + (len(costs) + 1) // 2)))
 
 
 def predicted_tables(result: SweepResult, width: int) -> list[Table]:
@@ -77,7 +78,7 @@ def predicted_tables(result: SweepResult, width: int) -> list[Table]:
     for row in (*ran, *others):
         epoch, frozen, fill, kept, paid = (_both(predicted, came) for _, predicted, came in row.figures(result))
         rows.append([row.name, epoch, frozen, row.off, row.verdict, fill, kept, paid])
-    return fitting("predicted from a few batches / measured", heads, rows, width, parts=(5,))
+    return fitting("predicted from a few batches / measured", heads, rows, width, parts=((5,), (4, 5)))
 
 
 def _both(predicted: str, measured: str) -> str:
