@@ -601,6 +601,27 @@ def test_kept_tokens_are_the_encoders_for_each_batch():
     stage.detach()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [(24, "sample 24, and the data set has 24"), (-1, "sample -1"), ((3, 5), "a tuple"), (1.7, "a float")],
+)
+def test_a_sampler_over_another_data_set_gets_no_other_samples_objects(wrong, words):
+    encoder, dataset, loader = Tokens().eval(), Questions(), pair_loader()
+    collate = encoder.get_collate_fn()
+    stage = EncoderStage.attach("default", encoder, dataset, SimilarityPairSample, store="memory://other-sampler")
+    rows = stage.rows(
+        dataset, SimilarityPairSample, collate=collate, extractor=None, name=None, batch_size=32, num_workers=0
+    )
+    batches = SampleBatches(
+        dataset, SimilarityPairSample, loader.collate_fn, ModelInputs({"default": collate}, {}), {"default": rows}
+    )
+    with pytest.raises(BatchError, match=words):
+        batches.__getitems__([0, wrong])
+    with pytest.raises(BatchError, match=words):
+        list(batches.many([[0, 1], [wrong]]))
+    stage.detach()
+
+
 # -- any model, cut anywhere -------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Data sets that read rows instead of objects: manifest, data set, collate function, loader."""
 
 from torchrecycle.data.columns import Column, Template, absent_column, make_column
-from torchrecycle.data.dataset import Fetched, RecycledDataset
+from torchrecycle.data.dataset import Fetched, RecycledDataset, item_number
 from torchrecycle.data.generators import Generators
 from torchrecycle.data.known import KnownManifests
 from torchrecycle.data.loader import RecycledCollate, RecycledLoader
@@ -37,6 +37,7 @@ __all__ = [
     "identity_of",
     "in_blocks",
     "is_stream",
+    "item_number",
     "make_column",
     "state_of",
     "viewed",

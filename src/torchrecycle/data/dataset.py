@@ -31,7 +31,7 @@ from torchrecycle.data.source import RowSource, own_numbers
 from torchrecycle.data.views import Draws, viewed
 from torchrecycle.errors import BatchError, StaleActivationError
 
-__all__ = ["Fetched", "RecycledDataset"]
+__all__ = ["Fetched", "RecycledDataset", "item_number"]
 
 
 class RecycledDataset(Dataset[Any]):
@@ -204,7 +204,7 @@ class RecycledDataset(Dataset[Any]):
                 f"the data set has {len(self.base)} items where its rows were found for {count}: it has changed "
                 "since. Make a new iterator of the recycling's loader, or call recycling.dataset(...) again."
             )
-        index = torch.tensor([_number(one) for one in indices], dtype=torch.int64)
+        index = torch.tensor([item_number(one) for one in indices], dtype=torch.int64)
         wrong = (index < -count) | (index >= count)
         if bool(wrong.any()):
             raise IndexError(
@@ -214,7 +214,7 @@ class RecycledDataset(Dataset[Any]):
         return torch.where(index < 0, index + count, index)
 
 
-def _number(index: Any) -> int:
+def item_number(index: Any) -> int:
     """The number that a sampler means; NumPy would make 1 of 1.7, and two numbers of the pair (3, 224)."""
     try:
         return operator.index(index)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from torchrecycle.data import draws_at_once
+from torchrecycle.data import draws_at_once, item_number
+from torchrecycle.errors import BatchError
 from torchrecycle.similarity.loaders import (
     GroupBatches,
     SimilarityDataLoader,
@@ -83,7 +84,7 @@ class SampleBatches(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """The batch of some samples."""
-        chosen = torch.tensor(indices)
+        chosen = self._numbers(indices)
         positions = self._positions(chosen)
         ready = {}
         for name, rows in self.rows.items():
@@ -101,7 +102,7 @@ class SampleBatches(Dataset[Any]):
         if self.reads or not whole or len(batches) < 2:
             yield from map(self.__getitems__, batches)
             return
-        chosen = [torch.tensor(batch) for batch in batches]
+        chosen = [self._numbers(batch) for batch in batches]
         positions = [self._positions(one) for one in chosen]
         together = torch.cat(positions)
         found = {name: rows.fetch(together) for name, rows in self.rows.items()}
@@ -113,6 +114,17 @@ class SampleBatches(Dataset[Any]):
         targets = self._many_targets(chosen)
         for number, one in enumerate(targets):
             yield {"data": {name: parts[name][number] for name in self.inputs.collates}, "meta": {}}, one
+
+    def _numbers(self, indices: Sequence[int]) -> Tensor:
+        """Of samples. One too many would be another's right object where pairs have two."""
+        numbers, count = [item_number(one) for one in indices], len(self.samples)
+        wrong = next((one for one in numbers if not 0 <= one < count), None)
+        if wrong is not None:
+            raise BatchError(
+                f"the sampler gives sample {wrong}, and the data set has {count} samples, numbered from 0: give a "
+                "sampler over this data set"
+            )
+        return torch.tensor(numbers, dtype=torch.int64)
 
     def _positions(self, chosen: Tensor) -> Tensor:
         """The objects of some samples: of pairs, all left ones and then all right ones."""
