@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import small
+from torchrecycle.errors import RandomInputError
 from torchrecycle.fill import FillReport
 from torchrecycle.store import open_store
 from torchrecycle.sweep import Recipe, RunningTrial, Task
@@ -378,3 +379,23 @@ def test_very_few_objects_are_enough(tmp_path: Path):
 def test_too_few_batches_are_refused_in_words():
     with pytest.raises(PredictionError, match="steps=2: at least 4 batches are measured"):
         predict(small.residual, _Colours(), ("50",), steps=2)
+
+
+class _Noisy(_Pictures):
+    """Pictures with noise that is drawn anew each time."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, label = super().__getitem__(index)
+        return image + 0.01 * torch.randn(image.shape), label
+
+
+@pytest.mark.usefixtures("_brief")
+def test_views_of_each_object_are_filled_and_kept():
+    task = _Colours()
+    task.train = _Noisy(48, 0.002)
+    (half,) = predict(small.residual, task, ("50",), store_folder="memory://", views=3)
+    assert half.objects == 48
+    assert half.bytes_kept == (3 * 48 + 8) * (16 * 8 * 8 * 4 + 24)
+    assert half.fill_seconds > 3 * 48 * 0.002
+    with pytest.raises(RandomInputError, match="views=4"):
+        predict(small.residual, task, ("50",), store_folder="memory://")
