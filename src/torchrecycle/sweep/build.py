@@ -62,7 +62,7 @@ class Settings:
     tokens: int | None = None
     """Of each text, at most."""
     views: int | None = None
-    """Whether pictures are augmented in training, and in how many versions each is to be kept; not if None."""
+    """Pictures are augmented in training if it is more than 1; the sweep is then told to keep so many of each."""
     workers: int | None = None
     """Processes that read; none on a processor, up to eight beside a graphics card."""
     device: str | None = None
@@ -242,6 +242,8 @@ def _make_splits(
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
+AUGMENTED = "60 to 100 % of each picture, mirrored every other time"
+
 
 def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Settings = Settings()) -> ObjectiveTask:
     """Pictures that have a class.
@@ -266,14 +268,23 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
     numbers = [number[label] for label in labels]
     module = trunk.module
 
-    def make(indices: Sequence[int]) -> PictureObjects:
-        return PictureObjects([items[i] for i in indices], [numbers[i] for i in indices], preprocessing)
+    def make(indices: Sequence[int], *, augmented: bool = False) -> PictureObjects:
+        chosen, classes = [items[i] for i in indices], [numbers[i] for i in indices]
+        return PictureObjects(chosen, classes, preprocessing, augmented=augmented)
 
     def sample(index: int) -> Sample:
         picture = items[index]
         return Sample(title=picture.label, text=picture.name, picture=thumbnail(picture.image()))
 
     identity = _identity(pictures.identity, preprocessing, what, _readers())
+    parts = _make_splits(splits, make, numbers, identity, sample)
+    if settings.views not in (None, 1):
+        parts["train"] = replace(
+            parts["train"],
+            dataset=make(splits.train, augmented=True),
+            name=f"{parts['train'].name} {AUGMENTED}",
+        )
+        identity = _identity(identity, AUGMENTED)
     return ObjectiveTask(
         kind="images",
         title=_TITLES["images", what],
@@ -286,9 +297,10 @@ def picture_task(pictures: Pictures, trunk: Trunk, what: What, settings: Setting
         settings={
             "image size": f"{preprocessing.size} px",
             "preprocessing": str(preprocessing),
+            **({} if settings.views in (None, 1) else {"augmentation": AUGMENTED}),
             **_said(settings),
         },
-        **_make_splits(splits, make, numbers, identity, sample),
+        **parts,
         **_shared(trunk, settings, identity),
     )
 

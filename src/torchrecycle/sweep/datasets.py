@@ -74,18 +74,24 @@ class Preprocessing:
         mean, std = (", ".join(f"{n:.3g}" for n in each) for each in (self.mean, self.std))
         return f"{self.interpolation} to {how}, mean {mean}, deviation {std}"
 
-    def transform(self) -> Any:
-        """A torchvision transform from a PIL image to a tensor ``[3, size, size]``."""
+    def transform(self, *, augmented: bool = False) -> Any:
+        """A torchvision transform from a PIL image to a tensor ``[3, size, size]``.
+
+        Args:
+            augmented: 60 to 100 % of the picture, mirrored every other time, as torch's generator draws it.
+        """
         from torchvision import transforms
 
-        return transforms.Compose(
-            [
-                transforms.Resize(self._resized(), interpolation=transforms.InterpolationMode(self.interpolation)),
-                transforms.CenterCrop(self.size),
-                transforms.ToTensor(),
-                transforms.Normalize(self.mean, self.std),
+        how = transforms.InterpolationMode(self.interpolation)
+        cut_out = [transforms.Resize(self._resized(), interpolation=how), transforms.CenterCrop(self.size)]
+        if augmented:
+            side = round(1.25 * self.size)  # so that a part of it is no enlarged one
+            cut_out = [
+                transforms.Resize([side, side] if self.crop is None else side, interpolation=how),
+                transforms.RandomResizedCrop(self.size, scale=(0.6, 1.0), ratio=(0.9, 1.1), interpolation=how),
+                transforms.RandomHorizontalFlip(),
             ]
-        )
+        return transforms.Compose([*cut_out, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)])
 
 
 class PictureObjects(Dataset[tuple[Tensor, Tensor]]):
@@ -95,13 +101,21 @@ class PictureObjects(Dataset[tuple[Tensor, Tensor]]):
         pictures: what can be opened.
         labels: the class number of each.
         preprocessing: what is done to each picture.
+        augmented: whether each reading gives another part of it.
     """
 
-    def __init__(self, pictures: Sequence[Readable], labels: Sequence[int], preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        pictures: Sequence[Readable],
+        labels: Sequence[int],
+        preprocessing: Preprocessing,
+        *,
+        augmented: bool = False,
+    ) -> None:
         self.pictures = tuple(pictures)
         self.labels = tuple(labels)
         self.preprocessing = preprocessing
-        self._transform = preprocessing.transform()
+        self._transform = preprocessing.transform(augmented=augmented)
 
     def __len__(self) -> int:
         return len(self.pictures)
