@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torchrecycle.report import ReportError, html_of, notes, print_table, tables
 from torchrecycle.report.colours import LIGHT, marks_of
 from torchrecycle.report.columns import cost_columns
 from torchrecycle.report.plots import plots_of, to_png
+from torchrecycle.report.predicted import slow_lines
 from torchrecycle.sweep.results import SweepResult
 
 ALL = samples.everything()
@@ -317,7 +319,7 @@ def test_what_was_predicted_stands_beside_what_came(pages, parsed):
     )
     assert (
         "head only 0.13 0.14 0.12 7.00 7.51 7.82 9.2 9.2 never 2 −4 % predicted: reading is slower than computing "
-        "again; measured: it is quicker" in rows
+        "again; measured: reading is quicker" in rows
     )
     assert "From 8 measured batches at most, before anything was filled." in parsed["predictions"].text
     assert "3 predictions of what was not run" in parsed["predictions"].text
@@ -345,6 +347,14 @@ def test_where_reading_is_slower_than_computing_again_it_is_said(parsed):
     assert words in " ".join(_printed(ALL["predictions"], 150).split())
     assert "An epoch takes" not in parsed["images"].text
     assert "reading is slower" not in _printed(ALL["images"], 150)
+
+
+def test_a_few_per_cent_are_neither_quicker_nor_slower():
+    half = ALL["predictions"].of("50")
+    for factor, lines in ((0.97, 0), (1.03, 0), (1.07, 1)):
+        one = replace(half, frozen_epoch_seconds=half.epoch_seconds / factor)
+        shown = slow_lines(replace(ALL["predictions"], levels=(one,)))
+        assert len(shown) == lines
 
 
 def test_without_predictions_there_is_no_section_of_them(pages, parsed):

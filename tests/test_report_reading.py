@@ -13,6 +13,7 @@ import report_samples as samples
 from torchrecycle.errors import RecycleError
 from torchrecycle.files.marker import MARKER_TEXT
 from torchrecycle.report.reading import ResultsError, read_result
+from torchrecycle.sweep.kept import finite
 from torchrecycle.sweep.results import SweepResult
 
 ALL = samples.everything()
@@ -23,17 +24,9 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: without_nan(each) for name, each in value.items()}
-    return [without_nan(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
 def saved(result: SweepResult) -> Any:
     """As the command line writes it."""
-    return json.loads(json.dumps(without_nan(result.to_json())))
+    return json.loads(json.dumps(finite(result.to_json())))
 
 
 @pytest.mark.parametrize("name", ALL)

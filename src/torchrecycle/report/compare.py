@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from torchrecycle.report.ran import recipe_in_words
 from torchrecycle.report.words import count, duration, estimate, figure, megabytes, signed
+from torchrecycle.sweep.kept import finite
 from torchrecycle.sweep.results import Estimate, LevelResult, SweepResult, in_words
 
 __all__ = ["Comparison", "Difference", "Pair", "compare"]
@@ -110,7 +111,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, as JSON has it: what is not known is None."""
-        return _finite(
+        return finite(
             {
                 "sentence": self.sentence,
                 "same_test_objects": self.is_same_test,
@@ -309,7 +310,7 @@ _OF_A_RESULT = {
     "loss": lambda result: result.ran.loss,
     "levels": lambda result: ", ".join(one.words for one in result.levels),
     "seeds": lambda result: ", ".join(map(str, result.seeds)),
-    "recommended": lambda result: in_words(result.recommendation.level) if result.recommendation.level else "none",
+    "recommended": lambda result: in_words(result.recommendation.level) if result.recommendation.level else "no level",
     "machine": lambda result: result.ran.machine,
     "date": lambda result: result.ran.date.replace("T", " ", 1),
     "took": lambda result: duration(result.ran.seconds),
@@ -359,8 +360,10 @@ def _and(words: list[str]) -> str:
 def recommended_in_words(result: SweepResult) -> str:
     """What a sweep recommends, with its figures: ``50 % recycled, 0.936 ± 0.006 in 31.6 s with 73.5 MB``."""
     level = result.recommendation.level
-    if level is None or all(one.level != level for one in result.levels):
-        return "none of its levels"
+    if level is None:
+        return "no level"
+    if all(one.level != level for one in result.levels):
+        return in_words(level)
     one = result.of(level)
     kept = f" with {megabytes(one.bytes_kept)} MB" if one.cut else ""
     took = duration(one.total_seconds + one.fill_seconds)
@@ -408,12 +411,3 @@ def _costs_to_json(one: LevelResult | None) -> dict[str, Any] | None:
         "bytes_kept": one.bytes_kept,
         "seeds": [trial.seed for trial in one.trials],
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value

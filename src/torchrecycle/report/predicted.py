@@ -99,15 +99,12 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Whether reading is quicker than computing again, as predicted and as measured."""
-        predicted, measured = _is_slow_as_predicted(self.prediction), None
-        if self.measured is not None:
-            measured = _is_slow(self.measured)
-        if predicted is None:
-            return ""
-        if measured is None or measured == predicted:
-            return _SLOW if predicted else "reading is quicker"
-        return f"predicted: {_SLOW}; measured: it is quicker" if predicted else f"predicted: quicker; measured: {_SLOW}"
+        """Whether reading is quicker than computing again, as predicted and as measured; empty for full training."""
+        predicted = _pace(self.prediction.epoch_seconds, self.prediction.frozen_epoch_seconds)
+        came = _pace_of(self.measured) if self.measured is not None else ""
+        if not predicted or not came or predicted == came:
+            return came or predicted
+        return f"predicted: {predicted}; measured: {came}"
 
     def figures(self, result: SweepResult) -> list[tuple[str, str, str]]:
         """For each quantity its name, what was predicted of it, and what was measured."""
@@ -117,18 +114,23 @@ class Row:
         ]
 
 
-_SLOW = "reading is slower than computing again"
+_QUICK, _SLOW = "reading is quicker", "reading is slower than computing again"
+_LIKE = "reading takes as long as computing again"
+NOISE = 0.05
+"""Share by which two measured times may differ and be the same."""
 
 
-def _is_slow_as_predicted(one: Prediction) -> bool | None:
-    return None if one.frozen_epoch_seconds is None else not one.pays
+def _pace(epoch: float, frozen: float | None) -> str:
+    """In words, how reading compares with computing again; empty where one of them is not known."""
+    if not frozen or not epoch:
+        return ""
+    if abs(epoch / frozen - 1) <= NOISE:
+        return _LIKE
+    return _SLOW if epoch > frozen else _QUICK
 
 
-def _is_slow(one: LevelResult) -> bool | None:
-    """None for full training, and where no time was measured."""
-    if one.frozen_epoch_seconds is None or not one.epoch_seconds:
-        return None
-    return one.epoch_seconds >= one.frozen_epoch_seconds
+def _pace_of(one: LevelResult) -> str:
+    return _pace(one.epoch_seconds, one.frozen_epoch_seconds)
 
 
 def predicted_rows(result: SweepResult) -> tuple[list[Row], list[Row]]:
@@ -144,7 +146,7 @@ def slow_lines(result: SweepResult) -> list[str]:
         f"{one.words}: {_SLOW}. An epoch takes {seconds(one.epoch_seconds)} s from the store, and "
         f"{seconds(one.frozen_epoch_seconds)} s with the same layers frozen and no store."
         for one in result.levels
-        if _is_slow(one)
+        if _pace_of(one) == _SLOW
     ]
 
 

@@ -24,12 +24,10 @@ from typing import Any, Literal, Union
 from torchrecycle.errors import RecycleError
 from torchrecycle.files.marker import is_marked
 from torchrecycle.report.words import shortened
+from torchrecycle.sweep.kept import RESULT
 from torchrecycle.sweep.results import SweepResult
 
-__all__ = ["RESULTS", "ResultsError", "read_result"]
-
-RESULTS = "results.json"
-"""The file's name in the folder of a sweep."""
+__all__ = ["ResultsError", "read_result"]
 
 _LEFT_OUT: dict[str, Any] = {"samples": {}, "untrained_found": [], "scores": {}, "found": []}
 """What `SweepResult.to_json` does not write."""
@@ -50,10 +48,10 @@ def read_result(where: Path) -> SweepResult:
     """
     if not where.exists():
         raise ResultsError(f"there is no {where}: {_GIVE}")
-    path = where / RESULTS if where.is_dir() else where
+    path = where / RESULT if where.is_dir() else where
     if not path.exists():
         stopped = f"its sweep has not ended, and goes on with the same command; or {_GIVE}"
-        raise ResultsError(f"{where} holds no {RESULTS}: {stopped if _is_of_a_sweep(where) else _GIVE}")
+        raise ResultsError(f"{where} holds no {RESULT}: {stopped if _is_of_a_sweep(where) else _GIVE}")
     try:
         return _result(_json(path))
     except _WrongError as wrong:
@@ -64,7 +62,7 @@ def _is_of_a_sweep(folder: Path) -> bool:
     return is_marked(folder) or (folder / "journal").is_dir()
 
 
-_GIVE = f"give the folder that torchrecycle sweep wrote to (its --out), or the {RESULTS} in it"
+_GIVE = f"give the folder that torchrecycle sweep wrote to (its --out), or the {RESULT} in it"
 
 
 class _WrongError(Exception):
