@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -143,6 +144,12 @@ def test_the_pretrained_model_gives_away_that_the_test_objects_are_others():
     assert {level["quality"][METRIC]["difference"] for level in comparison.to_json()["levels"]} == {None}
     assert "less A" not in printed(comparison)
     assert "less A" not in html_of_comparison(comparison, names=("a", "b"))
+
+
+def test_a_figure_that_is_no_number_proves_nothing():
+    unknown = {METRIC: Estimate(math.nan, 0.0098)}
+    comparison = compare(replace(A, untrained=unknown), replace(changed(data="photos/"), untrained=unknown))
+    assert comparison.is_same_test is None
 
 
 def test_a_hair_apart_is_told_but_is_another_machine_or_precision_and_not_another_split():
@@ -406,6 +413,19 @@ def test_the_dots_lie_where_the_figures_are():
     )
     assert "50 % recycled: A 0.200 ± 0.100, B 0.600" in drawn
     assert dots([Line("none", None, None)], "it", "x") == ""
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, -3.0, 1e-12, 12345.678, 9e8, 1e17, 1e308, math.nan, math.inf])
+@pytest.mark.parametrize("error", [0.0, 0.01, 1e300, math.nan, math.inf, -1.0])
+def test_any_figure_can_be_drawn_or_is_left_out(mean, error):
+    drawn = dots(
+        [Line("x", Estimate(mean, error), Estimate(0.5, 0.1)), Line("y", None, Estimate(mean, error))], "i", "x"
+    )
+    ElementTree.fromstring(drawn)
+    places = [float(x) for x in re.findall(r"translate\((-?[\d.]+) ", drawn)]
+    assert len(places) == (3 if abs(mean) < 1e9 else 1)
+    assert all(0 <= x <= 340 for x in places)
+    assert "nan" not in re.sub(r"<desc.*?</desc>", "", drawn)
 
 
 @in_a_browser

@@ -167,7 +167,9 @@ def _pairs(a: SweepResult, b: SweepResult) -> Iterator[Pair]:
 
 
 def _place(level: str, one: LevelResult) -> float:
-    return {"full": 0.0, "head": 1.0}.get(level, int(level) / 100 if level.isdecimal() else one.share)
+    return {"full": 0.0, "head": 1.0}.get(
+        level, int(level) / 100 if level.isdecimal() and len(level) < 3 else one.share
+    )
 
 
 # -- are they comparable -----------------------------------------------------------------------------------------------
@@ -248,12 +250,15 @@ def _precisions(result: SweepResult) -> set[str | None]:
     return told - {None}
 
 
-def _apart(a: SweepResult, b: SweepResult, metrics: tuple[str, ...]) -> float:
-    """By how many standard errors the pretrained model's figures differ, at most; infinite where none is known."""
+def _apart(a: SweepResult, b: SweepResult, metrics: tuple[str, ...]) -> float | None:
+    """By how many standard errors the pretrained model's figures differ, at most; infinite where no error is known, and
+    None where a figure is not, so that nothing is proven by it."""
     most = 0.0
     for metric in metrics:
         one, other = a.untrained[metric], b.untrained[metric]
         for x, y in ((one.mean, other.mean), (one.error, other.error)):
+            if not (math.isfinite(x) and math.isfinite(y)):
+                return None
             if not math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12):
                 most = max(most, abs(x - y) / one.error if one.error > 0 else math.inf)
     return most

@@ -40,7 +40,8 @@ def dots(lines: Sequence[Line], label: str, ident: str) -> str:
         label: what is measured.
         ident: begins its ids.
     """
-    known = [one for line in lines for one in (line.a, line.b) if one is not None and math.isfinite(one.mean)]
+    lines = [Line(line.name, _drawable(line.a), _drawable(line.b)) for line in lines]
+    known = [one for line in lines for one in (line.a, line.b) if one is not None]
     if not known:
         return ""
     low, high = min(one.mean - one.error for one in known), max(one.mean + one.error for one in known)
@@ -67,6 +68,17 @@ def dots(lines: Sequence[Line], label: str, ident: str) -> str:
     )
 
 
+def _drawable(one: Estimate | None) -> Estimate | None:
+    """None where there is no place for it; without a bar where its error is not known."""
+    if one is None or not abs(one.mean) < LARGEST:
+        return None
+    return one if 0 <= one.error < LARGEST else Estimate(one.mean, 0.0)
+
+
+LARGEST = 1e9
+"""Figures beyond it are no quality, and would leave no room for others."""
+
+
 def _line(line: Line, y: float, at: Callable[[float], float]) -> str:
     above = f'<path d="M0 {y - 15}H{WIDTH}" stroke="var(--line)"/>' if y > TOP else ""
     name = f'<text x="{MARGIN}" y="{y + 4}">{text(line.name)}</text>'
@@ -78,7 +90,7 @@ def _line(line: Line, y: float, at: Callable[[float], float]) -> str:
 
 
 def _dot(one: Estimate | None, mark: Mark, y: float, at: Callable[[float], float]) -> str:
-    if one is None or not math.isfinite(one.mean):
+    if one is None:
         return ""
     bar = (
         f'<path d="M{at(one.mean - one.error):.1f} {y}H{at(one.mean + one.error):.1f}" '
@@ -99,7 +111,7 @@ def _ticks(low: float, high: float) -> list[float]:
     >>> _ticks(0.738, 0.942)
     [0.7, 0.8, 0.9, 1.0]
     """
-    span = max(high - low, 1e-3)
+    span = max(high - low, 1e-3, 1e-6 * max(abs(low), abs(high)))
     power = 10 ** math.floor(math.log10(span))
     step = next(power * each for each in (0.2, 0.5, 1.0, 2.0, 5.0) if span / (power * each) <= 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
