@@ -3,6 +3,7 @@
 from torchrecycle.sweep.build import Settings, pair_task, picture_task, text_task
 from torchrecycle.sweep.objective_task import Objective, ObjectiveTask
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
+from torchrecycle.sweep.ready import Classification, Pairs, Regression, Similarity, TokenLabelling
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Estimate, LevelResult, Prediction, Recommendation, SweepResult, Trial
 from torchrecycle.sweep.run import LEVELS, BestWeights, Sweep, SweepError, SweepPlan, sweep
@@ -24,6 +25,12 @@ __all__ = [
     "RunningTrial",
     "Split",
     "Task",
+    # tasks that are ready
+    "Classification",
+    "Pairs",
+    "Regression",
+    "Similarity",
+    "TokenLabelling",
     # a task from a user's own files
     "Classify",
     "Matching",

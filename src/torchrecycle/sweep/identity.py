@@ -41,8 +41,10 @@ def identity_of_task(task: Task) -> str:
     if task.identity is not None:
         return task.identity
     whose = type(task).__name__
-    hasher = blake3(lasting_state_of(type(task)).encode())
-    for name, value in sorted(getattr(task, "__dict__", {}).items()):
+    hasher = blake3(_state(type(task), f"the class {whose}").encode())
+    own = getattr(type(task), "__recycle_state__", None)
+    attributes = getattr(task, "__dict__", {}) if own is None else {"state": own(task)}
+    for name, value in sorted(attributes.items()):
         if name not in _SPLITS:
             hasher.update(f"{name} {_state(value, f'{whose}.{name}')};".encode())
     for name, split in task.splits().items():
