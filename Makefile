@@ -13,7 +13,7 @@ ARGS ?=
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check format bench bench-machinery bench-similarity bench-sweeps bench-store bench-views bench-residency bench-trials zoo clean
+.PHONY: help demo test test-slow fuzz check format bench bench-machinery bench-similarity bench-sweeps bench-store bench-views bench-residency bench-trials experiments zoo clean
 
 help:
 	@echo "make demo    compare the levels of recycling on images and texts (ARGS=--quick: in 90 seconds)"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-views ARGS='--cars DIR'   quality against the number of views, and augmented activations (an hour)"
 	@echo "make bench-residency   step times of three models, from disk, RAM and GPU, against the suffix by hand"
 	@echo "make bench-trials ARGS=cars/   20 trials over one fill beside 20 ordinary ones"
+	@echo "make experiments CARS=DIR FAQ=FILE   quality by level, by amount of data, speed (eight hours; goes on if stopped)"
 	@echo "make zoo     cut some 750 models of five libraries and judge each (hours; ARGS=--sample: in three minutes)"
 	@echo "make clean   remove the virtual environment and what the demo keeps"
 	@echo "make PYTHON=python3.12 demo   with another interpreter"
@@ -93,6 +94,18 @@ bench-residency: $(VENV)/.installed-demo
 
 bench-trials: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/trials.py $(ARGS)
+
+# Hours on two cores; a run that is stopped goes on where it was.
+experiments: $(VENV)/.installed-demo
+	@test -e "$(CARS)" -a -e "$(FAQ)" || { echo "make experiments CARS=cars/ FAQ=cloud_faq_dataset.jsonl"; exit 1; }
+	@$(BIN)/python experiments/seconds.py --cars $(CARS) --faq $(FAQ)
+	@$(BIN)/python experiments/speed.py
+	@$(BIN)/python experiments/classification.py --faq $(FAQ)
+	@$(BIN)/python experiments/questions.py --faq $(FAQ)
+	@$(BIN)/python experiments/levels.py --cars $(CARS)
+	@$(BIN)/python experiments/amount.py --cars $(CARS)
+	@$(BIN)/python experiments/levers.py --cars $(CARS)
+	@$(BIN)/python experiments/tables.py docs/experiments.md
 
 zoo: $(VENV)/.installed-zoo
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo/run.py --table docs/zoo.md $(ARGS)

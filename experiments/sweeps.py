@@ -1,17 +1,15 @@
 """What the experiments that are sweeps have in common: arguments, seeds, and what is kept.
 
-All experiments on one data set share a store, so that an object's activations are computed once for all of them, and a
-journal under ``experiments/results/journal/``, which keeps each training when it ends.
+All experiments share a store, so that an object's activations are computed once for all of them. Each training is kept
+when it ends, in ``experiments/results/NAME/journal/``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kept import RESULTS  # pyright: ignore[reportMissingImports]
 from torchrecycle.sweep import ObjectiveTask, Recipe, SweepResult, sweep
@@ -49,28 +47,17 @@ def run(
     levels: Sequence[str] = LEVELS,
     tell: Callable[[str], None] = print,
 ) -> SweepResult:
-    """Sweep, and keep the figures in ``experiments/results/NAME.json``."""
+    """Sweep; figures are kept in ``experiments/results/NAME/``."""
     work = sweep(
         task.build_model,
         task,
         levels=levels,
         store=given.store / "activations",
-        results=RESULTS,
+        results=RESULTS / name,
         seeds=range(given.seeds),
         command=f"python experiments/{name}.py",
         tell=lambda line: tell(f"{name}: {line}"),
     )
     result = work.result()
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(_finite(result.to_json()), indent=1) + "\n", encoding="utf-8")
     print(f"{name}: {result.recommendation.sentence}", flush=True)
     return result
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -36,8 +36,8 @@ COLOURS = {"full": "#444444", "25": "#7a5195", "50": "#1f6fb2", "75": "#c4561b",
 
 
 def read(name: str) -> Figures | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    path = next((each for each in (RESULTS / name / "results.json", RESULTS / f"{name}.json") if each.exists()), None)
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None else None
 
 
 def words(level: str) -> str:
