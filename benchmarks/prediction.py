@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ def compare(task: ObjectiveTask, given: argparse.Namespace, folder: Path) -> dic
     rows = [row for one in predicted for row in differences(one, result.of(one.level))]
     print(f"\n{task.title} predicted in {took:.1f} s; load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     print(table(rows))
+    for level in result.levels:
+        print(f"epochs of {level.words}: {' '.join(f'{seconds:.3f}' for seconds in epochs_of(level))} s")
     return {
         "objects": len(task.train),
         "predicting_seconds": took,
@@ -153,6 +156,7 @@ def compare(task: ObjectiveTask, given: argparse.Namespace, folder: Path) -> dic
         "worst": max(abs(row["off"]) for row in rows),
         "rows": rows,
         "predictions": [asdict(one) for one in predicted],
+        "epochs": {level.level: epochs_of(level) for level in result.levels},
     }
 
 
@@ -169,6 +173,12 @@ def differences(one: Prediction, came: LevelResult) -> Iterator[dict[str, Any]]:
                 "measured": measured,
                 "off": said / measured - 1,
             }
+
+
+def epochs_of(level: LevelResult) -> list[float]:
+    """Seconds of each epoch: what the first takes longer is in no prediction."""
+    ends = [0.0, *(point.seconds for point in level.trials[0].curve)]
+    return [round(end - begin, 4) for begin, end in pairwise(ends)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
