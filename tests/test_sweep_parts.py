@@ -46,12 +46,13 @@ from torchrecycle.sweep.encoders import (
     TextEncoder,
 )
 from torchrecycle.sweep.estimates import difference, estimate
+from torchrecycle.sweep.halving import FACTORS
 from torchrecycle.sweep.journal import Journal, JournalError, trial_from_json
 from torchrecycle.sweep.levels import parse_levels
 from torchrecycle.sweep.objective_task import Objective
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.plan import SweepError
-from torchrecycle.sweep.rates import search_order
+from torchrecycle.sweep.rates import scaled
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import EpochPoint, Found, Trial
 from torchrecycle.sweep.splits import (
@@ -562,40 +563,12 @@ def test_no_level_at_all_is_refused():
         parse_levels(["", " "])
 
 
-def _searched(level: str, best: float, *, diverges_at: float = math.inf) -> list[Recipe]:
-    """What is tried where quality falls off on both sides of a rate."""
+def test_the_rate_that_is_looked_for_is_the_trunk_s_or_of_the_head_alone_the_head_s():
     recipe = Recipe(epochs=10, suffix_rate=1e-3, head_rate=2e-3)
-    tried: list[Trial] = []
-    for candidate in search_order(recipe, level, tried):
-        rate = candidate.head_rate if level == "head" else candidate.suffix_rate
-        quality = 0.0 if rate >= diverges_at else 1 / (1 + abs(math.log(rate / best)))
-        tried.append(Trial(level, "search", 0, candidate, (), {"accuracy": quality}, {}))
-    return [trial.recipe for trial in tried]
-
-
-@pytest.mark.parametrize(
-    ("best", "rates"),
-    [
-        (1e-3, [1e-3, 3e-3, 3.3e-4]),
-        (5e-2, [1e-3, 3e-3, 3.3e-4, 9e-3]),
-        (1e-5, [1e-3, 3e-3, 3.3e-4, 1.1e-4]),
-    ],
-)
-def test_a_rate_is_looked_for_on_both_sides_and_one_step_further_on_the_better(best: float, rates: list[float]):
-    found = _searched("50", best)
-    assert [recipe.suffix_rate for recipe in found] == rates
-    assert {recipe.epochs for recipe in found} == {3}  # a third of them
-    assert {recipe.head_rate for recipe in found} == {2e-3}
-
-
-def test_of_the_head_alone_the_head_s_rate_is_looked_for():
-    found = _searched("head", 1.0)
-    assert [recipe.head_rate for recipe in found] == [2e-3, 6e-3, 6.7e-4, 1.8e-2]
-    assert {recipe.suffix_rate for recipe in found} == {1e-3}
-
-
-def test_where_rates_diverge_a_lower_one_is_looked_for():
-    assert [recipe.suffix_rate for recipe in _searched("50", 1e-4, diverges_at=1e-3)][-1] == 1.1e-4
+    assert [scaled(recipe, "50", factor).suffix_rate for factor in FACTORS] == [1e-3, 3e-3, 3.3e-4, 9e-3, 1.1e-4]
+    assert [scaled(recipe, "head", factor).head_rate for factor in FACTORS] == [2e-3, 6e-3, 6.7e-4, 1.8e-2, 2.2e-4]
+    assert {scaled(recipe, "50", factor).head_rate for factor in FACTORS} == {2e-3}
+    assert {scaled(recipe, "head", factor).suffix_rate for factor in FACTORS} == {1e-3}
 
 
 # -- data sets ---------------------------------------------------------------------------------------------------------

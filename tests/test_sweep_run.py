@@ -42,6 +42,7 @@ from torchrecycle.sweep import (
     picture_task,
 )
 from torchrecycle.sweep.build import text_task
+from torchrecycle.sweep.halving import rungs, search_epochs
 from torchrecycle.sweep.journal import Journal
 from torchrecycle.sweep.recipes import Recipe
 
@@ -124,7 +125,7 @@ def test_a_second_call_trains_and_fills_nothing_and_gives_the_same_figures(emoji
     told: list[str] = []
     first = sweep(make_task(emoji), make_plan(tmp_path, "full,50,head", search=True, tell=told.append))
     assert [level.level for level in first.levels] == ["full", "50", "head"]
-    assert all(len(level.trials) == 1 and len(level.search) in (3, 4) for level in first.levels)
+    assert all(len(level.trials) == 1 and len(level.search) == 5 for level in first.levels)
     assert any(line.startswith("training split: filled 24 of 24") for line in told)
     kept, told[:] = _files(tmp_path), []
     second = sweep(make_task(emoji), make_plan(tmp_path, "full,50,head", search=True, tell=told.append))
@@ -139,11 +140,13 @@ def test_a_second_call_trains_and_fills_nothing_and_gives_the_same_figures(emoji
 
 def _assert_search_chose_the_best(result: SweepResult) -> None:
     for level in result.levels:
-        best = max(level.search, key=lambda trial: trial.quality["R-precision"]).recipe
+        whole = [trial for trial in level.search if len(trial.curve) == trial.recipe.epochs]
+        best = max(whole, key=lambda trial: trial.quality["R-precision"]).recipe
         final = level.trials[0].recipe
         assert (final.suffix_rate, final.head_rate) == (best.suffix_rate, best.head_rate)
         assert final.epochs == (10 if level.level == "head" else 2)
-        assert {trial.recipe.epochs for trial in level.search} == {round(final.epochs / 3)}
+        assert {trial.recipe.epochs for trial in level.search} == {search_epochs(final.epochs)}
+        assert all(len(trial.curve) in (*rungs(trial.recipe.epochs), trial.recipe.epochs) for trial in level.search)
         assert len({trial.recipe for trial in level.search}) == len(level.search)
         assert not any(trial.scores or trial.found for trial in level.search)
 
@@ -229,7 +232,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was_and_ends_as_if_it_had_not_
     told = _killed_after("50 % recycled: rate", emoji, home)
     journal = Journal(home / "journal")
     finished = journal.count("trial")
-    assert 4 <= finished < 8
+    assert 6 <= finished < 12
     kept = _files(home / "journal")
     again: list[str] = []
     result = sweep(make_task(emoji, settings=settings), make_plan(home, search=True, tell=again.append))
@@ -442,7 +445,7 @@ def test_in_a_search_a_rate_that_diverges_is_a_quality_of_nothing(batch: int, em
     with pytest.raises(SweepError, match="50 % recycled diverged"):
         sweep(task, make_plan(tmp_path, "50", search=True))
     tried = [record["trial"] for record in Journal(tmp_path / "journal").all("trial")]
-    assert [trial["quality"] for trial in tried] == [{"R-precision": 0.0}] * 3
+    assert [trial["quality"] for trial in tried] == [{"R-precision": 0.0}] * 5
     assert all(math.isnan(trial["curve"][-1]["loss"]) for trial in tried)
 
 

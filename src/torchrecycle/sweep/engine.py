@@ -6,6 +6,9 @@ and judged on the test split. Beside recycling stands the fair baseline: the sam
 
 Each training that ends is kept in a journal, and rows are in the store: a sweep that was killed goes on where it was,
 and one that is asked for a second seed trains that one only.
+
+With a budget, a few batches are measured first, and what is done is planned from them (`torchrecycle.sweep.budget`);
+what has no time is left out and said to be. Full training that was not run is expected from the others.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,22 +28,37 @@ import torch
 from torch import nn
 
 from torchrecycle.progress import progress
+from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.store import MemoryStore, Store, open_store
 from torchrecycle.store.sizes import bytes_in_words, parse_bytes
+from torchrecycle.sweep.budget import duration_in_words, parse_budget
 from torchrecycle.sweep.environment import machine, now, versions
 from torchrecycle.sweep.estimates import estimate
+from torchrecycle.sweep.expect import expect_quality, expect_seconds
 from torchrecycle.sweep.filling import Filling, groups_that_fit
+from torchrecycle.sweep.halving import FACTORS, Attempt, Halving, require_optuna, rungs, search_epochs
 from torchrecycle.sweep.identity import identity_of_model, identity_of_task, seed_everything
 from torchrecycle.sweep.journal import found_from_json
-from torchrecycle.sweep.levels import parse_levels
+from torchrecycle.sweep.levels import parse_levels, share_of
 from torchrecycle.sweep.objective_task import ObjectiveTask
 from torchrecycle.sweep.plan import SweepError, SweepPlan
-from torchrecycle.sweep.rates import best_of, rate_of, search_order
+from torchrecycle.sweep.rates import chosen, diverged, rate_of, report, scaled, settle
 from torchrecycle.sweep.recipes import Recipe
-from torchrecycle.sweep.recommend import recommend
+from torchrecycle.sweep.recommend import ExpectedFull, recommend
 from torchrecycle.sweep.records import FORMAT, MissingRecordError, Place, Purpose, Records
-from torchrecycle.sweep.results import LevelResult, Ran, Sample, SweepResult, Trial, in_words
+from torchrecycle.sweep.results import (
+    EpochPoint,
+    Estimate,
+    LevelResult,
+    Prediction,
+    Ran,
+    Sample,
+    SweepResult,
+    Trial,
+    in_words,
+)
 from torchrecycle.sweep.runner import Counted, First, Later, Runner, attach, evaluating
+from torchrecycle.sweep.spending import Spending, TimeIsUp
 from torchrecycle.sweep.splits import in_order
 from torchrecycle.sweep.task import Evaluation, Split, Task
 from torchrecycle.sweep.trial import RunningTrial
@@ -56,6 +74,10 @@ FROZEN_STEPS = 12
 """Steps by which an epoch without a store is timed."""
 
 
+class _NoTimeError(Exception):
+    """A training was not started, or not ended, since the budget does not allow it."""
+
+
 class Engine:
     """One sweep; its methods are in the order in which they are called.
 
@@ -69,6 +91,7 @@ class Engine:
         _refuse_switched_off()
         self.task, self.plan, self._build = task, plan, build_model
         self.levels = parse_levels(plan.levels)
+        self.seeds, self.rates = tuple(plan.seeds), len(FACTORS)
         self.splits = task.splits()
         self.judged = self.splits.get("validation", self.splits["test"])
         self.began = time.perf_counter()
@@ -80,6 +103,19 @@ class Engine:
         queries = _queries(task, self.splits["test"])
         self.records = Records(plan.journal, self._facts(), queries)
         self.filling = Filling(task, self.records, plan.views, plan.tell)
+        if any(self._searches(level) for level in self.levels):
+            require_optuna()
+        self.spending = self._spending()
+
+    def _spending(self) -> Spending | None:
+        if self.plan.budget is None:
+            return None
+        asked = {"levels": list(self.levels), "seeds": list(self.seeds), "search": self.plan.search}
+        if self.plan.max_bytes is not None:
+            asked["max_bytes"] = parse_bytes(self.plan.max_bytes)
+        gone = 0.0 if self.plan.began is None else time.monotonic() - self.plan.began
+        gone = max(gone, time.perf_counter() - self.began)
+        return Spending(parse_budget(self.plan.budget), self.records, asked, used=gone)
 
     def _facts(self) -> dict[str, Any]:
         identity = self._identity()
@@ -125,24 +161,153 @@ class Engine:
         return model.eval()
 
     def rows(self) -> Iterator[LevelResult]:
-        """Each level as it is finished, the most recycled first."""
-        task, plan = self.task, self.plan
-        todo = [level for level in self.levels if not self._is_done(level)]
+        """Each level as it is finished, the most recycled first.
+
+        Raises:
+            BudgetError: it was too short for any level.
+        """
+        if self.spending is None:
+            yield from self._rows()
+            return
+        work = self._rows()
+        try:
+            while True:
+                with self.spending.running():  # what a user does with a row takes nothing of the budget
+                    row = next(work, None)
+                if row is None:
+                    return
+                yield row
+        except TimeIsUp:
+            raise self.spending.used_up() from None
+        finally:
+            work.close()
+
+    def _rows(self) -> Generator[LevelResult, None, None]:
+        self._decide()
+        found = 0
+        todo = [level for level in self.levels if not self._is_done(level) and self._has_time(level)]
         with ExitStack() as stack:
+            groups, runners = self._prepared(todo, stack)
+            for level in reversed(self.levels):
+                if level in todo:
+                    self._finish(level, groups, runners, stack)
+                elif self._is_done(level):
+                    self.plan.tell(f"{in_words(level)}: was finished before")
+                if self.spending is None or self._has_row(level):
+                    found += 1
+                    yield self._level(level)
+        if self.spending is not None and not found:
+            raise self.spending.used_up()
+
+    def _prepared(self, todo: list[str], stack: ExitStack) -> tuple[list[list[str]], dict[str, Runner]]:
+        """What comes before the first level; where time is up meanwhile, nothing is left to do."""
+        groups: list[list[str]] = []
+        runners: dict[str, Runner] = {}
+        try:
             groups = self._groups([level for level in todo if level != "full"])
             runners = self._begun(groups[0], stack) if groups else {}
             self._untrained(runners.get("head"))
-            for level in reversed(self.levels):
-                if level not in todo:
-                    plan.tell(f"{in_words(level)}: was finished before")
-                    yield self._level(level)
-                    continue
-                if level != "full" and level not in runners:
+        except TimeIsUp:
+            self.plan.tell("the budget is used up; what is filled is kept")
+            todo.clear()
+        return groups, runners
+
+    def _finish(
+        self, level: str, groups: Sequence[Sequence[str]], runners: dict[str, Runner], stack: ExitStack
+    ) -> None:
+        """All that a level still needs, as far as there is time."""
+        runner = runners.pop(level, None)
+        try:
+            if self._has_time(level):
+                if level != "full" and runner is None:
                     runners.update(self._begun(next(group for group in groups if level in group), stack))
-                runner = runners.pop(level, None) or Runner(task, level, None, self.build())
+                    runner = runners.pop(level)
+                runner = runner or Runner(self.task, level, None, self.build())
                 self._run(level, runner)
+        except TimeIsUp:
+            self.plan.tell(f"{in_words(level)}: the budget is used up; of what was under way nothing is kept")
+        finally:
+            if runner is not None:
                 runner.release()
-                yield self._level(level)
+
+    # -- the budget ----------------------------------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        """With a budget: what is done within it."""
+        spending, plan = self.spending, self.plan
+        if spending is None or spending.plan is not None:
+            return
+        spending.predicted(self._predict)
+        recipes = {level: self.task.recipe(level, share_of(level)) for level in self.levels}
+        decided = spending.decide(
+            recipes,
+            {level: self._searches(level) for level in self.levels},
+            objects={name: len(split) for name, split in self.splits.items()},
+            seeds=self.seeds,
+            rates=self.rates,
+        )
+        self.levels, self.seeds, self.rates = decided.levels, decided.seeds, decided.rates
+        used = spending.before
+        plan.tell(str(decided) + (f"; {duration_in_words(used)} of it were used before" if used >= 1 else ""))
+
+    def _predict(self) -> tuple[Prediction, ...]:
+        from torchrecycle.sweep.predict import predict
+
+        store = str(self.plan.store)
+        found = predict(
+            self.build,
+            self.task,
+            ("full", *self.levels),  # full training is expected where it is not run
+            precisions=(self.plan.precision,),
+            store_folder=store if "://" in store else Path(store).absolute().parent,
+            views=self.plan.views,
+        )
+        for each in found:
+            self.plan.tell(f"predicted: {each}")
+        return found
+
+    def _has_time(self, level: str) -> bool:
+        """Whether a level may be begun; said, if not."""
+        spending = self.spending
+        if spending is None or spending.plan is None or spending.level_fits(level, spending.plan.epochs[level]):
+            return True
+        self.plan.tell(f"{in_words(level)}: left out, since {duration_in_words(spending.left)} are too little for it")
+        return False
+
+    def _later(self, level: str) -> list[str]:
+        """Levels that come after one and are not finished."""
+        return [each for each in self.levels[: self.levels.index(level)] if not self._is_done(each)]
+
+    def _recipe(self, level: str, share: float) -> Recipe:
+        """How a level is trained if no other rate is found: the task's, with fewer epochs where time is short."""
+        recipe = self.task.recipe(level, share)
+        if self.spending is None or self.spending.plan is None:
+            return recipe
+        return replace(recipe, epochs=min(recipe.epochs, self.spending.plan.epochs.get(level, recipe.epochs)))
+
+    def _searches(self, level: str) -> bool:
+        """Whether a rate is looked for."""
+        return self.plan.search and "validation" in self.splits and not self.task.rate_is_given(level)
+
+    # -- what is finished ----------------------------------------------------------------------------------------------
+
+    def _has_row(self, level: str) -> bool:
+        """Whether there is anything to be told of a level: a training, and what it is compared with."""
+        try:
+            place = self.records.place(level)
+            if place.cut is not None:
+                self._frozen_epoch(level, self.task.recipe(level, place.share), None)
+            return any(trial.purpose == "final" for trial in self._known_trials(level, place))
+        except MissingRecordError:
+            return False
+
+    def _known_trials(self, level: str, place: Place) -> list[Trial]:
+        """Those in the journal: all of them, unless there was no time for some.
+
+        Raises:
+            MissingRecordError: one is not there.
+        """
+        return list(self._trials(level, place, None, whole=self.spending is None))
 
     def _is_done(self, level: str) -> bool:
         try:
@@ -337,31 +502,106 @@ class Engine:
         self.records.keep_frozen_seconds(level, recipe, seconds)
         return seconds
 
-    def _trials(self, level: str, place: Place, runner: Runner | None) -> Iterator[Trial]:
+    def _trials(self, level: str, place: Place, runner: Runner | None, *, whole: bool = True) -> Iterator[Trial]:
         """All trainings of a level, in order; without a runner they must all be in the journal.
+
+        Args:
+            level: whose.
+            place: where it is cut.
+            runner: trains those that are missing, as far as there is time.
+            whole: whether all of them must be there, if there is no runner.
 
         Raises:
             MissingRecordError: one is not, and there is no runner.
         """
-        recipe = self.task.recipe(level, place.share)
-        if self.plan.search and "validation" in self.splits and not self.task.rate_is_given(level):
-            tried: list[Trial] = []
-            for candidate in search_order(recipe, level, tried):
-                tried.append(self._trial(level, place, candidate, 0, "search", runner))
-                yield tried[-1]
-            recipe = best_of(tried, recipe, self.metric)
-        for seed in self.plan.seeds:
-            yield self._trial(level, place, recipe, seed, "final", runner)
+        recipe = self._recipe(level, place.share)
+        if self._searches(level) and self.rates > 1:
+            recipe = yield from self._search(level, place, recipe, runner, whole)
+        for number, seed in enumerate(self.seeds):
+            try:
+                yield self._final(level, place, recipe, seed, runner, optional=number > 0)
+            except (_NoTimeError, MissingRecordError) as error:
+                if isinstance(error, MissingRecordError) and whole:
+                    raise
+                return
 
-    def _trial(
-        self, level: str, place: Place, recipe: Recipe, seed: int, purpose: Purpose, runner: Runner | None
+    def _search(
+        self, level: str, place: Place, recipe: Recipe, runner: Runner | None, whole: bool
+    ) -> Generator[Trial, None, Recipe]:
+        """Trainings that look for a rate; returns the recipe with the one that was found."""
+        short = replace(recipe, epochs=search_epochs(recipe.epochs))
+        halving, before = Halving(epochs=short.epochs, rates=self.rates), []
+        while (attempt := halving.ask()) is not None:
+            candidate = scaled(short, level, attempt.factor)
+            try:
+                trial = self._tried(place, candidate, tuple(before), attempt, recipe.epochs, level, runner)
+            except (_NoTimeError, MissingRecordError) as error:
+                if isinstance(error, MissingRecordError) and whole:
+                    raise
+                halving.tell(attempt, stopped=True)
+                break
+            settle(attempt, trial, self.metric)
+            halving.tell(attempt)
+            before.append(rate_of(candidate, level))
+            yield trial
+        self._refuse_diverged(halving, level, recipe)
+        return chosen(halving.best(), recipe, level)
+
+    def _refuse_diverged(self, halving: Halving, level: str, recipe: Recipe) -> None:
+        if halving.tried and all(tried.state == "diverged" for tried in halving.tried):
+            rates = [rate_of(scaled(recipe, level, tried.factor), level) for tried in halving.tried]
+            raise SweepError(
+                f"{in_words(level)} diverged at all rates that were tried, from {min(rates):g} to {max(rates):g}: the "
+                "loss or an output was no finite number. Is there NaN in the data or in the weights? Else give a lower "
+                "--rate"
+            )
+
+    def _tried(
+        self,
+        place: Place,
+        recipe: Recipe,
+        before: Sequence[float],
+        attempt: Attempt,
+        epochs: int,
+        level: str,
+        runner: Runner | None,
     ) -> Trial:
-        try:
-            return self.records.trial(level, place, recipe, seed, purpose)
-        except MissingRecordError:
-            if runner is None:
-                raise
-        return self.train_and_keep(place, recipe, seed, purpose, runner)
+        """A training with a rate, after those with others."""
+        key = self.records.trial_key(level, place, recipe, 0, "search", tried=list(before))
+        with suppress(MissingRecordError):
+            return self.records.trial(key)
+        if runner is None:
+            raise MissingRecordError
+        spending = self.spending
+        if spending is not None and not spending.attempt_fits(level, epochs, recipe.epochs, self._later(level)):
+            self.plan.tell(f"{in_words(level)}: no time for further rates after {len(before)}")
+            raise _NoTimeError
+        trial = self._train(recipe, 0, "search", runner, attempt)
+        self.records.keep_trial(key, trial)
+        return trial
+
+    def _final(
+        self, level: str, place: Place, recipe: Recipe, seed: int, runner: Runner | None, *, optional: bool
+    ) -> Trial:
+        """A training that is reported.
+
+        Args:
+            level: whose.
+            place: where it is cut.
+            recipe: with the rate that was found.
+            seed: of the training.
+            runner: trains it if it is not in the journal.
+            optional: whether there is one with another seed already, so that other levels come before it.
+        """
+        with suppress(MissingRecordError):
+            return self.records.trial(self.records.trial_key(level, place, recipe, seed, "final"))
+        if runner is None:
+            raise MissingRecordError
+        later = self._later(level) if optional else ()
+        if self.spending is not None and not self.spending.training_fits(level, recipe.epochs, later):
+            self.plan.tell(f"{in_words(level)}: no time for seed {seed}")
+            raise _NoTimeError
+        return self.train_and_keep(place, recipe, seed, "final", runner)
 
     def train_and_keep(self, place: Place, recipe: Recipe, seed: int, purpose: Purpose, runner: Runner) -> Trial:
         """One training, kept in the journal, and its weights if they are asked for."""
@@ -372,26 +612,35 @@ class Engine:
         self.records.keep_trial(key, trial)
         return trial
 
-    def _train(self, recipe: Recipe, seed: int, purpose: Purpose, runner: Runner) -> Trial:
+    def _train(
+        self, recipe: Recipe, seed: int, purpose: Purpose, runner: Runner, attempt: Attempt | None = None
+    ) -> Trial:
+        """
+        Args:
+            recipe: with its rate.
+            seed: of the training.
+            purpose: whether it is judged on the validation split at rungs, or on the test split at the end.
+            runner: whose model is trained, from its first weights.
+            attempt: of a search, to be told of each rung.
+
+        Raises:
+            SweepError: a training that is to be reported has diverged.
+        """
         level, metric = runner.level, self.metric
         runner.restart()
-        asked = _epochs_to_judge(recipe.epochs) if purpose == "final" else {recipe.epochs}
+        asked = set(rungs(recipe.epochs)) if purpose == "search" else _epochs_to_judge(recipe.epochs)
 
         def judge(epoch: int) -> float | None:
             if epoch not in asked:
                 return None
             return self._evaluated(runner, self.judged, shown=False).quality[metric]
 
-        running, epochs = self._fitted(recipe, seed, purpose, runner, judge)
+        running, epochs = self._fitted(recipe, seed, purpose, runner, judge, attempt)
         curve, untold = running.curve, (running.seconds, epochs)
-        diverged = bool(curve) and not math.isfinite(curve[-1].loss)
         told: dict[str, Any] = {} if curve else {"untold_seconds": untold[0], "untold_epochs": untold[1]}
-        if purpose == "search":
-            quality = 0.0 if diverged else curve[-1].quality if curve else None
-            if quality is None:  # of a fit that tells of no epochs, or stopped by itself
-                quality = self._evaluated(runner, self.judged, shown=False).quality[metric]
-            return Trial(level, purpose, seed, recipe, curve, {metric: quality}, {}, **told)
-        if diverged:
+        if attempt is not None:
+            return self._searched(Trial(level, purpose, seed, recipe, curve, {}, {}, **told), runner)
+        if curve and not math.isfinite(curve[-1].loss):
             raise SweepError(
                 f"{in_words(level)} diverged at a rate of {rate_of(recipe, level):g}: the loss was no finite "
                 f"number in epoch {curve[-1].epoch}. Give a lower --rate, or let the sweep look for one"
@@ -399,24 +648,62 @@ class Engine:
         found = self._evaluated(runner, self.splits["test"])
         return Trial(level, purpose, seed, recipe, curve, found.quality, _scores(found), found.found, **told)
 
+    def _searched(self, trial: Trial, runner: Runner) -> Trial:
+        """With its quality on the validation split; 0 for one that has diverged, which its curve says."""
+        if diverged(trial):
+            return replace(trial, quality={self.metric: 0.0})
+        quality = trial.curve[-1].quality if trial.curve else None
+        if quality is not None:
+            return replace(trial, quality={self.metric: quality})
+        try:  # of a fit that tells of no epochs, or stopped by itself
+            found = self._evaluated(runner, self.judged, shown=False)
+        except NotFiniteError:
+            epoch = len(trial.curve) + 1
+            lost = EpochPoint(epoch, trial.seconds, math.nan, None)
+            return replace(trial, curve=(*trial.curve, lost), quality={self.metric: 0.0})
+        return replace(trial, quality={self.metric: found.quality[self.metric]})
+
     def _fitted(
-        self, recipe: Recipe, seed: int, purpose: Purpose, runner: Runner, judge: Callable[[int], float | None]
+        self,
+        recipe: Recipe,
+        seed: int,
+        purpose: Purpose,
+        runner: Runner,
+        judge: Callable[[int], float | None],
+        attempt: Attempt | None,
     ) -> tuple[RunningTrial, int]:
         """What became of it, and how often it went over its loader.
 
         Raises:
             SweepError: nothing was trained.
+            _NoTimeError: it could not end in time.
         """
-        level, whose = runner.level, type(self.task).__name__
+        level, whose, spending = runner.level, type(self.task).__name__, self.spending
         what = f"{in_words(level)}, " + (
             f"seed {seed}" if purpose == "final" else f"looking for a rate, {rate_of(recipe, level):g}"
         )
+        late: list[EpochPoint] = []
+
+        def go_on(point: EpochPoint) -> bool:
+            wanted = attempt is None or report(attempt, point)
+            if wanted and spending is not None and not spending.can_end(level, point, recipe.epochs):
+                late.append(point)
+            return wanted and not late
+
         loader = runner.training_loader(recipe, seed)
         with progress(what, recipe.epochs * len(loader), "batches") as shown, _seeded(seed):
             batches = Counted(loader, shown.advance)
-            running = RunningTrial(level, runner.share, recipe, seed, tuple(runner.trained), judge=judge)
+            running = RunningTrial(level, runner.share, recipe, seed, tuple(runner.trained), judge=judge, go_on=go_on)
             self.task.fit(runner.model, batches, running)
             running.stop_clock()
+        if spending is not None:
+            spending.measured(level, running.seconds / max(1, len(running.curve) or batches.epochs))
+        if late:
+            self.plan.tell(
+                f"{what}: stopped after epoch {late[0].epoch} of {recipe.epochs}, since it is slower than expected; "
+                "nothing is kept of it"
+            )
+            raise _NoTimeError
         if not batches.epochs:
             raise SweepError(f"{whose}.fit has trained nothing: it never went over the loader that it was given")
         if not runner.has_learned() and not (running.curve and not math.isfinite(running.curve[-1].loss)):
@@ -434,6 +721,7 @@ class Engine:
         scores = _scores(Evaluation(untrained["quality"], untrained["scores"]))
         clusters = self._clusters(len(scores[metric]))
         before = found_from_json(untrained["found"])
+        expected = self._expected(levels, estimate([scores[metric]], clusters))
         shown = [*before, *(found for level in levels for trial in level.trials for found in trial.found)]
         return SweepResult(
             kind=task.kind,
@@ -441,14 +729,38 @@ class Engine:
             metric=metric,
             metrics={name: task.metrics.get(name, name) for name in scores},
             curve_split="validation" if "validation" in self.splits else "test",
-            untrained={name: estimate([each], clusters) for name, each in scores.items()},
+            untrained={name: estimate([each], self._clusters(len(each))) for name, each in scores.items()},
             untrained_found=before,
             levels=tuple(levels),
-            recommendation=recommend(levels, scores[metric], metric, clusters, pretrained=task.pretrained),
-            seeds=tuple(self.plan.seeds),
+            recommendation=recommend(
+                levels, scores[metric], metric, clusters, pretrained=task.pretrained, expected=expected
+            ),
+            seeds=self.seeds,
             samples=self._samples(sorted({i for found in shown for i in (found.query, *found.nearest)})),
             ran=self._ran(levels),
+            predictions=() if self.spending is None else self.spending.predictions,
+            expected_full=None if expected is None else expected.quality,
+            expected_full_seconds=None if expected is None else expected.seconds,
         )
+
+    def _expected(self, levels: Sequence[LevelResult], untrained: Estimate) -> ExpectedFull | None:
+        """Of full training, if it was not run."""
+        if any(level.cut is None for level in levels):
+            return None
+        quality = expect_quality([(level.share, level.quality[self.metric]) for level in levels], untrained)
+        if quality is None:
+            return None
+        predicted = self._predicted("full")
+        frozen = [
+            (level.share, level.frozen_epoch_seconds) for level in levels if level.frozen_epoch_seconds is not None
+        ]
+        full = None if predicted is None else predicted.epoch_seconds
+        epochs = self.task.recipe("full", 0.0).epochs
+        return ExpectedFull(quality, expect_seconds(epochs, full_epoch=full, frozen_epochs=frozen))
+
+    def _predicted(self, level: str) -> Prediction | None:
+        known = () if self.spending is None else self.spending.predictions
+        return next((each for each in known if each.level == level), None)
 
     def _clusters(self, scores: int) -> Sequence[int]:
         """
@@ -465,7 +777,7 @@ class Engine:
 
     def _level(self, level: str) -> LevelResult:
         place = self.records.place(level)
-        trials = list(self._trials(level, place, None))
+        trials = self._known_trials(level, place)
         final = tuple(trial for trial in trials if trial.purpose == "final")
         frozen = None if place.cut is None else self._frozen_epoch(level, self.task.recipe(level, place.share), None)
         epoch = statistics.mean(trial.epoch_seconds for trial in final)
@@ -486,6 +798,7 @@ class Engine:
             fill_seconds=fill or 0.0,
             frozen_epoch_seconds=frozen,
             bytes_kept=place.bytes_kept,
+            predicted=self._predicted(level),
         )
 
     def _samples(self, indices: Sequence[int]) -> dict[int, Sample]:
@@ -520,6 +833,8 @@ class Engine:
             said["views"] = f"{self.plan.views} of each object that is trained on"
         if self.plan.max_bytes is not None:
             said["most bytes kept"] = bytes_in_words(parse_bytes(self.plan.max_bytes))
+        if self.spending is not None and self.spending.plan is not None:
+            said["budget"] = str(self.spending.plan)
         return said
 
 
@@ -590,9 +905,14 @@ def _figures(figures: Mapping[str, float]) -> str:
 
 def _told(trial: Trial, metric: str) -> str:
     if trial.purpose == "search":
-        return f"{in_words(trial.level)}: rate {rate_of(trial.recipe, trial.level):g} gives {metric} " + (
-            f"{trial.quality[metric]:.3f} on the validation split"
+        what = f"{in_words(trial.level)}: rate {rate_of(trial.recipe, trial.level):g}"
+        if diverged(trial):
+            return f"{what} diverges"
+        epochs = len(trial.curve) or trial.untold_epochs
+        short = (
+            "" if epochs >= trial.recipe.epochs else f", and was left after {epochs} of {trial.recipe.epochs} epochs"
         )
+        return f"{what} gives {metric} {trial.quality[metric]:.3f} on the validation split{short}"
     return (
         f"{in_words(trial.level)}, seed {trial.seed}: {_figures(trial.quality)}, {trial.epoch_seconds:.2f} s per epoch"
     )

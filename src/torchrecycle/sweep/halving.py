@@ -131,12 +131,24 @@ class Attempt:
             return False
         self._quality = quality
         self._trial.report(quality, epoch)
-        if epoch >= self._epochs:
-            return False
-        if self._trial.should_prune():
+        if epoch < self._epochs and self._trial.should_prune():
             self._state = "pruned"
-            return False
-        return True
+        return self.is_open
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch that it was told of; 0 if none."""
+        return self._epoch
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another epoch may be told of."""
+        return self._state == "finished" and self._epoch < self._epochs
+
+    def close(self, quality: float) -> None:
+        """Tell the quality of a training that has ended by itself, before all epochs were told of."""
+        if self.is_open:
+            self.report(self._epochs, quality)
 
     def so_far(self, *, stopped: bool = False) -> Tried:
         """What became of it until now.

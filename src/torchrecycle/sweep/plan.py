@@ -32,7 +32,9 @@ class SweepPlan:
     search: bool = True
     """Whether a rate is looked for, at each level; else the recipe's is taken."""
     budget: str | float | None = None
-    """How long it may take, such as ``30m``; None sets no limit."""
+    """How long it may take, such as ``30m``, all its runs together; None sets no limit."""
+    began: float | None = None
+    """When the budget began to be used, as `time.monotonic` tells it; when the sweep is made, if None."""
     max_bytes: int | str | None = None
     """How many bytes the store may take, such as ``20 GB``; None sets no limit."""
     precision: str | None = None

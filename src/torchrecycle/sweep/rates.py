@@ -1,36 +1,21 @@
-"""Looking for a rate at a level: around the recipe's own, in steps of three.
+"""Looking for a rate at a level: around the recipe's own, in steps of three, by successive halving.
 
 A recipe's rate is right for a usual model and data set within a factor of three or so; what is looked for is which way.
-Three short trainings tell, and a fourth one if the best was the outermost.
+Five short trainings of a third of the epochs tell; those that fall behind after one epoch or three end there
+(`torchrecycle.sweep.halving`). What a training came to depends on those before it, by which it may have been stopped:
+so it is kept under their rates, too, and a search that goes on after a kill is the search that it would have been.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from torchrecycle.sweep.halving import Attempt, Tried
 from torchrecycle.sweep.recipes import Recipe
-from torchrecycle.sweep.results import Trial
+from torchrecycle.sweep.results import EpochPoint, Trial
 
-__all__ = ["best_of", "rate_of", "scaled", "search_order"]
-
-
-def search_order(recipe: Recipe, level: str, tried: Sequence[Trial]) -> Iterator[Recipe]:
-    """Recipes to try, with a third of the epochs: the rate itself, three times it, a third of it, and one step further
-    on the side that was better, if that was the outermost.
-
-    Args:
-        recipe: the default, in the middle.
-        level: whose.
-        tried: what came out, filled by the caller as it goes.
-    """
-    short = replace(recipe, epochs=max(1, round(recipe.epochs / 3)))
-    for factor in (1.0, 3.0, 1 / 3):
-        yield scaled(short, level, factor)
-    best = max(range(len(tried)), key=lambda i: _quality(tried[i], next(iter(tried[i].quality))))
-    if best:
-        yield scaled(short, level, (9.0, 1 / 9)[best - 1])
+__all__ = ["chosen", "diverged", "rate_of", "report", "scaled", "settle"]
 
 
 def scaled(recipe: Recipe, level: str, factor: float) -> Recipe:
@@ -50,13 +35,38 @@ def rate_of(recipe: Recipe, level: str) -> float:
     return recipe.head_rate if level == "head" else recipe.suffix_rate
 
 
-def best_of(tried: Sequence[Trial], recipe: Recipe, metric: str) -> Recipe:
-    """The recipe with the rate that did best."""
-    best = max(tried, key=lambda trial: _quality(trial, metric)).recipe
-    return replace(best, epochs=recipe.epochs)
+def chosen(best: Tried | None, recipe: Recipe, level: str) -> Recipe:
+    """The recipe with the rate that did best; as it is, if there was no time for any."""
+    return recipe if best is None else scaled(recipe, level, best.factor)
 
 
-def _quality(trial: Trial, metric: str) -> float:
-    """One that has diverged is the worst, also where qualities may be below 0."""
-    diverged = trial.curve and not math.isfinite(trial.curve[-1].loss)
-    return -math.inf if diverged else trial.quality[metric]
+def settle(attempt: Attempt, trial: Trial, metric: str) -> None:
+    """Tell an attempt all that it has not been told of its training: whether that has just ended, or is read from the
+    journal.
+
+    Args:
+        attempt: of the rate.
+        trial: what the training came to.
+        metric: which figure counts.
+    """
+    for point in trial.curve:
+        if point.epoch > attempt.epoch and attempt.is_open:
+            report(attempt, point)
+    if attempt.is_open:  # a fit that tells of no epochs, or has stopped by itself
+        attempt.close(math.nan if diverged(trial) else trial.quality[metric])
+
+
+def report(attempt: Attempt, point: EpochPoint) -> bool:
+    """Tell an attempt of an epoch.
+
+    Returns:
+        whether to go on
+    """
+    if not math.isfinite(point.loss):
+        return attempt.report(point.epoch, math.nan)
+    return True if point.quality is None else attempt.report(point.epoch, point.quality)
+
+
+def diverged(trial: Trial) -> bool:
+    """Whether the loss or an output was no finite number at the end."""
+    return bool(trial.curve) and not math.isfinite(trial.curve[-1].loss)

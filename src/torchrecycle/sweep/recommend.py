@@ -181,16 +181,16 @@ def _reason(chosen: _Against, against: Sequence[_Against]) -> str:
 
 
 def _digits(figures: Sequence[Estimate]) -> int:
-    """Two decimals, where all errors are a hundredth at least; else three."""
+    """Two decimals, where all errors are a hundredth at least; else three. Of an error of 0 nothing is known."""
     return 2 if all(figure.error >= 0.0095 for figure in figures) else 3
 
 
 def _figure(figure: Estimate, digits: int) -> str:
     """
-    >>> _figure(Estimate(0.3124, 0.0113), 2)
-    '0.31 ± 0.01'
+    >>> _figure(Estimate(0.3124, 0.0113), 2), _figure(Estimate(0.3, 0.0), 3)
+    ('0.31 ± 0.01', '0.300')
     """
-    return f"{figure.mean:.{digits}f} ± {figure.error:.{digits}f}"
+    return f"{figure.mean:.{digits}f} ± {figure.error:.{digits}f}" if figure.error > 0 else f"{figure.mean:.{digits}f}"
 
 
 def _amount(value: float) -> str:

@@ -90,8 +90,11 @@ class Records:
     def keep_frozen_seconds(self, level: str, recipe: Recipe, seconds: float) -> None:
         self.write({"seconds": seconds}, kind="frozen", level=level, recipe=asdict(recipe))
 
-    def trial(self, level: str, place: Place, recipe: Recipe, seed: int, purpose: Purpose) -> Trial:
-        key = self.trial_key(level, place, recipe, seed, purpose)
+    def trial(self, key: str) -> Trial:
+        """
+        Raises:
+            MissingRecordError: there is no such record.
+        """
         record = self.journal.read(key, "trial")
         if record is None:
             raise MissingRecordError
@@ -100,8 +103,21 @@ class Records:
     def keep_trial(self, key: str, trial: Trial) -> None:
         self.journal.write(key, {"kind": "trial", "trial": asdict(trial)})
 
-    def trial_key(self, level: str, place: Place, recipe: Recipe, seed: int, purpose: Purpose) -> str:
+    def trial_key(
+        self, level: str, place: Place, recipe: Recipe, seed: int, purpose: Purpose, *, tried: list[float] | None = None
+    ) -> str:
+        """
+        Args:
+            level: of the training.
+            place: where it is cut.
+            recipe: of the training.
+            seed: of the training.
+            purpose: what it is for.
+            tried: of a search, the rates that were tried before, by which it may have been stopped.
+        """
         facts: dict[str, Any] = {"level": level, "cut": place.cut, "purpose": purpose, "seed": seed}
+        if tried is not None:
+            facts["tried"] = tried
         if not place.is_kept:
             facts["kept"] = False
         return self.key(kind="trial", **facts, recipe=asdict(recipe), queries=self.queries)

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from torchrecycle.sweep.budget import parse_budget
 from torchrecycle.sweep.engine import Engine
 from torchrecycle.sweep.journal import Journal
 from torchrecycle.sweep.kept import keep_result, keep_row
@@ -25,6 +26,7 @@ from torchrecycle.sweep.plan import SweepError, SweepPlan
 from torchrecycle.sweep.results import LevelResult, SweepResult, Trial
 from torchrecycle.sweep.runner import Runner
 from torchrecycle.sweep.task import Task
+from torchrecycle.trace import random_state, set_random_state
 
 __all__ = ["LEVELS", "BestWeights", "Sweep", "SweepError", "SweepPlan", "parse_levels", "share_of", "sweep"]
 
@@ -43,7 +45,8 @@ class Sweep:
     """A sweep that is run as its rows are asked for. Made by `sweep`, or from a plan.
 
     Going over it gives each level as it is finished, the most recycled first; a second time, the same rows at once.
-    Whatever stops it, a `break` or an error, going over it again goes on from there.
+    Whatever stops it, a `break` or an error, going over it again goes on from there. Levels for which a budget leaves
+    no time give no row.
 
     Args:
         build_model: see `sweep`.
@@ -61,6 +64,7 @@ class Sweep:
         self._engine = Engine(build_model, task, plan)
         self._rows: list[LevelResult] = []
         self._work: Generator[LevelResult] | None = None
+        self._is_over = False
         self._result: SweepResult | None = None
 
     @property
@@ -70,22 +74,29 @@ class Sweep:
 
     def __iter__(self) -> Iterator[LevelResult]:
         given = 0
-        while given < len(self.levels):
-            if given == len(self._rows):
-                self._advance()
+        while given < len(self._rows) or self._advance():
             yield self._rows[given]
             given += 1
 
-    def _advance(self) -> None:
-        """Finish one more level."""
+    def _advance(self) -> bool:
+        """Finish one more level, if there is one for which there is time."""
+        if self._is_over:
+            return False
         if self._work is None:
             self._work = self._all_rows()
+        state = random_state()
         try:
-            row = next(self._work)
+            row = next(self._work, None)
         except BaseException:
             self._work = None  # a generator that raised is over; the next one finds what was finished
             raise
+        finally:
+            set_random_state(state)
+        if row is None:
+            self._is_over = True
+            return False
         self._rows.append(row)
+        return True
 
     def _all_rows(self) -> Generator[LevelResult]:
         """Those that were not given yet."""
@@ -114,7 +125,7 @@ class Sweep:
         """
         if self._result is None:
             by_level = {row.level: row for row in self}
-            self._result = self._engine.result([by_level[level] for level in self.levels])
+            self._result = self._engine.result([by_level[level] for level in self.levels if level in by_level])
             keep_result(self.plan.folder, self._result)
         return self._result
 
@@ -175,7 +186,7 @@ def _refuse_arguments(build_model: Any, task: Any, plan: SweepPlan) -> None:
     if plan.views is not None and (not isinstance(plan.views, int) or plan.views < 1):
         raise SweepError(f"views={plan.views!r}: give how many augmented versions of an object are kept, 1 or more")
     if plan.budget is not None:
-        raise SweepError("budget= is not known yet: leave it out")
+        parse_budget(plan.budget)
 
 
 def sweep(
@@ -208,7 +219,9 @@ def sweep(
         results: the folder for what is finished; the store's name with ``-sweep`` behind it if None.
         seeds: a training each, at each level; two or more tell how much is chance.
         search: whether a rate is looked for at each level, on the validation split if there is one.
-        budget: how long it may take, such as ``"30m"``.
+        budget: how long it may take, such as ``"30m"``: what is done is planned from a few measured batches. Full
+            training is the first to be left out; it is then expected from the others. A sweep that was killed goes on
+            with what is left of its budget, which is for the whole sweep; asked with a larger one, it does more.
         max_bytes: how many bytes the store may take, such as ``"20 GB"``.
         precision: of kept rows; see `recycle`.
         views: in how many augmented versions each object of the training split is kept; see `recycle`.

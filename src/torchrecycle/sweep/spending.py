@@ -50,7 +50,9 @@ class Spending:
 
     def __init__(self, budget: float, records: Records, asked: dict[str, object], *, used: float = 0.0) -> None:
         self.budget, self._records, self._asked = budget, records, asked
-        self._clock = Clock(budget, self._used_before() + used)
+        self.before = self._used_before()
+        """Seconds that earlier runs have used."""
+        self._clock = Clock(budget, self.before + used)
         self._kept_at = 0.0
         self.costs: dict[str, Cost] = {}
         self.predictions: tuple[Prediction, ...] = ()

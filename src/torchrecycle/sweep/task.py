@@ -35,12 +35,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.sweep.plan import SweepError
 from torchrecycle.sweep.recipes import USUAL, Recipe, usual_recipe
 from torchrecycle.sweep.results import Found, Kind, Sample
 from torchrecycle.sweep.trial import RunningTrial
 
-__all__ = ["Evaluation", "Split", "Task", "as_evaluation"]
+__all__ = ["Evaluation", "NotFiniteFigureError", "Split", "Task", "as_evaluation"]
+
+
+class NotFiniteFigureError(SweepError, NotFiniteError):
+    """A task's `evaluate` gave NaN or infinity. While a rate is looked for, that rate has diverged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +258,7 @@ def as_evaluation(found: Any, whose: str, metric: str | None) -> Evaluation:
         found = Evaluation({str(name): _figure(value, str(name), whose) for name, value in figures.items()})
     for name, value in found.quality.items():
         if not math.isfinite(_figure(value, name, whose)):
-            raise SweepError(
+            raise NotFiniteFigureError(
                 f"{whose}.evaluate gave {value} for {name}: give a finite number. Has the training diverged, or was "
                 "nothing counted?"
             )
