@@ -16,7 +16,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    found = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    found = re.search(r"## Use it\n\n```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
     assert found
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -86,3 +86,27 @@ def test_installing_needs_only_the_packages_that_are_named():
 @pytest.mark.parametrize("path", ["LICENSE", "CHANGELOG.md", "docs/decisions.md", "Makefile", ".ci/run"])
 def test_what_a_new_user_looks_for_is_there(path: str):
     assert (README.parent / path).stat().st_size > 100
+
+
+def test_the_sweep_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"From Python, with any model and any data set:\n\n```python\n(.*?)```", text, flags=re.S)
+    assert found
+
+    def build_model() -> nn.Module:
+        blocks = [nn.Sequential(nn.Linear(4 if i == 0 else 8, 8), nn.ReLU()) for i in range(8)]
+        return nn.Sequential(*blocks, nn.Linear(8, 2))
+
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, (x[:, 0] > 0).long())
+    names = {"build_model": build_model, "train": data, "test": data, "validation": data}
+    exec(found[1], names)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0].split(":")[0] for line in told[:-1]] == [
+        "head only",
+        "75 % recycled",
+        "50 % recycled",
+        "full training",
+    ]
+    assert told[-1] == names["run"].result().recommendation.sentence

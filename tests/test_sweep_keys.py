@@ -46,7 +46,12 @@ def _text_trunk(folder: Path) -> Any:
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_input_names=names
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_hidden_layers": 4,
+    }
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
     return load_trunk(str(folder), "texts")
 
