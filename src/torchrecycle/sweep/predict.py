@@ -10,8 +10,8 @@ own ``fit``, on the task's own data, and what a batch took is multiplied by the 
 a figure wrong, and what is done about it:
 
 - *First batches are slow* (memory, kernels that are chosen, an optimiser's state, checksums of rows read for the first
-  time): they do not count. An objective that takes several batches to a step is seen for whole rounds of the same
-  batches.
+  time): they do not count, and a prefix has run on batches of its size before filling is measured.
+- *A step may take several batches*: an objective is seen for whole rounds of the same ones.
 - *A short step drowns in noise* (a head's step takes 5 ms): the same batches come again until a second has been
   measured, and the median of the rounds counts. A step of several seconds is not repeated.
 - *What an epoch costs once* (the frozen layers' bytes are hashed, workers start) is told from what each batch costs.
@@ -237,15 +237,17 @@ class _Part:
         place = {index: number for number, index in enumerate(self.indices)}
         self.dataset = Subset(dataset, self.indices)
         self.batches = [[place[index] for index in batch] for batch in sample.batches]
-        self._arguments = sample.arguments
+        self._arguments, self._is_read = sample.arguments, False
 
     def arguments(self) -> dict[str, Any]:
         return {**self._arguments, "batch_sampler": self.batches}
 
     def read(self) -> None:
         """Read all objects once, so that their files are where they will be from the second epoch on."""
-        for _ in DataLoader(self.dataset, **self.arguments()):
-            pass
+        if not self._is_read:
+            for _ in DataLoader(self.dataset, **self.arguments()):
+                pass
+        self._is_read = True
 
 
 # -- levels at work ----------------------------------------------------------------------------------------------------
@@ -333,8 +335,17 @@ class _Measuring:
         with ExitStack() as stack:
             attached = {level: self._attached(level, precision, store, stack) for level in levels}
             by_cut = {each.recycling.cut: each for each in attached.values() if each.recycling is not None}
+            self._measure_frozen(attached.values())  # first: prefix runs of a new size are slow
             fill, views = self._fill_seconds(list(by_cut.values()))
             return fill, {level: self._measured(each, store, free, views) for level, each in attached.items()}
+
+    def _measure_frozen(self, levels: Iterable[_Level]) -> None:
+        for level in levels:
+            if level.level in self.frozen or level.recycling is None:
+                continue
+            level.part.read()
+            with level.recycling.paused():
+                self.frozen[level.level] = self._epoch(level, level.loader())
 
     def _attached(self, level: str, precision: str | None, store: Store, stack: ExitStack) -> _Level:
         model = self._model()
@@ -362,9 +373,6 @@ class _Measuring:
         row = _row_bytes(recycling, torch.as_tensor(loader.dataset.locations).flatten())
         epoch = self._epoch(level, loader)
         late = _late_seconds(store, row, self.objects, self.objects * views, free)
-        if level.level not in self.frozen:
-            with recycling.paused():
-                self.frozen[level.level] = self._epoch(level, level.loader())
         kept = row * sum(len(split) * (views if name == "train" else 1) for name, split in self.splits.items())
         steps = len(level.sample.batches)
         return _Measured(recycling.cut, max(epoch, late), self.frozen[level.level], round(kept), steps)
@@ -384,16 +392,15 @@ class _Measuring:
         """Seconds of the pass over the training split that fills all of these, and in how many views each object is
         kept; what is trained on next is filled.
 
-        First some objects that do not count, then one, which says what a pass costs by itself, then whole batches of
-        the split's own order, evenly spread; last the others of those that are trained on.
+        First an object that does not count, then one that says what a pass costs by itself, then whole batches of the
+        split's own order, evenly spread; last the others of those that are trained on.
         """
         arguments = self.task.eval_arguments()
         size, count = arguments["batch_size"], self.objects
-        first = levels[0].part.indices[:: max(1, math.ceil(4 * len(levels[0].part.indices) / count))][:size]
-        warm = self._pass(levels, Subset(self.data, first), arguments)
-        alone = next(index for index in range(count) if index not in first)
-        one = self._pass(levels, Subset(self.data, [alone]), arguments)
-        batches = max(2, min(self.steps, math.ceil(4 * ENOUGH_SECONDS / max(warm.seconds, 1e-3))))
+        self._pass(levels, Subset(self.data, [count - 1]), arguments)
+        one = self._pass(levels, Subset(self.data, [count - 2]), arguments)
+        slowest = max(self.frozen[level.level] / level.sample.epoch for level in levels)
+        batches = max(2, min(self.steps, math.ceil(4 * ENOUGH_SECONDS / max(slowest, 1e-3))))
         several = self._pass(levels, Subset(self.data, _spread(count, size, batches)), arguments)
         for part in {id(level.part): level.part for level in levels}.values():
             self._pass([level for level in levels if level.part is part], part.dataset, arguments)
