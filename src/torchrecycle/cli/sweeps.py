@@ -13,9 +13,10 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,6 +125,14 @@ MaxBytes = Annotated[
         "fit at all is trained without a store."
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="How long it may take, such as 30m or 1h30m, all runs of this sweep together. A few batches are measured "
+        "first; what has no time is left out, full training before all else, and what is expected of it is said. "
+        "Stopped, it goes on with what is left; with a larger budget it does more. Unlimited if not given."
+    ),
+]
 Views = Annotated[
     int | None,
     typer.Option(
@@ -176,6 +185,9 @@ class _Asked:
     settings: dict[str, Any]
     max_bytes: str | None = None
     views: int | None = None
+    budget: str | None = None
+    began: float = field(default_factory=time.monotonic)
+    """When the command was, as `time.monotonic` tells it."""
     smaller: str = "or fewer --tokens"
     """What else than a smaller batch takes less memory."""
 
@@ -207,6 +219,8 @@ class _Asked:
             levels=self.levels.split(","),
             seeds=range(self.seeds),
             search=self.search,
+            budget=self.budget,
+            began=self.began,
             max_bytes=self.max_bytes,
             precision=self.precision.value if self.precision is not None else None,
             views=self.views,
@@ -247,6 +261,7 @@ def sweep_images(
     search: Search = True,
     precision: PrecisionOption = None,
     max_bytes: MaxBytes = None,
+    budget: Budget = None,
     store: StoreOption = None,
     out: Out = None,
     save: Save = None,
@@ -275,7 +290,8 @@ def sweep_images(
         settings,
         max_bytes,
         views,
-        "or a smaller --size",
+        budget=budget,
+        smaller="or a smaller --size",
     )
 
     def make(settings: Settings) -> tuple[ObjectiveTask, Trunk]:
@@ -317,6 +333,7 @@ def sweep_texts(
     search: Search = True,
     precision: PrecisionOption = None,
     max_bytes: MaxBytes = None,
+    budget: Budget = None,
     store: StoreOption = None,
     out: Out = None,
     save: Save = None,
@@ -345,6 +362,7 @@ def sweep_texts(
         as_json,
         settings,
         max_bytes,
+        budget=budget,
     )
 
     def make(settings: Settings) -> tuple[ObjectiveTask, Trunk]:
@@ -378,6 +396,7 @@ def sweep_pairs(
     search: Search = True,
     precision: PrecisionOption = None,
     max_bytes: MaxBytes = None,
+    budget: Budget = None,
     store: StoreOption = None,
     out: Out = None,
     save: Save = None,
@@ -406,6 +425,7 @@ def sweep_pairs(
         as_json,
         settings,
         max_bytes,
+        budget=budget,
     )
 
     def make(settings: Settings) -> tuple[ObjectiveTask, Trunk]:
@@ -516,10 +536,16 @@ def _refuse_early(asked: _Asked) -> None:
         RecycleError: an option cannot be used, or a folder.
     """
     from torchrecycle.store import open_store
+    from torchrecycle.sweep.budget import parse_budget
+    from torchrecycle.sweep.halving import require_optuna
     from torchrecycle.sweep.run import parse_levels
 
     _check_numbers(asked.settings)
     _check_bytes(asked.max_bytes)
+    if asked.budget is not None:
+        parse_budget(asked.budget)
+    if asked.search and asked.settings["rate"] is None:
+        require_optuna()
     parse_levels(asked.levels.split(","))
     check_device(asked.settings["device"])
     if not asked.model.strip():
