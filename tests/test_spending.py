@@ -141,5 +141,5 @@ def test_a_budget_that_is_too_short_is_refused_with_what_was_predicted(tmp_path:
     with pytest.raises(BudgetError, match="is too short: the least that could be done, one epoch of head only"):
         _spending(tmp_path, 8.0)
     used_up = str(_spending(tmp_path, 60.0).used_up())
-    assert "the budget of 60 s was over before one level was trained" in used_up
+    assert "the budget of 60 s left no time to train one level" in used_up
     assert "It is for the whole sweep, earlier runs included, which have used 0 s" in used_up

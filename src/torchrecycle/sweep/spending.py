@@ -161,7 +161,7 @@ class Spending:
     def used_up(self) -> BudgetError:
         """What is said where not one level was trained."""
         return BudgetError(
-            f"the budget of {duration_in_words(self.budget)} was over before one level was trained. It is for the "
+            f"the budget of {duration_in_words(self.budget)} left no time to train one level. It is for the "
             f"whole sweep, earlier runs included, which have used {duration_in_words(self.used)} of it. What is filled "
             "and trained is kept: give a larger budget, and the sweep goes on from there"
         )
