@@ -819,7 +819,7 @@ def test_ctrl_c_at_any_moment_is_one_line_and_loses_nothing(swept, shapes, tmp_p
         found = re.search(r"Kept: (\d+) finished training", ended.stderr)
         assert not found or int(found[1]) >= kept
         kept = int(found[1]) if found else kept
-    assert kept == 12  # three rates and a final one at three levels
+    assert kept == 18  # five rates and a final one at three levels
     last = stoppable.run(arguments)
     assert last.returncode == 0
     assert last.stderr.count("was finished before") == 3
@@ -898,3 +898,28 @@ def test_ctrl_c_from_a_terminal_at_many_moments(swept, shapes, tmp_path, workers
         if number % 5 == 0:
             subprocess.run([*COMMAND, *arguments, "--out", str(out)], capture_output=True, check=True)
             assert figures_in(out) == figures_in(swept[0])
+
+
+# -- views and room ----------------------------------------------------------------------------------------------------
+
+
+def test_views_train_on_augmented_pictures_and_max_bytes_limits_the_store(shapes, tmp_path):
+    out = tmp_path / "out"
+    asked = ("images", shapes, *SMALLEST, "--levels", "50,head", "--epochs", "1", "--no-search", "--out", out)
+    told = works(*asked, "--views", "3", "--max-bytes", "2 MB").stderr
+    trained = re.search(r"training split: filled (\d+) of (\d+) views of (\d+) objects", told)
+    assert trained
+    assert int(trained[1]) == int(trained[2]) == 3 * int(trained[3])
+    settings = strict((out / "results.json").read_text(encoding="utf-8"))["ran"]["settings"]
+    assert settings["augmentation"] == "60 to 100 % of each picture, mirrored every other time"
+    assert settings["views"] == "3 of each object that is trained on"
+    assert settings["most bytes kept"] == "2.0 MB"
+    assert sum(path.stat().st_size for path in (out / "activations").rglob("*") if path.is_file()) < 2_000_000
+    plain = works(*asked).stderr  # as they are: nothing of what was trained on augmented ones is taken
+    assert "was finished before" not in plain
+    assert "augmentation" not in strict((out / "results.json").read_text(encoding="utf-8"))["ran"]["settings"]
+
+
+@pytest.mark.parametrize(("size", "words"), [("20", "'20' has no unit"), ("much", "'much' is no size")])
+def test_a_size_that_is_none_is_one_line(size, words, shapes, tmp_path):
+    assert words in is_refused("images", shapes, *SMALLEST, "--max-bytes", size, "--out", tmp_path / "out")
