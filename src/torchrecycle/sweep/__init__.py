@@ -3,6 +3,7 @@
 from torchrecycle.sweep.build import Settings, pair_task, picture_task, text_task
 from torchrecycle.sweep.objective_task import Objective, ObjectiveTask
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
+from torchrecycle.sweep.predict import predict
 from torchrecycle.sweep.ready import Classification, Pairs, Regression, Similarity, TokenLabelling
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Estimate, LevelResult, Prediction, Recommendation, SweepResult, Trial
@@ -18,6 +19,7 @@ __all__ = [
     "Sweep",
     "SweepError",
     "SweepPlan",
+    "predict",
     "sweep",
     # what is swept
     "Evaluation",

@@ -153,7 +153,7 @@ class Prediction:
     full_epoch_seconds: float | None
     """Wall seconds of an epoch of full training; None if it was not measured."""
     bytes_kept: int
-    """Bytes in the store for the training split; 0 for full training."""
+    """Bytes in the store, all splits; 0 for full training."""
     steps: int
     """Measured batches that the figures come from."""
 

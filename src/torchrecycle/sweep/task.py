@@ -12,7 +12,7 @@ Four members make one; all else has a default:
                 for images, labels in loader:
                     loss = F.cross_entropy(model(images), labels)
                     optimizer.zero_grad(); loss.backward(); optimizer.step()
-                if not trial.ended(epoch, loss):
+                if not trial.ended(epoch, loss.detach()):
                     break
 
         def evaluate(self, model, loader):
