@@ -354,7 +354,7 @@ def prediction(
         epoch_seconds=off * one.epoch_seconds,
         frozen_epoch_seconds=0.9 * off * one.epoch_seconds if slow else off * frozen if frozen else None,
         full_epoch_seconds=20.2,
-        bytes_kept=round(one.bytes_kept * objects / 1794 / (4 if precision == "int8" else 1)),
+        bytes_kept=round(one.bytes_kept / (4 if precision == "int8" else 1)),
         steps=8,
     )
 

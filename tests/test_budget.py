@@ -208,7 +208,7 @@ def _seconds(found: Plan, costs: list[Cost]) -> float:
     for cost in costs:
         if cost.level in found.levels:
             epochs = found.epochs[cost.level]
-            total += cost.once_seconds + cost.search_seconds(found.rates, search_epochs(epochs))
+            total += cost.once_seconds + cost.search_seconds(found.rates, search_epochs(epochs, cost.level))
             total += len(found.seeds) * cost.training_seconds(epochs)
     return total
 

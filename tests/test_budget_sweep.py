@@ -101,7 +101,7 @@ def test_rates_are_found_by_halving_and_are_the_same_each_time(tmp_path: Path):
     assert [_learned(a) for a in _trials(results[0].levels)] == [_learned(b) for b in _trials(results[1].levels)]
     result = results[0]
     for level in result.levels:
-        short = replace(level.trials[0].recipe, epochs=search_epochs(3))
+        short = replace(level.trials[0].recipe, epochs=search_epochs(3, level.level))
         middle = Colours().recipe(level.level, level.share)
         asked = [replace(scaled(middle, level.level, factor), epochs=3) for factor in FACTORS]
         assert [trial.recipe for trial in level.search] == asked

@@ -145,7 +145,7 @@ def _assert_search_chose_the_best(result: SweepResult) -> None:
         final = level.trials[0].recipe
         assert (final.suffix_rate, final.head_rate) == (best.suffix_rate, best.head_rate)
         assert final.epochs == (10 if level.level == "head" else 2)
-        assert {trial.recipe.epochs for trial in level.search} == {search_epochs(final.epochs)}
+        assert {trial.recipe.epochs for trial in level.search} == {search_epochs(final.epochs, level.level)}
         assert all(len(trial.curve) in (*rungs(trial.recipe.epochs), trial.recipe.epochs) for trial in level.search)
         assert len({trial.recipe for trial in level.search}) == len(level.search)
         assert not any(trial.scores or trial.found for trial in level.search)

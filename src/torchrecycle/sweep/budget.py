@@ -242,7 +242,7 @@ class _Choice:
 
     def _level_seconds(self, level: Cost) -> float:
         epochs = self.epochs(level)
-        search = level.search_seconds(self.rates, search_epochs(epochs))
+        search = level.search_seconds(self.rates, search_epochs(epochs, level.level))
         return level.once_seconds + search + self.seeds * level.training_seconds(epochs)
 
 

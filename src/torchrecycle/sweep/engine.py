@@ -529,7 +529,7 @@ class Engine:
         self, level: str, place: Place, recipe: Recipe, runner: Runner | None, whole: bool
     ) -> Generator[Trial, None, Recipe]:
         """Trainings that look for a rate; returns the recipe with the one that was found."""
-        short = replace(recipe, epochs=search_epochs(recipe.epochs))
+        short = replace(recipe, epochs=search_epochs(recipe.epochs, level))
         halving, before = Halving(epochs=short.epochs, rates=self.rates), []
         while (attempt := halving.ask()) is not None:
             candidate = scaled(short, level, attempt.factor)

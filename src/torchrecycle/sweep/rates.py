@@ -1,7 +1,7 @@
 """Looking for a rate at a level: around the recipe's own, in steps of three, by successive halving.
 
 A recipe's rate is right for a usual model and data set within a factor of three or so; what is looked for is which way.
-Five short trainings of a third of the epochs tell; those that fall behind after one epoch or three end there
+Five trainings, of a third of the epochs where epochs cost, tell; those that fall behind after one or three end there
 (`torchrecycle.sweep.halving`). What a training came to depends on those before it, by which it may have been stopped:
 so it is kept under their rates, too, and a search that goes on after a kill is the search that it would have been.
 """
