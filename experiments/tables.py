@@ -345,7 +345,16 @@ PARTS: dict[str, Callable[[], str | None]] = {
 }
 
 
+PLOTS = {
+    "levels": "Quality against the share of blocks recycled",
+    "amount": "Quality against the number of photos to train on",
+    "speed": "Times faster against the number of parameters",
+}
+
+
 def put(text: str, name: str, part: str) -> str:
+    if name in PLOTS:
+        part += f"\n\n![{PLOTS[name]}](experiments-{name}.svg)"
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if begin not in text or end not in text:
         raise SystemExit(f"the page has no place for '{name}': put {begin} and {end} on lines of their own")
