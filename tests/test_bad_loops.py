@@ -209,6 +209,7 @@ CASTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "truncated": lambda x: x.long().float(),
     "truncated, in pieces": lambda x: torch.cat([part.int().float() for part in x.split(2)]),
     "whole numbers": lambda x: x.to(torch.int16),
+    "eight bits and back": lambda x: x.to(torch.float8_e4m3fn).float(),
     "truncated, then sliced": lambda x: x.long()[:3].double(),
 }
 

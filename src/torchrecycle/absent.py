@@ -357,11 +357,11 @@ class RecycledTensor(torch.Tensor):
     def lossy_cast(self) -> tuple[torch.dtype, torch.dtype] | None:
         """The first cast that made another input of it than the rows were computed from, if there was one.
 
-        One to narrower floating point numbers is none, also if it was taken back: trainers do that, and it rounds.
+        One to narrower floating point numbers is none, also if it was taken back: trainers do that, and it rounds. To
+        eight bits or fewer is one: that quantises.
         """
         for before, after in itertools.pairwise((*self.casts, self.dtype)):
-            rounds = before.is_floating_point and after.is_floating_point
-            if _kind(before) != _kind(after) or not (rounds or torch.promote_types(before, after) == after):
+            if _kind(before) != _kind(after) or _loses(before, after):
                 return before, after
         return None
 
@@ -486,6 +486,13 @@ class RecycledTensor(torch.Tensor):
             f"RecycledTensor({list(self.shape)}, {self.dtype}, {self.device}: {self.rows - misses} kept rows of "
             f"{self.fingerprint[:12]}{without}{'' if self.value is None else ', with its value'})"
         )
+
+
+def _loses(before: torch.dtype, after: torch.dtype) -> bool:
+    """Of two dtypes of one kind."""
+    if before.is_floating_point:  # torch promotes none of eight bits
+        return after.itemsize < min(2, before.itemsize)
+    return torch.promote_types(before, after) != after
 
 
 def _kind(dtype: torch.dtype) -> str:
