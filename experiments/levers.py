@@ -20,10 +20,8 @@ Each training is kept in ``experiments/results/levers.json`` when it ends, and a
 from __future__ import annotations
 
 import argparse
-import copy
-import math
+import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,8 +37,9 @@ from levels import RECIPES  # pyright: ignore[reportMissingImports]
 from tasks import cars  # pyright: ignore[reportMissingImports]
 from torchrecycle import Recycling, recycle
 from torchrecycle.augment import Contrast, Mixup
-from torchrecycle.sweep import ObjectiveTask, Recipe, Settings
+from torchrecycle.sweep import ObjectiveTask, Recipe, RunningTrial, Settings
 from torchrecycle.sweep.environment import machine, versions
+from torchrecycle.sweep.fit import train
 
 VIEWS = 4
 HEAD_EPOCHS = 3
@@ -135,6 +134,17 @@ class Tapped(nn.Module):
 # -- one training ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """How some epochs are trained."""
+
+    level: str
+    recipe: Recipe
+    seed: int
+    batch_norm: bool
+    """Whether it is in train mode."""
+
+
 def groups_of(model: nn.Module, recycling: Recycling, recipe: Recipe, lever: Lever) -> list[dict[str, Any]]:
     """Parameters with their rates: the head's own, and the suffix's, less from stage to stage."""
     heads = {id(p) for name in ("head", "mix") for p in getattr(model, name, nn.Module()).parameters()}
@@ -151,39 +161,23 @@ def groups_of(model: nn.Module, recycling: Recycling, recipe: Recipe, lever: Lev
 
 
 def run_epochs(
-    task: ObjectiveTask,
-    model: nn.Module,
-    loss: nn.Module,
-    groups: list[dict[str, Any]],
-    loader: Any,
-    epochs: int,
-    recipe: Recipe,
-    lever: Lever,
+    task: ObjectiveTask, model: nn.Module, loss: nn.Module, groups: list[dict[str, Any]], loader: Any, how: Epochs
 ) -> list[float]:
     """Train as a sweep does; the seconds of each epoch."""
-    vectors = {"params": list(loss.parameters()), "lr": recipe.class_rate, "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([*groups, vectors], weight_decay=recipe.weight_decay)
-    steps = epochs * len(loader)
+    vectors = {"params": list(loss.parameters()), "lr": how.recipe.class_rate, "weight_decay": 0.0}
+    feed = task.feed(model)
 
-    def factor(step: int) -> float:
-        rise = min(1.0, (step + 1) / max(1.0, recipe.warm_up * steps))
-        return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    feed, seconds = task.feed(model), []
-    for _ in range(epochs):
-        began = time.perf_counter()
-        model.train()
+    def losses() -> Iterator[Tensor]:
         for module in model.modules():
-            if isinstance(module, _BatchNorm) and not lever.batch_norm:
-                module.eval()
-        for one in task.objective.losses(feed, loss, loader):
-            optimizer.zero_grad()
-            one.backward()
-            optimizer.step()
-            rates.step()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+            if isinstance(module, _BatchNorm) and how.batch_norm:
+                module.train()
+        return task.objective.losses(feed, loss, loader)
+
+    parameters = tuple(parameter for group in groups for parameter in group["params"])
+    trial = RunningTrial(how.level, int(how.level) / 100, how.recipe, how.seed, parameters)
+    train(model, [*groups, vectors], losses, len(loader), trial)
+    ends = [0.0, *(point.seconds for point in trial.curve)]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 class Mixed(nn.Module):
@@ -217,11 +211,11 @@ def trained(task: ObjectiveTask, level: str, lever: Lever, seed: int, store: Pat
         if lever.views:
             arguments["views"] = lever.views
         loader = recycling.loader(task.train.dataset, name=task.train.name, **arguments)
-        torch.manual_seed(seed)
-        first: list[float] = []
+        how, first = Epochs(level, recipe, seed, lever.batch_norm), []
         if lever.head_first:
-            first = run_epochs(task, model, loss, copy.copy(groups[:1]), loader, lever.head_first, recipe, lever)
-        seconds = run_epochs(task, model, loss, groups, loader, recipe.epochs, recipe, lever)
+            alone = replace(how, recipe=replace(recipe, epochs=lever.head_first))
+            first = run_epochs(task, model, loss, groups[:1], loader, alone)
+        seconds = run_epochs(task, model, loss, groups, loader, how)
         recycling.augment = None
         found = tested(task, model, recycling)
     return {**found, "first_seconds": first, "epoch_seconds": statistics.median(seconds), "cut": recycling.cut}
