@@ -34,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kept import RESULTS, Kept  # pyright: ignore[reportMissingImports]
 from levels import RECIPES  # pyright: ignore[reportMissingImports]
-from tasks import cars  # pyright: ignore[reportMissingImports]
+from tasks import cars, device  # pyright: ignore[reportMissingImports]
 from torchrecycle import Recycling, recycle
 from torchrecycle.augment import Contrast, Mixup
 from torchrecycle.sweep import ObjectiveTask, Recipe, RunningTrial, Settings
@@ -117,11 +117,11 @@ class Tapped(nn.Module):
         with torch.no_grad():
             taps = sum(stage(x).shape[1] for stage, x in self._inputs())
         width = trunk.num_features
-        self.mix = nn.Linear(taps, width, bias=False)
+        self.mix = nn.Linear(taps, width, bias=False, device=device())
         nn.init.zeros_(self.mix.weight)
 
     def _inputs(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        x = self.front.stem(torch.zeros(1, 3, 32, 32))
+        x = self.front.stem(torch.zeros(1, 3, 32, 32, device=device()))
         for stage in self.front.stages:
             yield stage, x
             x = stage(x)
@@ -203,7 +203,7 @@ def trained(task: ObjectiveTask, level: str, lever: Lever, seed: int, store: Pat
     else:
         options["level"] = int(level) / 100
     with recycle(model, example, augment=augment, **options) as recycling:
-        loss = task.objective.make_loss(task.dim, recipe, seed)
+        loss = task.objective.make_loss(task.dim, recipe, seed).to(task.device)
         if isinstance(augment, Mixup):
             loss = Mixed(loss, augment)
         groups = groups_of(model, recycling, recipe, lever)
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--fraction", type=float, default=0.5, help="of the training photos")
     given = parser.parse_args()
-    kept = Kept(RESULTS / "levers.json", {"fraction": given.fraction, "machine": machine(torch.device("cpu"))})
+    kept = Kept(RESULTS / "levers.json", {"fraction": given.fraction, "machine": machine(device())})
     settings = Settings(fraction=given.fraction, skip_bad=True)
     plain, augmented = None, None
     for seed in range(given.seeds):

@@ -19,13 +19,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from kept import RESULTS, Kept  # pyright: ignore[reportMissingImports]
 from levels import RECIPES as OF_CARS  # pyright: ignore[reportMissingImports]
 from questions import RECIPES as OF_QUESTIONS  # pyright: ignore[reportMissingImports]
-from tasks import cars, questions  # pyright: ignore[reportMissingImports]
+from tasks import cars, device, questions  # pyright: ignore[reportMissingImports]
 from torchrecycle import recycle
 from torchrecycle.sweep import ObjectiveTask, Recipe, RunningTrial, Settings
 from torchrecycle.sweep.environment import machine, versions
@@ -86,7 +85,7 @@ def main() -> None:
     given = parser.parse_args()
     kept = Kept(RESULTS / "seconds.json", {"fraction": given.fraction, "rounds": given.rounds})
     settings = Settings(fraction=given.fraction, skip_bad=True)
-    about = {"machine": machine(torch.device("cpu")), "date": f"{date.today()}", "versions": versions()}
+    about = {"machine": machine(device()), "date": f"{date.today()}", "versions": versions()}
     if given.cars is not None and "similar cars" not in kept:
         kept.keep("similar cars", {**about, **measure(cars(given.cars, settings=settings), OF_CARS, given.rounds)})
     if given.faq is not None and "questions" not in kept:

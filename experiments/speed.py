@@ -227,7 +227,7 @@ def main() -> None:
     settings = {"batch_size": given.batch_size, "batches": given.batches, "rounds": given.rounds}
     kept = Kept(given.results, settings)
     places = [("cpu", threads) for threads in given.threads]
-    places += [("cuda", given.threads[-1])] if torch.cuda.is_available() else []
+    places += [("cuda", torch.get_num_threads())] if torch.cuda.is_available() else []
     for name in given.models:
         for kind, threads in places:
             torch.set_num_threads(threads)

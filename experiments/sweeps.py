@@ -31,6 +31,7 @@ def arguments(description: str | None, data: str, what: str) -> argparse.Argumen
     parser.add_argument(data, type=Path, required=True, help=what)
     parser.add_argument("--store", type=Path, default=Path(".experiments"), help="a folder for activations")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--levels", nargs="*", help="only these now; figures of the others are kept when they come")
     return parser
 
 
@@ -51,7 +52,7 @@ def run(
     work = sweep(
         task.build_model,
         task,
-        levels=levels,
+        levels=given.levels or levels,
         store=given.store / "activations",
         results=RESULTS / name,
         seeds=range(given.seeds),

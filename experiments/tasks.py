@@ -13,15 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from torchrecycle.demo.weights import lite0_state, package_folder
 from torchrecycle.files import find_pairs, find_pictures, find_texts
 from torchrecycle.sweep import ObjectiveTask, Settings, Trunk, load_trunk, pair_task, picture_task, text_task
 
-__all__ = ["cars", "categories", "questions"]
+__all__ = ["cars", "categories", "device", "questions"]
 
 USUAL = Settings(skip_bad=True)
+
+
+def device() -> torch.device:
+    """Where all experiments run: on a graphics card if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cars(folder: Path, *, size: int = 144, settings: Settings = USUAL) -> ObjectiveTask:
