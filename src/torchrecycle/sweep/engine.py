@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 import secrets
-import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,27 +31,21 @@ from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.store import MemoryStore, Store, open_store
 from torchrecycle.store.sizes import bytes_in_words, parse_bytes
 from torchrecycle.sweep.budget import duration_in_words, parse_budget
-from torchrecycle.sweep.environment import machine, now, versions
-from torchrecycle.sweep.estimates import estimate
-from torchrecycle.sweep.expect import expect_quality, expect_seconds
+from torchrecycle.sweep.environment import machine, versions
 from torchrecycle.sweep.filling import Filling, groups_that_fit
 from torchrecycle.sweep.halving import FACTORS, Attempt, Halving, require_optuna, rungs, search_epochs
 from torchrecycle.sweep.identity import identity_of_model, identity_of_task, seed_everything
-from torchrecycle.sweep.journal import found_from_json
 from torchrecycle.sweep.levels import parse_levels, share_of
 from torchrecycle.sweep.objective_task import ObjectiveTask
+from torchrecycle.sweep.outcome import Outcome, Work, scores_of
 from torchrecycle.sweep.plan import SweepError, SweepPlan
 from torchrecycle.sweep.rates import chosen, diverged, rate_of, report, scaled, settle
 from torchrecycle.sweep.recipes import Recipe
-from torchrecycle.sweep.recommend import ExpectedFull, recommend
 from torchrecycle.sweep.records import FORMAT, MissingRecordError, Place, Purpose, Records
 from torchrecycle.sweep.results import (
     EpochPoint,
-    Estimate,
     LevelResult,
     Prediction,
-    Ran,
-    Sample,
     SweepResult,
     Trial,
     in_words,
@@ -103,6 +96,7 @@ class Engine:
         queries = _queries(task, self.splits["test"])
         self.records = Records(plan.journal, self._facts(), queries)
         self.filling = Filling(task, self.records, plan.views, plan.tell)
+        self.outcome = Outcome(task, plan, self.records, self.filling)
         if any(self._searches(level) for level in self.levels):
             require_optuna()
         self.spending = self._spending()
@@ -443,11 +437,6 @@ class Engine:
             found = self.task.judged(runner.model, loader, split, queries, known)
         return found
 
-    @property
-    def metric(self) -> str:
-        """Which figure stands for the quality: the task's, or the first one that it gave."""
-        return self.task.metric or next(iter(self.records.untrained()["quality"]))
-
     # -- a level -------------------------------------------------------------------------------------------------------
 
     def _run(self, level: str, runner: Runner) -> None:
@@ -456,7 +445,7 @@ class Engine:
         if place.cut is not None:
             self._frozen_epoch(level, self.task.recipe(level, place.share), runner)
         for trial in self._trials(level, place, runner):
-            self.plan.tell(_told(trial, self.metric))
+            self.plan.tell(_told(trial, self.outcome.metric))
 
     def _place(self, level: str, runner: Runner) -> Place:
         is_kept = runner.recycling is None or not runner.recycling.off
@@ -540,7 +529,7 @@ class Engine:
                     raise
                 halving.tell(attempt, stopped=True)
                 break
-            settle(attempt, trial, self.metric)
+            settle(attempt, trial, self.outcome.metric)
             halving.tell(attempt)
             before.append(rate_of(candidate, level))
             yield trial
@@ -626,7 +615,7 @@ class Engine:
         Raises:
             SweepError: a training that is to be reported has diverged.
         """
-        level, metric = runner.level, self.metric
+        level, metric = runner.level, self.outcome.metric
         runner.restart()
         asked = set(rungs(recipe.epochs)) if purpose == "search" else _epochs_to_judge(recipe.epochs)
 
@@ -646,22 +635,22 @@ class Engine:
                 f"number in epoch {curve[-1].epoch}. Give a lower --rate, or let the sweep look for one"
             )
         found = self._evaluated(runner, self.splits["test"])
-        return Trial(level, purpose, seed, recipe, curve, found.quality, _scores(found), found.found, **told)
+        return Trial(level, purpose, seed, recipe, curve, found.quality, scores_of(found), found.found, **told)
 
     def _searched(self, trial: Trial, runner: Runner) -> Trial:
         """With its quality on the validation split; 0 for one that has diverged, which its curve says."""
         if diverged(trial):
-            return replace(trial, quality={self.metric: 0.0})
+            return replace(trial, quality={self.outcome.metric: 0.0})
         quality = trial.curve[-1].quality if trial.curve else None
         if quality is not None:
-            return replace(trial, quality={self.metric: quality})
+            return replace(trial, quality={self.outcome.metric: quality})
         try:  # of a fit that tells of no epochs, or stopped by itself
             found = self._evaluated(runner, self.judged, shown=False)
         except NotFiniteError:
             epoch = len(trial.curve) + 1
             lost = EpochPoint(epoch, trial.seconds, math.nan, None)
-            return replace(trial, curve=(*trial.curve, lost), quality={self.metric: 0.0})
-        return replace(trial, quality={self.metric: found.quality[self.metric]})
+            return replace(trial, curve=(*trial.curve, lost), quality={self.outcome.metric: 0.0})
+        return replace(trial, quality={self.outcome.metric: found.quality[self.outcome.metric]})
 
     def _fitted(
         self,
@@ -717,125 +706,19 @@ class Engine:
 
     def result(self, levels: Sequence[LevelResult]) -> SweepResult:
         """Of all levels, from no recycling to all."""
-        task, untrained, metric = self.task, self.records.untrained(), self.metric
-        scores = _scores(Evaluation(untrained["quality"], untrained["scores"]))
-        clusters = self._clusters(len(scores[metric]))
-        before = found_from_json(untrained["found"])
-        expected = self._expected(levels, estimate([scores[metric]], clusters))
-        shown = [*before, *(found for level in levels for trial in level.trials for found in trial.found)]
-        return SweepResult(
-            kind=task.kind,
-            title=task.title,
-            metric=metric,
-            metrics={name: task.metrics.get(name, name) for name in scores},
-            curve_split="validation" if "validation" in self.splits else "test",
-            untrained={name: estimate([each], self._clusters(len(each))) for name, each in scores.items()},
-            untrained_found=before,
-            levels=tuple(levels),
-            recommendation=recommend(
-                levels, scores[metric], metric, clusters, pretrained=task.pretrained, expected=expected
-            ),
-            seeds=self.seeds,
-            samples=self._samples(sorted({i for found in shown for i in (found.query, *found.nearest)})),
-            ran=self._ran(levels),
-            predictions=() if self.spending is None else self.spending.predictions,
-            expected_full=None if expected is None else expected.quality,
-            expected_full_seconds=None if expected is None else expected.seconds,
-        )
-
-    def _expected(self, levels: Sequence[LevelResult], untrained: Estimate) -> ExpectedFull | None:
-        """Of full training, if it was not run."""
-        if any(level.cut is None for level in levels):
-            return None
-        quality = expect_quality([(level.share, level.quality[self.metric]) for level in levels], untrained)
-        if quality is None:
-            return None
-        predicted = self._predicted("full")
-        frozen = [
-            (level.share, level.frozen_epoch_seconds) for level in levels if level.frozen_epoch_seconds is not None
-        ]
-        full = None if predicted is None else predicted.epoch_seconds
-        epochs = self.task.recipe("full", 0.0).epochs
-        return ExpectedFull(quality, expect_seconds(epochs, full_epoch=full, frozen_epochs=frozen))
-
-    def _predicted(self, level: str) -> Prediction | None:
-        known = () if self.spending is None else self.spending.predictions
-        return next((each for each in known if each.level == level), None)
-
-    def _clusters(self, scores: int) -> Sequence[int]:
-        """
-        Raises:
-            SweepError: the task has them for another number of scores.
-        """
-        clusters = self.task.clusters() if scores > 1 else None
-        if clusters is not None and len(clusters) != scores:
-            raise SweepError(
-                f"{type(self.task).__name__}.clusters() gives {len(clusters)} of them for {scores} scores of the test "
-                "split: give one for each score"
-            )
-        return range(scores) if clusters is None else clusters
+        plan = None if self.spending is None else self.spending.plan
+        work = Work(self._model_name, self._device, self.began, self.seeds, self._predictions, plan)
+        return self.outcome.result(levels, work)
 
     def _level(self, level: str) -> LevelResult:
         place = self.records.place(level)
-        trials = self._known_trials(level, place)
-        final = tuple(trial for trial in trials if trial.purpose == "final")
         frozen = None if place.cut is None else self._frozen_epoch(level, self.task.recipe(level, place.share), None)
-        epoch = statistics.mean(trial.epoch_seconds for trial in final)
-        fill = 0.0 if frozen is None or not place.is_kept else self.filling.seconds(level)
-        if fill is None and frozen is not None:  # what an epoch without a store takes longer is the prefix
-            fill = max(0.0, frozen - epoch)
-        return LevelResult(
-            level=level,
-            cut=place.cut,
-            share=place.share,
-            trained_parameters=place.trained_parameters,
-            quality={
-                name: estimate([trial.scores[name] for trial in final], self._clusters(len(final[0].scores[name])))
-                for name in final[0].scores
-            },
-            trials=final,
-            search=tuple(trial for trial in trials if trial.purpose == "search"),
-            fill_seconds=fill or 0.0,
-            frozen_epoch_seconds=frozen,
-            bytes_kept=place.bytes_kept,
-            predicted=self._predicted(level),
-        )
+        predicted = next((each for each in self._predictions if each.level == level), None)
+        return self.outcome.level(level, self._known_trials(level, place), frozen, predicted)
 
-    def _samples(self, indices: Sequence[int]) -> dict[int, Sample]:
-        sample = self.splits["test"].sample
-        return {} if sample is None else {index: sample(index) for index in indices}
-
-    def _ran(self, levels: Sequence[LevelResult]) -> Ran:
-        task = self.task
-        per = 2 if task.kind == "pairs" else 1
-        trained = sum(level.search_seconds + sum(t.seconds for t in level.trials) for level in levels)
-        return Ran(
-            command=self.plan.command,
-            model=self._model_name,
-            weights=task.weights,
-            random_weights=task.random_weights,
-            data=task.data or type(self.splits["train"].dataset).__name__,
-            splits={name: len(split) // per for name, split in self.splits.items()},
-            left_out=tuple(task.left_out),
-            loss=task.loss,
-            settings={**task.settings, **self._said()},
-            licences=tuple(task.licences),
-            machine=machine(self._device),
-            versions=versions(),
-            date=now(),
-            seconds=max(time.perf_counter() - self.began, trained + max(level.fill_seconds for level in levels)),
-        )
-
-    def _said(self) -> dict[str, str]:
-        """What of the plan was not left as usual."""
-        said = {}
-        if self.plan.views not in (None, 1):
-            said["views"] = f"{self.plan.views} of each object that is trained on"
-        if self.plan.max_bytes is not None:
-            said["most bytes kept"] = bytes_in_words(parse_bytes(self.plan.max_bytes))
-        if self.spending is not None and self.spending.plan is not None:
-            said["budget"] = str(self.spending.plan)
-        return said
+    @property
+    def _predictions(self) -> tuple[Prediction, ...]:
+        return () if self.spending is None else self.spending.predictions
 
 
 # -- small things ------------------------------------------------------------------------------------------------------
@@ -866,11 +749,6 @@ def _epochs_to_judge(epochs: int) -> set[int]:
     ([1, 2, 3], [5, 10, 15, 20, 25, 30])
     """
     return {math.ceil(epochs * step / POINTS) for step in range(1, POINTS + 1)}
-
-
-def _scores(found: Evaluation) -> dict[str, tuple[float, ...]]:
-    """Per metric what each object contributes; the figure itself where nothing is known of objects."""
-    return {name: tuple(found.scores.get(name, (value,))) for name, value in found.quality.items()}
 
 
 def _refuse_switched_off() -> None:
