@@ -42,7 +42,7 @@ from torchrecycle import (
     StaleActivationError,
     recycle,
 )
-from torchrecycle.bypass import first_difference
+from torchrecycle.bypass import first_difference, noise
 from torchrecycle.trace import SLOT, random_state
 
 
@@ -1312,3 +1312,34 @@ def test_rows_of_another_model_are_refused():
             other(batch)
     with pytest.raises(BatchError):
         one(batch)
+
+
+# -- on a graphics card ------------------------------------------------------------------------------------------------
+
+
+def test_rounding_is_that_of_ten_bits_where_a_graphics_card_multiplies_with_ten():
+    assert noise(torch.float32) == noise(torch.float32, torch.device("cpu")) == 1e-3
+    assert noise(torch.float64, torch.device("cuda")) == noise(torch.float64)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        assert noise(torch.float32, torch.device("cuda")) == noise(torch.float32)
+        torch.backends.cudnn.allow_tf32 = True
+        assert noise(torch.float32, torch.device("cuda")) == noise(torch.float16)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_graphics_card_whose_kernels_sum_in_any_order_is_no_reason_to_refuse_a_cut(name):
+    torch.manual_seed(0)
+    pictures = torch.randn(8, 3, 224, 224, device="cuda")
+    for cut in ("layer1", "layer2", "layer3", "layer4"):
+        model = getattr(torchvision.models, name)(num_classes=10).cuda()
+        with _attach(model, pictures[:2], cut):
+            want = torch.backends.cudnn.deterministic
+            model.train()
+            model(pictures).sum().backward()
+            assert torch.backends.cudnn.deterministic is want
+            assert model.fc.weight.grad is not None

@@ -656,7 +656,7 @@ class Recycling:
         took = self._tried_at - began
         self._tries_after = 0.0 if took < SMALL else 100 * took
         for layout, kept, leaf in zip(self.bypass.plan.layouts, self.reference, fresh, strict=True):
-            if kept.shape != leaf.shape or relative_difference(kept, leaf) > noise(layout.dtype):
+            if kept.shape != leaf.shape or relative_difference(kept, leaf) > noise(layout.dtype, leaf.device):
                 return ["what the forward of the frozen layers reads outside of their tensors and settings"]
         return []
 
@@ -711,10 +711,11 @@ class Recycling:
         for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves, strict=True)):
             want, got = tensors[f"row.{number}"], layout.to_rows(leaf).cpu()
             difference = relative_difference(want, got) if want.shape == got.shape else float("inf")
-            if difference > noise(got.dtype):
+            allowed = noise(got.dtype, leaf.device)
+            if difference > allowed:
                 raise StoreError(
                     f"the store at {self.store.url} holds rows of this very prefix, but what it computes has changed: "
-                    f"its probe differs by {difference:.2g} where {noise(got.dtype):.0e} is rounding. A library was "
+                    f"its probe differs by {difference:.2g} where {allowed:.0e} is rounding. A library was "
                     "upgraded, or the forward around the frozen layers changed. Use another folder, or remove this "
                     "one."
                 )
@@ -1114,7 +1115,7 @@ class Recycling:
                 layout.to_rows(leaf).index_select(0, torch.tensor(index, device=leaf.device))
                 for leaf, index in zip(leaves, (its, others), strict=True)
             )
-            if a.shape != b.shape or relative_difference(a, b) > noise(layout.dtype):
+            if a.shape != b.shape or relative_difference(a, b) > noise(layout.dtype, a.device):
                 raise CutError(
                     f"cannot cut at '{self.cut}': what the prefix gives for an object in a batch of {count} is not "
                     "what it gives in a batch of 2, so it cannot be kept for the object. The forward takes another "
@@ -1610,7 +1611,7 @@ class Recycling:
         fresh = self._fresh_rows(inputs)
         for layout, a, b in zip(self.bypass.plan.layouts, fresh, kept, strict=True):
             difference = relative_difference(a, b)
-            if difference > max(noise(layout.kept), noise(layout.dtype)):
+            if difference > max(noise(layout.kept), noise(layout.dtype, self.device)):
                 index, view = place % len(dataset), place // len(dataset)
                 seen = f" in view {view}" if dataset.views > 1 else ""
                 raise StaleActivationError(
