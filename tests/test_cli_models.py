@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from small_models import gpt2_config, llama_config, wav2vec2_config
 from torchrecycle.cli import app
-from torchrecycle.cli.main import _advice, _shortened
+from torchrecycle.cli.cuts import _advice, _shortened
 from torchrecycle.models import ModelError, load_model
 
 runner = CliRunner(env={"COLUMNS": "80"})
