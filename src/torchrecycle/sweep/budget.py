@@ -31,7 +31,7 @@ from torchrecycle.sweep.halving import FACTORS, rungs, search_epochs
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Prediction, in_words
 
-__all__ = ["BudgetError", "Clock", "Cost", "Plan", "cost_of", "duration_in_words", "parse_budget", "plan"]
+__all__ = ["BudgetError", "Clock", "Cost", "Plan", "cost_of", "duration_in_words", "listed", "parse_budget", "plan"]
 
 
 class BudgetError(RecycleError, ValueError):
@@ -206,18 +206,19 @@ class Plan:
         """
         rates = f"{self.rates} rates each" if self.rates > 1 else "no search for rates"
         parts = [
-            _list(in_words(level) for level in self.levels),
+            listed(in_words(level) for level in self.levels),
             f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}",
         ]
         said = f"within {duration_in_words(self.budget)}: {', '.join([*parts, rates])}, in about "
         said += duration_in_words(self.seconds)
         verb = "is" if len(self.given_up) == 1 else "are"
-        return said + (f"; {_list(self.given_up)} {verb} left out" if self.given_up else "")
+        return said + (f"; {listed(self.given_up)} {verb} left out" if self.given_up else "")
 
 
-def _list(words: Iterable[str]) -> str:
-    """
-    >>> _list(["a"]), _list(["a", "b", "c"])
+def listed(words: Iterable[str]) -> str:
+    """In a row, as they are said; there is one at least.
+
+    >>> listed(["a"]), listed(["a", "b", "c"])
     ('a', 'a, b and c')
     """
     *most, last = words

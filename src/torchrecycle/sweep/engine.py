@@ -7,8 +7,9 @@ and judged on the test split. Beside recycling stands the fair baseline: the sam
 Each training that ends is kept in a journal, and rows are in the store: a sweep that was killed goes on where it was,
 and one that is asked for a second seed trains that one only.
 
-With a budget, a few batches are measured first, and what is done is planned from them (`torchrecycle.sweep.budget`);
-what has no time is left out and said to be. Full training that was not run is expected from the others.
+Where that is cheap against what is planned, a few batches are measured first, and it is said what each level will take.
+With a budget, what is done is planned from that (`torchrecycle.sweep.budget`); what has no time is left out and said to
+be. Full training that was not run is expected from the others.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from torch import nn
 from torchrecycle.progress import progress
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.store import MemoryStore, Store, open_store
-from torchrecycle.store.sizes import bytes_in_words, parse_bytes
+from torchrecycle.store.sizes import parse_bytes
 from torchrecycle.sweep.budget import duration_in_words, parse_budget
 from torchrecycle.sweep.environment import machine, versions
-from torchrecycle.sweep.filling import Filling, groups_that_fit
+from torchrecycle.sweep.filling import Filling
+from torchrecycle.sweep.foresight import LEAST_ROUNDS, Foresight, Planned, cheap_rounds, planned_epochs
 from torchrecycle.sweep.halving import FACTORS, Attempt, Halving, require_optuna, rungs, search_epochs
 from torchrecycle.sweep.identity import identity_of_model, identity_of_task, seed_everything
 from torchrecycle.sweep.levels import parse_levels, share_of
+from torchrecycle.sweep.materialise import Candidate, candidates
 from torchrecycle.sweep.objective_task import ObjectiveTask
 from torchrecycle.sweep.outcome import Outcome, Work, scores_of
 from torchrecycle.sweep.plan import SweepError, SweepPlan
@@ -55,6 +58,7 @@ from torchrecycle.sweep.spending import Spending, TimeIsUp
 from torchrecycle.sweep.splits import in_order
 from torchrecycle.sweep.task import Evaluation, Split, Task
 from torchrecycle.sweep.trial import RunningTrial
+from torchrecycle.sweep.turns import Turns, fit_together, turns_from_json, turns_of
 from torchrecycle.trace import random_state, set_random_state
 
 __all__ = ["Engine"]
@@ -89,13 +93,14 @@ class Engine:
         self.judged = self.splits.get("validation", self.splits["test"])
         self.began = time.perf_counter()
         self._store: Store | None = None
-        self._without_room: list[str] = []
+        self._turns = Turns((tuple(reversed(self.levels)),))
         self._has_told = False
         self._model_identity: str | None = None
         self._model_name, self._device = task.model, task.device
         queries = _queries(task, self.splits["test"])
         self.records = Records(plan.journal, self._facts(), queries)
         self.filling = Filling(task, self.records, plan.views, plan.tell)
+        self.foresight = Foresight(self.build, task, plan, self.records)
         self.outcome = Outcome(task, plan, self.records, self.filling)
         if any(self._searches(level) for level in self.levels):
             require_optuna()
@@ -179,12 +184,13 @@ class Engine:
     def _rows(self) -> Generator[LevelResult, None, None]:
         self._decide()
         found = 0
+        self._turns = Turns((tuple(reversed(self.levels)),))
         todo = [level for level in self.levels if not self._is_done(level) and self._has_time(level)]
         with ExitStack() as stack:
-            groups, runners = self._prepared(todo, stack)
-            for level in reversed(self.levels):
+            runners = self._prepared(todo, stack)
+            for level in self._order:
                 if level in todo:
-                    self._finish(level, groups, runners, stack)
+                    self._finish(level, todo, runners, stack)
                 elif self._is_done(level):
                     self.plan.tell(f"{in_words(level)}: was finished before")
                 if self.spending is None or self._has_row(level):
@@ -193,28 +199,33 @@ class Engine:
         if self.spending is not None and not found:
             raise self.spending.used_up()
 
-    def _prepared(self, todo: list[str], stack: ExitStack) -> tuple[list[list[str]], dict[str, Runner]]:
+    @property
+    def _order(self) -> tuple[str, ...]:
+        """In which levels are trained: those that are kept at once one after another, full training last."""
+        recycled = tuple(level for level in self._turns.order if level != "full")
+        return (*recycled, *(level for level in self.levels if level == "full"))
+
+    def _prepared(self, todo: list[str], stack: ExitStack) -> dict[str, Runner]:
         """What comes before the first level; where time is up meanwhile, nothing is left to do."""
-        groups: list[list[str]] = []
         runners: dict[str, Runner] = {}
         try:
-            groups = self._groups([level for level in todo if level != "full"])
-            runners = self._begun(groups[0], stack) if groups else {}
+            recycled = [level for level in todo if level != "full"]
+            if recycled:
+                self._turns = self._turns_taken()
+                runners = self._begun(next(level for level in self._order if level in recycled), recycled, stack)
             self._untrained(runners.get("head"))
         except TimeIsUp:
             self.plan.tell("the budget is used up; what is filled is kept")
             todo.clear()
-        return groups, runners
+        return runners
 
-    def _finish(
-        self, level: str, groups: Sequence[Sequence[str]], runners: dict[str, Runner], stack: ExitStack
-    ) -> None:
+    def _finish(self, level: str, todo: Sequence[str], runners: dict[str, Runner], stack: ExitStack) -> None:
         """All that a level still needs, as far as there is time."""
         runner = runners.pop(level, None)
         try:
             if self._has_time(level):
                 if level != "full" and runner is None:
-                    runners.update(self._begun(next(group for group in groups if level in group), stack))
+                    runners.update(self._begun(level, todo, stack))
                     runner = runners.pop(level)
                 runner = runner or Runner(self.task, level, None, self.build())
                 self._run(level, runner)
@@ -224,14 +235,17 @@ class Engine:
             if runner is not None:
                 runner.release()
 
-    # -- the budget ----------------------------------------------------------------------------------------------------
+    # -- what is predicted, and the budget -----------------------------------------------------------------------------
 
     def _decide(self) -> None:
-        """With a budget: what is done within it."""
+        """What will be done, and what it will take."""
         spending, plan = self.spending, self.plan
-        if spending is None or spending.plan is not None:
+        if spending is None:
+            self._foresee()
             return
-        spending.predicted(self._predict)
+        if spending.plan is not None:
+            return
+        spending.predicted(lambda: self.foresight.measure(("full", *(x for x in self.levels if x != "full"))))
         recipes = {level: self.task.recipe(level, share_of(level)) for level in self.levels}
         decided = spending.decide(
             recipes,
@@ -244,21 +258,36 @@ class Engine:
         used = spending.before
         plan.tell(str(decided) + (f"; {duration_in_words(used)} of it were used before" if used >= 1 else ""))
 
-    def _predict(self) -> tuple[Prediction, ...]:
-        from torchrecycle.sweep.predict import predict
+    def _foresee(self) -> None:
+        """Without a budget: what is still to be done is predicted, if that is wanted or cheap."""
+        if self.plan.predict is False:
+            return
+        unknown = self.foresight.recall(self.levels)
+        todo = [level for level in self.levels if level in unknown and not self._is_done(level)]
+        if not todo:
+            return
+        if self.plan.predict:
+            self.foresight.measure(todo)
+        elif rounds := cheap_rounds([self._planned(level) for level in todo], self._batches_filled()):
+            self._measure_if_possible(todo, rounds)
 
-        store = str(self.plan.store)
-        found = predict(
-            self.build,
-            self.task,
-            ("full", *self.levels),  # full training is expected where it is not run
-            precisions=(self.plan.precision,),
-            store_folder=store if "://" in store else Path(store).absolute().parent,
-            views=self.plan.views,
-        )
-        for each in found:
-            self.plan.tell(f"predicted: {each}")
-        return found
+    def _measure_if_possible(self, levels: Sequence[str], rounds: int | None = None) -> None:
+        """Nobody has asked for it: a `fit` that cannot be measured can be trained with all the same."""
+        try:
+            self.foresight.measure(levels, rounds)
+        except Exception as error:
+            self.plan.tell(f"nothing is predicted, since that raised {type(error).__name__}: {error}")
+
+    def _planned(self, level: str) -> Planned:
+        recipe = self._recipe(level, share_of(level))
+        rates = self.rates if self._searches(level) else 1
+        epochs = planned_epochs(recipe, level, seeds=len(self.seeds), rates=rates)
+        return Planned(level, epochs, math.ceil(len(self.splits["train"]) / max(1, recipe.batch_size)))
+
+    def _batches_filled(self) -> float:
+        views = {"train": self.plan.views or 1}
+        objects = sum(len(split) * views.get(name, 1) for name, split in self.splits.items())
+        return objects / self.task.evaluation_batch
 
     def _has_time(self, level: str) -> bool:
         """Whether a level may be begun; said, if not."""
@@ -270,7 +299,7 @@ class Engine:
 
     def _later(self, level: str) -> list[str]:
         """Levels that come after one and are not finished."""
-        return [each for each in self.levels[: self.levels.index(level)] if not self._is_done(each)]
+        return [each for each in self._order[self._order.index(level) + 1 :] if not self._is_done(each)]
 
     def _recipe(self, level: str, share: float) -> Recipe:
         """How a level is trained if no other rate is found: the task's, with fewer epochs where time is short."""
@@ -364,31 +393,57 @@ class Engine:
                 "used, and left as they are"
             )
 
-    def _groups(self, levels: Sequence[str]) -> list[list[str]]:
-        """Which levels are filled together, the most recycled first."""
-        if self.plan.max_bytes is None or not levels:
-            return [list(levels)] if levels else []
-        limit, sizes = parse_bytes(self.plan.max_bytes), {}
-        for level in reversed(levels):
+    def _turns_taken(self) -> Turns:
+        """Which levels are kept at once, of all that were asked for: the same again after a sweep was killed."""
+        recycled = [level for level in self._order if level != "full"]
+        if self.plan.max_bytes is None:
+            return Turns((tuple(recycled),))
+        limit = parse_bytes(self.plan.max_bytes)
+        facts = {"levels": recycled, "max_bytes": limit, "epochs": {x: self._planned(x).epochs for x in recycled}}
+        if self.plan.predict is False:
+            facts["predict"] = False
+        try:
+            turns = turns_from_json(self.records.known(kind="turns", **facts)["turns"])
+        except MissingRecordError:
+            turns = self._decided_turns(recycled, limit)
+            self.records.write({"turns": asdict(turns)}, kind="turns", **facts)
+        for line in turns.said:
+            self.plan.tell(line)
+        return turns
+
+    def _decided_turns(self, levels: Sequence[str], limit: int) -> Turns:
+        """
+        Args:
+            levels: the most recycled first.
+            limit: bytes that the store may take.
+        """
+        sizes: dict[str, int] = {}
+        for level in levels:
             with ExitStack() as stack:
                 recycling = attach(
                     self.task, self.build(), level, self.task.cuts.get(level), MemoryStore(), self._options()
                 )
                 stack.callback(recycling.detach)
                 sizes[level] = self.filling.expected_bytes(recycling)
-        groups, self._without_room = groups_that_fit(sizes, limit)
-        for level in self._without_room:
-            self.plan.tell(
-                f"{in_words(level)}: its rows would take {bytes_in_words(sizes[level])}, and the store may take "
-                f"{bytes_in_words(limit)}: its frozen layers are computed again instead"
-            )
-        return [*groups, *([level] for level in self._without_room)]
+        return turns_of(sizes, limit, None if fit_together(sizes, limit) else self._candidates(levels))
 
-    def _begun(self, group: Sequence[str], stack: ExitStack) -> dict[str, Runner]:
-        """Levels attached and filled; one without room is attached only."""
-        runners = self.attach([level for level in self.levels if level in group], stack)
-        if group[0] in self._without_room:
-            runners[group[0]].keep_nothing()
+    def _candidates(self, levels: Sequence[str]) -> tuple[Candidate, ...] | None:
+        """What the rows of each level save over the planned epochs; None if that is not known."""
+        if self.plan.predict is False:
+            return None
+        self._measure_if_possible(list(reversed(levels)), LEAST_ROUNDS)
+        known = self.foresight.of(list(reversed(levels)))
+        if len(known) < len(levels):
+            return None
+        return candidates(known, {level: self._planned(level).epochs for level in levels}, nested=False)
+
+    def _begun(self, level: str, todo: Sequence[str], stack: ExitStack) -> dict[str, Runner]:
+        """A level and those that are kept with it, attached and filled; one without room is attached only."""
+        turns = self._turns
+        group = next((group for group in turns.groups if level in group), (level,))
+        runners = self.attach([each for each in self.levels if each in group and each in todo], stack)
+        if level in turns.too_large:
+            runners[level].keep_nothing()
         else:
             if not self._has_told:
                 self._tell_of_others(runners)
@@ -718,7 +773,7 @@ class Engine:
 
     @property
     def _predictions(self) -> tuple[Prediction, ...]:
-        return () if self.spending is None else self.spending.predictions
+        return self.foresight.of(self.levels) if self.spending is None else self.spending.predictions
 
 
 # -- small things ------------------------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
-"""Filling for several levels at once: what passes cost, what is kept, and what has no room.
+"""Filling for several levels at once: what passes cost, what is kept, and what would be.
 
 All levels are filled in one pass over each split: the deepest prefix runs once. Under ``max_bytes`` they may not fit
-together: of 1 GB at 50 %, 0.5 GB at 75 % and 20 MB at head only, 1.2 GB hold any two but the largest pair. Then as
-many as fit are filled and trained, most recycled first, and the next ones take their place in the store. A level that
-does not fit by itself is trained with its prefix computed again.
+together; who is kept when is then told by `torchrecycle.sweep.turns`, from what the rows of each will take.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from torchrecycle.sweep.records import Records
 from torchrecycle.sweep.runner import Runner
 from torchrecycle.sweep.task import Split, Task
 
-__all__ = ["Filling", "groups_that_fit"]
+__all__ = ["Filling"]
 
 SIZED = 512
 """Rows of which the size is looked at."""
@@ -159,27 +157,3 @@ def _together(reports: Sequence[FillReport]) -> FillReport:
     missing = max(report.missing for report in reports)
     found = reports[0].objects - computed - missing
     return replace(reports[0], computed=computed, found=found, missing=missing, bytes_written=written)
-
-
-def groups_that_fit(sizes: Mapping[str, int], limit: int) -> tuple[list[list[str]], list[str]]:
-    """Levels that are filled together, in the order given, and those that do not fit by themselves.
-
-    Args:
-        sizes: bytes of each level.
-        limit: bytes that the store may take.
-
-    >>> groups_that_fit({"head": 20, "75": 500, "50": 1000, "25": 3000}, 1200)
-    ([['head', '75'], ['50']], ['25'])
-    """
-    groups: list[list[str]] = []
-    too_large = [level for level, size in sizes.items() if size > limit]
-    left = 0
-    for level, size in sizes.items():
-        if level in too_large:
-            continue
-        if not groups or size > left:
-            groups.append([])
-            left = limit
-        groups[-1].append(level)
-        left -= size
-    return groups, too_large

@@ -111,10 +111,11 @@ class _Watched:
         loader: of these batches.
         device: whose work is waited for before a moment is noted.
         advance: told of each batch.
+        most: rounds that count, at most.
     """
 
-    def __init__(self, loader: Any, device: torch.device, advance: Callable[[], None]) -> None:
-        self._loader, self._advance = loader, advance
+    def __init__(self, loader: Any, device: torch.device, advance: Callable[[], None], most: int = MOST_ROUNDS) -> None:
+        self._loader, self._advance, self._most = loader, advance, most
         self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.rounds: list[_Round] = []
 
@@ -152,7 +153,7 @@ class _Watched:
         """Whether no further round is needed."""
         rounds = self._counted()
         measured = sum(each.end - each.asked for each in rounds)
-        return bool(rounds) and (measured >= ENOUGH_SECONDS or len(rounds) >= MOST_ROUNDS)
+        return bool(rounds) and (measured >= ENOUGH_SECONDS or len(rounds) >= self._most)
 
     def _counted(self) -> list[_Round]:
         """All rounds but the first; the first one, from where it is warm, if that is long enough by itself."""
@@ -297,6 +298,7 @@ class _Measuring:
         steps: batches of a round.
         views: of each object of the training split.
         advance: told of each batch.
+        rounds: that count of each thing, at most.
     """
 
     def __init__(
@@ -306,8 +308,10 @@ class _Measuring:
         steps: int,
         views: int | None,
         advance: Callable[[], None],
+        rounds: int = MOST_ROUNDS,
     ) -> None:
         self.build_model, self.task, self.steps, self.advance = build_model, task, steps, advance
+        self.rounds = rounds
         self.splits = task.splits()
         self.data = self.splits["train"].dataset
         self.objects = len(self.data)
@@ -361,7 +365,7 @@ class _Measuring:
 
     def _level(self, level: str, model: nn.Module, recycling: Recycling | None) -> _Level:
         share = 0.0 if recycling is None else recycling.level
-        recipe = replace(self.task.recipe(level, share), epochs=MOST_ROUNDS + 1)
+        recipe = replace(self.task.recipe(level, share), epochs=self.rounds + 1)
         sample = _sample(self.data, self.task.loader_arguments(recipe, seed=0), self.steps)
         part = self._parts.setdefault(sample.batches, _Part(self.data, sample))
         return _Level(level, model, recycling, recipe, sample, part)
@@ -380,7 +384,7 @@ class _Measuring:
     def _epoch(self, level: _Level, loader: Any) -> float:
         """Seconds of an epoch, from training for a few batches."""
         device = next((parameter.device for parameter in level.model.parameters()), torch.device("cpu"))
-        watched = _Watched(loader, device, self.advance)
+        watched = _Watched(loader, device, self.advance, self.rounds)
         seed_everything(0)
         with suppress(_Enough):
             self.task.fit(level.model, watched, level.trial(lambda point: not watched.is_enough()))
@@ -492,6 +496,7 @@ def predict(
     steps: int = STEPS,
     store_folder: str | Path | None = None,
     views: int | None = None,
+    rounds: int = MOST_ROUNDS,
 ) -> tuple[Prediction, ...]:
     """What each level will take: seconds of filling and of an epoch, bytes, and when filling has paid.
 
@@ -507,6 +512,8 @@ def predict(
         store_folder: a folder on the disk where the store will be; a temporary one in it is removed at the end. The
             system's folder for temporary files if None; ``memory://`` for a store in memory.
         views: in how many augmented versions each object of the training split is kept; see `recycle`.
+        rounds: how often the same batches are measured at most, where a second has not gone by; one before, which is
+            slow, does not count.
 
     Returns:
         From no recycling to all, and of each level the precisions in the order given.
@@ -519,10 +526,12 @@ def predict(
     names = parse_levels(levels)
     if steps < 2 * WARM:
         raise PredictionError(f"steps={steps}: at least {2 * WARM} batches are measured")
+    if rounds < 1:
+        raise PredictionError(f"rounds={rounds}: at least one round of batches is measured")
     state = random_state()
     try:
         with progress("measuring a few batches", None, "batches") as shown:
-            measuring = _Measuring(build_model, task, steps, views, shown.advance)
+            measuring = _Measuring(build_model, task, steps, views, shown.advance, rounds)
             return _predicted(measuring, names, precisions, store_folder)
     finally:
         set_random_state(state)

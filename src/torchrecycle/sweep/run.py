@@ -185,8 +185,15 @@ def _refuse_arguments(build_model: Any, task: Any, plan: SweepPlan) -> None:
         raise SweepError(f"seeds={plan.seeds!r}: give a list of whole numbers, one for each training: seeds=(0, 1, 2)")
     if plan.views is not None and (not isinstance(plan.views, int) or plan.views < 1):
         raise SweepError(f"views={plan.views!r}: give how many augmented versions of an object are kept, 1 or more")
+    if plan.predict not in (None, True, False):
+        raise SweepError(f"predict={plan.predict!r}: give True or False, or None for where it is cheap")
     if plan.budget is not None:
         parse_budget(plan.budget)
+        if plan.predict is False:
+            raise SweepError(
+                f"budget={plan.budget!r} with predict=False: what fits into a budget is planned from what is "
+                "predicted. Leave one of them out"
+            )
 
 
 def sweep(
@@ -200,6 +207,7 @@ def sweep(
     search: bool = True,
     budget: str | float | None = None,
     max_bytes: int | str | None = None,
+    predict: bool | None = None,
     precision: str | None = None,
     views: int | None = None,
     weights: str | Path | None = None,
@@ -222,7 +230,11 @@ def sweep(
         budget: how long it may take, such as ``"30m"``: what is done is planned from a few measured batches. Full
             training is the first to be left out; it is then expected from the others. A sweep that was killed goes on
             with what is left of its budget, which is for the whole sweep; asked with a larger one, it does more.
-        max_bytes: how many bytes the store may take, such as ``"20 GB"``.
+        max_bytes: how many bytes the store may take, such as ``"20 GB"``. Of levels that do not fit together, those are
+            kept first whose rows save most; the others take turns afterwards.
+        predict: whether a few batches of each level are measured before anything is filled, so that it is known what it
+            will take, and shown beside what came. None: where that takes a tenth of the planned work at most, and where
+            a budget or ``max_bytes`` asks for it. The task's `fit` is then called beside the trainings, too.
         precision: of kept rows; see `recycle`.
         views: in how many augmented versions each object of the training split is kept; see `recycle`.
         weights: a folder where the trained weights of each final training are kept.
@@ -241,6 +253,7 @@ def sweep(
         search=search,
         budget=budget,
         max_bytes=max_bytes,
+        predict=predict,
         precision=precision,
         views=views,
         weights=None if weights is None else Path(weights),
