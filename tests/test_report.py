@@ -256,9 +256,9 @@ def test_without_samples_there_is_no_section_of_them(parsed):
 
 def test_what_was_searched_is_shown_and_what_was_chosen(parsed):
     text = parsed["images"].text
-    assert "12 short trainings looked for a rate, 1 min 28 s in all" in text
+    assert "12 trainings looked for a learning rate, 1 min 28 s in all. Their quality" in text
     assert text.count(" chosen") == 5  # the head of the column, and one for each level
-    assert "The rates were given; none were looked for." in parsed["two levels"].text
+    assert "The learning rates were given; none were looked for." in parsed["two levels"].text
 
 
 def test_without_full_training_there_is_no_speed_up(pages):
@@ -321,7 +321,7 @@ def test_what_was_predicted_stands_beside_what_came(pages, parsed):
         "head only 0.13 0.14 0.12 7.00 7.51 7.82 9.2 9.2 never 2 −4 % predicted: reading is slower than computing "
         "again; measured: reading is quicker" in rows
     )
-    assert "From 8 measured batches at most, before anything was filled." in parsed["predictions"].text
+    assert "Each level was timed on 8 batches at most before anything was filled" in parsed["predictions"].text
     assert "3 predictions of what was not run" in parsed["predictions"].text
     (others,) = re.findall(r"<table[^>]*><caption>Predicted, but not run.*?</table>", html)
     assert "measured" not in Parsed(others).text
@@ -497,7 +497,7 @@ def test_without_matplotlib_the_error_says_what_to_install_and_nothing_is_writte
     assert isinstance(caught.value, ImportError)
     assert not (tmp_path / "page").exists()
     fragment = html_of(ALL["two levels"])
-    assert "Take 50 % recycled." in fragment
+    assert "Take 50\xa0% recycled." in fragment
     assert "pip install" in fragment
     assert "<img" not in fragment
 

@@ -304,6 +304,25 @@ def test_the_skip_link_leads_to_the_answer(browser, written):
         assert "Which emoji" in tab.evaluate("document.activeElement.textContent")
 
 
+FIT = """() => [...document.querySelectorAll('.scroll:has(> table.levels)')].map((e) => [
+    e.clientWidth, e.scrollWidth, getComputedStyle(e).overflowX, e.getBoundingClientRect().right <= innerWidth])"""
+
+
+@pytest.mark.parametrize("name", ["two tasks", "predictions", "expecting full"])
+def test_the_widest_tables_fit_a_page_of_1200_pixels_and_scroll_in_their_box_on_400(browser, written, name):
+    with opened(browser, written(name)) as tab:
+        tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        tab.set_viewport_size({"width": 1200, "height": 900})
+        wide = tab.evaluate(FIT)
+        assert wide
+        assert all(scroll <= width for width, scroll, _, _ in wide), wide
+        tab.set_viewport_size({"width": 400, "height": 800})
+        narrow = tab.evaluate(FIT)
+        assert all(way == "auto" and inside for _, _, way, inside in narrow), narrow
+        assert any(scroll > width for width, scroll, _, _ in narrow)
+        assert tab.evaluate("document.documentElement.scrollWidth") == 400
+
+
 def test_a_table_that_is_too_wide_scrolls_by_the_arrow_keys(browser, written):
     with opened(browser, written("two tasks"), size="phone", reduced_motion="reduce") as tab:
         table = tab.locator(".scroll").first

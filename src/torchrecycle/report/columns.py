@@ -17,9 +17,18 @@ from torchrecycle.report.words import (
     seconds,
     times,
 )
-from torchrecycle.sweep.results import LevelResult, SweepResult
+from torchrecycle.sweep.results import LevelResult, SweepResult, Trial
 
-__all__ = ["EXPECTED", "EXPECTED_WORDS", "Column", "cost_columns", "expects_full", "metric_columns", "recommended"]
+__all__ = [
+    "EXPECTED",
+    "EXPECTED_WORDS",
+    "Column",
+    "cost_columns",
+    "epochs_run",
+    "expects_full",
+    "metric_columns",
+    "recommended",
+]
 
 EXPECTED = "≈ "
 """Before a figure that was not measured."""
@@ -47,13 +56,15 @@ class Column:
 def metric_columns(result: SweepResult) -> list[Column]:
     """One for each metric, the one that counts first."""
     names = sorted(result.untrained, key=lambda name: name != result.metric)
-    return [_metric_column(name, result.metrics.get(name, "")) for name in names]
+    best = "more is better" if result.kind == "objects" else "1 is best"  # of a user's own figure nothing else is known
+    return [_metric_column(name, result.metrics.get(name, ""), best) for name in names]
 
 
-def _metric_column(name: str, meaning: str) -> Column:
+def _metric_column(name: str, meaning: str, best: str) -> Column:
     return Column(
         clean(name),
-        f"{clean(meaning).rstrip('. ')}. On the test split, with its standard error; 1 is best.".removeprefix(". "),
+        f"{clean(meaning).rstrip('. ')}. On the test split, with its standard error where it is known; {best}."
+        "".removeprefix(". "),
         lambda result, one: estimate(one.quality[name]) if name in one.quality else "",
         lambda result: estimate(result.untrained[name]),
         lambda result: _expected(result) if name == result.metric else "",
@@ -70,6 +81,11 @@ def cost_columns(result: SweepResult) -> list[Column]:
     if result.full is None and result.expected_full_seconds is not None:
         shown.insert(3, _AGAINST_EXPECTED)
     return [one for one in shown if one.name in _ALWAYS or any(one.cell(result, level) for level in result.levels)]
+
+
+def epochs_run(trial: Trial) -> int | None:
+    """How many epochs a training really had; None where nobody has told."""
+    return len(trial.curve) or trial.untold_epochs or None
 
 
 def _fill(result: SweepResult, one: LevelResult) -> str:
@@ -100,7 +116,8 @@ _ALWAYS = ("epoch s", "total s", "MB kept")
 _COSTS = (
     Column(
         "fill s",
-        "Seconds of the one pass that computed the frozen layers and kept what they give, for all levels at once.",
+        "Seconds of filling: the one pass over the training data that computed the frozen layers and kept what they "
+        "give, for all levels at once.",
         _fill,
     ),
     Column(
@@ -111,14 +128,14 @@ _COSTS = (
     ),
     Column(
         "total s",
-        "Seconds of all epochs of one training, without filling; levels need different numbers of epochs.",
+        "Seconds of all epochs of one training, without filling. Levels differ in how many epochs they are given.",
         lambda result, one: seconds(one.total_seconds),
         expected=_expected_total,
     ),
     Column(
         "against frozen",
-        "An epoch with the same layers frozen but computed again, by an epoch from the store: what recycling itself "
-        "gives, beside what freezing gives. Below 1×, reading is slower than computing again.",
+        "How many times quicker an epoch from the store is than one with the same layers frozen, but computed again: "
+        "what recycling itself gives, beyond freezing. Below 1×, reading is slower than computing again.",
         lambda result, one: times(result.speed_up_against_frozen(one.level)),
     ),
     Column(
@@ -126,23 +143,28 @@ _COSTS = (
         "Megabytes on the disk for this level, all splits.",
         lambda result, one: megabytes(one.bytes_kept) if one.cut else "",
     ),
-    Column("paid after", "After how many epochs filling has paid, against the frozen layers computed again.", _paid),
+    Column(
+        "paid after",
+        "Epochs after which the time of filling is won back, compared with computing the frozen layers in each epoch.",
+        _paid,
+    ),
 )
 _AGAINST_FULL = (
     Column(
         "speed-up",
-        "Total seconds of full training, by those of the level.",
+        "How many times quicker one training is than full training.",
         lambda result, one: times(result.speed_up(one.level)),
     ),
     Column(
         "with filling",
-        "The same with the pass that fills counted in, as if it served one training only.",
+        "The same with filling counted in, as if it served one training only.",
         lambda result, one: times(result.speed_up(one.level, filling=True)),
     ),
 )
 _AGAINST_EXPECTED = Column(
     "expected speed-up",
-    "Seconds that full training is expected to take, which was not run, by those of the level with filling.",
+    "How many times quicker one training is, filling counted in, than full training is expected to be, which was not "
+    "run.",
     _against_expected,
 )
 

@@ -328,7 +328,8 @@ def _cuts(result: SweepResult) -> dict[str, str]:
 
 
 def _recipes(result: SweepResult) -> dict[str, str]:
-    return {one.words: recipe_in_words(one.trials[0].recipe) for one in result.levels}
+    is_own = result.kind == "objects"
+    return {one.words: recipe_in_words(one.trials[0].recipe, is_own=is_own) for one in result.levels}
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------

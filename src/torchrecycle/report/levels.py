@@ -14,6 +14,7 @@ from torchrecycle.report.columns import (
 )
 from torchrecycle.report.markup import definitions, scrolling, slot, text
 from torchrecycle.report.words import percent
+from torchrecycle.sweep.recommend import ENOUGH, ENOUGH_WITHIN_NOISE
 from torchrecycle.sweep.results import LevelResult, SweepResult, in_words
 
 __all__ = ["columns_explained", "level_name", "levels_table"]
@@ -89,11 +90,22 @@ def level_name(result: SweepResult, level: str) -> str:
 def columns_explained(result: SweepResult) -> str:
     """What each column means, to be unfolded; on paper it is."""
     first = [
-        ("level", "What share of the blocks is recycled: computed once, kept, and not trained."),
-        ("cut", "The module whose output is kept, and the share of the blocks that it really comes to."),
+        (
+            "level",
+            "How much of the network is recycled: these layers are frozen, computed once for each object, and kept. "
+            "Only what comes after them is trained.",
+        ),
+        ("cut", "The module whose output is kept, and the share of the network's blocks that end there."),
     ]
     shown = [(column.name, text(column.meaning)) for column in (*metric_columns(result), *cost_columns(result))]
-    last = [("verdict", "What the level loses and wins against the best.")]
+    last = [
+        (
+            "verdict",
+            "The gain is how far the best level is above the untrained model. A level is good enough if it keeps "
+            f"{percent(ENOUGH)} of it, or {percent(ENOUGH_WITHIN_NOISE)} where what it loses may be chance; of those "
+            "the one that takes least time, filling counted in, is recommended.",
+        )
+    ]
     if expects_full(result):
         last.append((EXPECTED.strip(), "Before a figure that was not measured, but is expected."))
     return (

@@ -32,13 +32,16 @@ def slot(value: object) -> str:
 
 
 def sentence(value: str) -> str:
-    """Words of ours for the reader, in which a figure stays with its unit at the end of a line.
+    """Words of ours for the reader, in which a figure stays with its unit at the end of a line; what stands in
+    backticks is the name of a module.
 
     >>> sentence("in 31 s, 0.936 ± 0.006")
     '<bdi dir="auto">in 31\\xa0s, 0.936\\xa0±\\xa00.006</bdi>'
+    >>> sentence("cut `a.<b>`")
+    '<bdi dir="auto">cut <code>a.&lt;b&gt;</code></bdi>'
     """
     together = re.sub(r"(?<=\d) (?=(?:s|min|h|[kMGT]?B|%|×)\b|%|×)", "\u00a0", value).replace(" ± ", "\u00a0±\u00a0")
-    return slot(together)
+    return re.sub(r"`([^`<>]+)`", r"<code>\1</code>", slot(together))
 
 
 def data_uri(kind: str, content: bytes) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torchrecycle.report.colours import LIGHT
 from torchrecycle.report.levels import levels_table
-from torchrecycle.report.markup import data_uri, text
+from torchrecycle.report.markup import data_uri, sentence, text
 from torchrecycle.report.plots import ReportError, plots_of, to_png
 from torchrecycle.sweep.results import SweepResult
 
@@ -48,7 +48,8 @@ def html_of(result: SweepResult) -> str:
     )
     return (
         f'<div class="torchrecycle"><style>.torchrecycle{{{colours}}}{_CSS}</style>{loud}'
-        f'<p class="sentence">{text(result.recommendation.sentence)}</p>{levels_table(result)}{_plots(result)}</div>'
+        f'<p class="sentence">{sentence(result.recommendation.sentence)}</p>'
+        f"{levels_table(result)}{_plots(result)}</div>"
     )
 
 

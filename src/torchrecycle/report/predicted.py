@@ -44,7 +44,8 @@ QUANTITIES = (
     ),
     Quantity(
         "fill s",
-        "Seconds of the pass that fills. Predicted for the level alone; what was measured filled all levels at once.",
+        "Seconds of filling: the pass that computes the frozen layers and keeps what they give, for all levels "
+        "at once.",
         lambda result, one: seconds(one.fill_seconds) if one.cut else "",
         lambda one: seconds(one.fill_seconds) if one.cut else "",
     ),
@@ -56,7 +57,7 @@ QUANTITIES = (
     ),
     Quantity(
         "paid after",
-        "After how many epochs filling has paid, against the frozen layers computed again.",
+        "Epochs after which the time of filling is won back, compared with computing the frozen layers in each epoch.",
         lambda result, one: _paid(one.frozen_epoch_seconds, one.epochs_until_paid),
         lambda one: _paid(one.frozen_epoch_seconds, one.epochs_until_paid),
     ),
@@ -153,14 +154,15 @@ def predicted_section(result: SweepResult, ident: str) -> str:
     if not ran and not others:
         return ""
     steps = max(row.prediction.steps for row in (*ran, *others))
-    after = "" if not ran else " What was measured stands beside it."
+    after = "" if not ran else " Beside each prediction stands what the sweep then measured."
     rest = _table(result, others, "Predicted, but not run") if others else ""
     if ran and others:
         summary = f"{count(len(others), 'prediction')} of what was not run"
         rest = f'<details class="legend"><summary>{summary}</summary>{rest}</details>'
     return (
         f'<section aria-labelledby="{ident}-predicted"><h3 id="{ident}-predicted">Predicted, and what came</h3>'
-        f"<p>From {steps:,} measured batches at most, before anything was filled.{after}</p>"
+        f"<p>Each level was timed on {steps:,} batches at most before anything was filled, and all else was predicted "
+        f"from them.{after}</p>"
         f"{_table(result, ran, 'Predicted, and what came') if ran else ''}{rest}"
         f'<details class="legend"><summary>What these columns mean</summary>{_meanings()}</details></section>'
     )
@@ -170,10 +172,10 @@ def _table(result: SweepResult, rows: list[Row], caption: str) -> str:
     """Two columns for each quantity, or one where nothing was measured."""
     is_run = any(row.measured for row in rows)
     kinds = ("predicted", "measured") if is_run else ("predicted",)
-    heads = [f"{one.name} {kind}" for one in QUANTITIES for kind in kinds] + ["off by"] * is_run
+    heads = [f"{one.name} {kind}" for one in QUANTITIES for kind in kinds] + ["epoch off by"] * is_run
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in heads)
     body = "".join(
-        f'<tr{_SLOW_ROW if _SLOW in row.verdict else ""}><th scope="row">{_name(result, row)}</th>'
+        f'<tr{_SLOW_ROW if row.verdict.endswith(_SLOW) else ""}><th scope="row">{_name(result, row)}</th>'
         f"{''.join(f'<td>{text(cell)}</td>' for cell in _cells(result, row, is_run))}"
         f'<td class="words verdict">{text(row.verdict)}</td></tr>'
         for row in rows
@@ -182,7 +184,7 @@ def _table(result: SweepResult, rows: list[Row], caption: str) -> str:
     table = (
         f'<table class="levels predicted"><caption>{text(caption)}</caption>'
         f'<thead><tr><th scope="col" class="words">level</th>{head}'
-        f'<th scope="col" class="words">store</th></tr></thead><tbody>{body}</tbody></table>'
+        f'<th scope="col" class="words">verdict</th></tr></thead><tbody>{body}</tbody></table>'
     )
     return scrolling(table, caption)
 
@@ -202,10 +204,10 @@ def _name(result: SweepResult, row: Row) -> str:
 
 def _meanings() -> str:
     own = [(one.name, text(one.meaning)) for one in QUANTITIES]
-    off = ("off by", "How much the predicted seconds of an epoch are above what was measured.")
+    off = ("epoch off by", "How much the predicted seconds of an epoch are above (+) or below (−) what was measured.")
     store = (
-        "store",
-        "Whether an epoch from the store is quicker than one in which the frozen layers are computed again.",
+        "verdict",
+        "Whether an epoch that reads what was kept is quicker than one in which the frozen layers are computed again.",
     )
     return definitions([*own, off, store], "meanings")
 

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
-from torchrecycle.report.columns import expects_full
+from torchrecycle.report.columns import epochs_run, expects_full
 from torchrecycle.report.words import clean
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import LevelResult, SweepResult, Trial
@@ -136,7 +136,7 @@ def _trials(result: SweepResult) -> Sheet:
     recipe = tuple(field.name for field in fields(Recipe))
     return Sheet(
         "trials",
-        ("trial", "level", "purpose", "seed", *recipe, "seconds", "epoch_seconds", *result.untrained),
+        ("trial", "level", "purpose", "seed", *recipe, "epochs_run", "seconds", "epoch_seconds", *result.untrained),
         tuple(
             (
                 number,
@@ -144,6 +144,7 @@ def _trials(result: SweepResult) -> Sheet:
                 trial.purpose,
                 trial.seed,
                 *asdict(trial.recipe).values(),
+                epochs_run(trial),
                 trial.seconds,
                 trial.epoch_seconds,
                 *(trial.quality.get(metric) for metric in result.untrained),

@@ -104,18 +104,20 @@ def notes(result: SweepResult) -> Iterator[str]:
         yield "  *: recommended"
     names = [one.name for one in cost_columns(result)]
     if "speed-up" in names:
-        yield "  speed-up: total seconds of full training, by those of the level, without and with filling"
+        yield "  speed-up: how many times quicker than full training, without and with filling"
     if expects_full(result):
         yield f"  {in_words('full')} {EXPECTED.strip()} {EXPECTED_WORDS}"
     if "against frozen" in names:
-        yield "  against frozen: an epoch with the same prefix frozen but computed again, by one from the store"
+        yield "  against frozen: how many times quicker an epoch is than with the same layers frozen but computed again"
     if "fill s" in names:
-        yield "  fill: one pass fills all levels; paid after: so many epochs, against the frozen prefix"
+        yield "  fill: one pass for all levels; paid after: so many epochs, against frozen layers computed again"
+    is_own = result.kind == "objects"
     for one in result.levels:
         if verdict := result.recommendation.verdicts.get(one.level):
             yield f"  {one.words}: {clean(verdict)}"
     for one in result.levels:
-        yield f"  used for {one.words}: {recipe_in_words(one.trials[0].recipe)}"
+        recipe = recipe_in_words(one.trials[0].recipe, is_own=is_own)
+        yield f"  {'given to fit' if is_own else 'used'} for {one.words}: {recipe}"
     ran = result.ran
     yield f"  seeds {' and '.join(map(str, result.seeds))}; loss: {clean(ran.loss)}"
     yield f"  {clean(ran.machine)}, torch {ran.versions.get('torch', '')}; took {duration(ran.seconds)} in all"
