@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torchrecycle.errors import RecycleError
+from torchrecycle.sweep.frozen import FROZEN_STEPS, WARM_STEPS
 from torchrecycle.sweep.halving import FACTORS, rungs, search_epochs
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Prediction, in_words
@@ -95,8 +96,6 @@ def duration_in_words(seconds: float) -> str:
 
 # -- what a level takes ------------------------------------------------------------------------------------------------
 
-FROZEN_STEPS = 12
-"""Steps of training without a store by which a level is compared with it."""
 JUDGED = 6
 """How often a training is judged on the validation split."""
 FORWARD = 0.5
@@ -167,7 +166,8 @@ def cost_of(prediction: Prediction, recipe: Recipe, *, judged: int, tested: int,
 
 
 def _steps_seconds(frozen: float, objects: int, recipe: Recipe) -> float:
-    return frozen * min(1.0, FROZEN_STEPS * recipe.batch_size / max(1, objects))
+    step = recipe.batch_size / max(1, objects)
+    return frozen * (WARM_STEPS * step + min(1.0, FROZEN_STEPS * step))
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from torchrecycle.sweep.budget import duration_in_words, parse_budget
 from torchrecycle.sweep.environment import machine, versions
 from torchrecycle.sweep.filling import Filling
 from torchrecycle.sweep.foresight import LEAST_ROUNDS, Foresight, Planned, cheap_rounds, planned_epochs
+from torchrecycle.sweep.frozen import FrozenSteps
 from torchrecycle.sweep.halving import FACTORS, Attempt, Halving, require_optuna, rungs, search_epochs
 from torchrecycle.sweep.identity import identity_of_model, identity_of_task, seed_everything
 from torchrecycle.sweep.levels import parse_levels, share_of
@@ -53,7 +54,7 @@ from torchrecycle.sweep.results import (
     Trial,
     in_words,
 )
-from torchrecycle.sweep.runner import Counted, First, Later, Runner, attach, evaluating
+from torchrecycle.sweep.runner import Counted, Later, Runner, attach, evaluating
 from torchrecycle.sweep.spending import Spending, TimeIsUp
 from torchrecycle.sweep.splits import in_order
 from torchrecycle.sweep.task import Evaluation, Split, Task
@@ -67,8 +68,6 @@ POINTS = 6
 """How often the quality is measured during a training."""
 QUERIES = 8
 """Objects of which is shown what they find."""
-FROZEN_STEPS = 12
-"""Steps by which an epoch without a store is timed."""
 
 
 class _NoTimeError(Exception):
@@ -533,18 +532,26 @@ class Engine:
         except MissingRecordError:
             if runner is None:
                 raise
-        assert runner.recycling is not None
-        with runner.recycling.paused():
-            loader = First(runner.training_loader(recipe, 0), FROZEN_STEPS * _batches_of_a_step(self.task))
-            with progress(f"{in_words(level)}, no store", len(loader), "steps") as shown, _seeded(0):
-                trial = RunningTrial(level, runner.share, recipe, 0, tuple(runner.trained))
-                self.task.fit(runner.model, Counted(loader, shown.advance), trial)
-                whole = trial.seconds
-        runner.restart()
-        measured = trial.curve[-1].seconds if trial.curve else whole
-        seconds = measured * loader.whole / len(loader)
+        seconds = self._frozen_steps(level, recipe, runner)
         self.records.keep_frozen_seconds(level, recipe, seconds)
         return seconds
+
+    def _frozen_steps(self, level: str, recipe: Recipe, runner: Runner) -> float:
+        recycling, batches = runner.recycling, _batches_of_a_step(self.task)
+        assert recycling is not None
+        kept = runner.training_loader(recipe, 0) if runner.is_filled and not recycling.off else None
+        with recycling.paused():
+            raw = runner.training_loader(recipe, 0)
+        device = next((parameter.device for parameter in runner.model.parameters()), torch.device("cpu"))
+        steps = FrozenSteps(raw, kept, recycling.paused, batches=batches, device=device)
+        try:
+            with progress(f"{in_words(level)}, no store", len(steps), "batches") as shown, _seeded(0):
+                trial = RunningTrial(level, runner.share, recipe, 0, tuple(runner.trained))
+                self.task.fit(runner.model, Counted(steps, shown.advance), trial)
+        finally:
+            steps.close()
+        runner.restart()
+        return steps.seconds or trial.seconds  # a fit may have left its loader before the end
 
     def _trials(self, level: str, place: Place, runner: Runner | None, *, whole: bool = True) -> Iterator[Trial]:
         """All trainings of a level, in order; without a runner they must all be in the journal.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torchrecycle.sweep.plan import SweepError
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.task import Split, Task
 
-__all__ = ["Counted", "First", "Later", "Runner", "attach", "evaluating"]
+__all__ = ["Counted", "Later", "Runner", "attach", "evaluating"]
 
 
 class Runner:
@@ -147,25 +146,6 @@ class Counted:
 
     def __getattr__(self, name: str) -> Any:
         """What else a user's loop asks of a loader: ``batch_size``, ``dataset``."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-
-class First:
-    """The first batches of a loader, as if there were no others."""
-
-    def __init__(self, loader: Any, count: int) -> None:
-        self._loader, self.whole = loader, len(loader)
-        self._count = min(count, self.whole)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self._loader), self._count)
-
-    def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._loader, name)
