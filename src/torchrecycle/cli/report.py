@@ -17,6 +17,8 @@ from torchrecycle.cli.errors import Debug, OptionError, one_line_errors
 
 if TYPE_CHECKING:
     from torchrecycle.report.compare import Comparison
+    from torchrecycle.sweep.results import SweepResult
+    from torchrecycle.sweep.scored import Scored
 
 __all__ = ["report_app"]
 
@@ -49,7 +51,8 @@ def compare_sweeps(
 
         if out is not None:
             _refuse(out, a)
-        comparison = compare(read_result(a), read_result(b))
+        results = read_result(a), read_result(b)
+        comparison = compare(*results, scored=(_scored(a, results[0]), _scored(b, results[1])))
         if as_json:
             print(json.dumps({"a": {"from": _text(a)}, "b": {"from": _text(b)}, **comparison.to_json()}, indent=2))
         else:
@@ -57,6 +60,13 @@ def compare_sweeps(
         if out is not None:
             _write(comparison, out, (_text(a), _text(b)))
             print(f"The page: {out}", file=sys.stderr if as_json else sys.stdout)
+
+
+def _scored(where: Path, result: SweepResult) -> Scored:
+    """What lies beside the results."""
+    from torchrecycle.sweep.scored import read_scored
+
+    return read_scored(where if where.is_dir() else where.parent, result)
 
 
 def _refuse(out: Path, a: Path) -> None:

@@ -6,26 +6,29 @@ A sweep of yesterday found R-precision 0.917 ± 0.006 at 50 %, one of today, wit
     comparison.pairs[1].difference("R-precision")  # Estimate(mean=0.019, error=0.0085): B is higher
     print(comparison.sentence)
 
-A difference means something only if both were tested on the same objects. A file does not hold them, but it holds what
-the pretrained model scores on them: the same model, with the same weights and settings, scores the same to the last bit
-if the objects are the same, and otherwise if one of them is not. Where models or settings differ, the words for the
-data and the sizes of the splits are all there is to go by. If the objects are others, no difference is told at all.
+A difference means something only if both were tested on the same objects. ``scores.json`` has a hash of them
+(`torchrecycle.sweep.scored`). Where one of the two has no such file, since an older version wrote it, there is what the
+pretrained model scores on them: the same model, with the same weights and settings, scores the same to the last bit if
+the objects are the same, and otherwise if one of them is not. Where models or settings differ, the words for the data
+and the sizes of the splits are all there is to go by. If the objects are others, no difference is told at all.
 
-The error of a difference is that of two means of different objects, ``sqrt(a^2 + b^2)``. On the same objects it is
-smaller as a rule, since what is hard for one is hard for the other, but by how much cannot be told from the files.
+The error of a difference is told object by object where both have their scores: what is hard for one is hard for the
+other, so it is smaller than that of two separate tests, ``sqrt(a^2 + b^2)``, which is told else.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torchrecycle.report.ran import recipe_in_words
 from torchrecycle.report.words import count, duration, estimate, figure, megabytes, signed
 from torchrecycle.sweep.kept import finite
 from torchrecycle.sweep.results import Estimate, LevelResult, SweepResult, in_words
+from torchrecycle.sweep.scored import OWN, Scored
 
 __all__ = ["Comparison", "Difference", "Pair", "compare"]
 
@@ -33,6 +36,8 @@ SURE = 2.0
 """A difference of so many standard errors is held to be more than chance."""
 NEAR = 0.1
 """Standard errors by which the same figure may differ on another machine, or with another version of a library."""
+NOT_KNOWN = "not known"
+"""Of what an older version has not written."""
 OF_TRAINING = ("part of the training split", "rate", "rates", "head", "views", "most bytes kept")
 """Settings that change nothing of what the pretrained model scores."""
 
@@ -93,13 +98,33 @@ class Comparison:
     differences: tuple[Difference, ...]
     pairs: tuple[Pair, ...]
     """Every level of either, from no recycling to all."""
+    by_object: Mapping[tuple[str, str], Estimate] = field(default_factory=dict)
+    """By level and metric, B less A, object by object; nothing where the scores of each are not known."""
 
     def difference(self, pair: Pair, metric: str) -> Estimate | None:
-        """B less A at a level; None where there is none to be told."""
-        return None if self.is_same_test is False else pair.difference(metric)
+        """B less A at a level, object by object if it can be; None where there is none to be told."""
+        if self.is_same_test is False:
+            return None
+        return self.by_object.get((pair.level, metric)) or pair.difference(metric)
+
+    @property
+    def how_sure(self) -> str:
+        """In words, what the errors of differences are; empty if there are none."""
+        told = [(pair, metric) for pair in self.pairs for metric in self.metrics if self.difference(pair, metric)]
+        paired = [(pair, metric) for pair, metric in told if (pair.level, metric) in self.by_object]
+        if not told:
+            return ""
+        if len(paired) == len(told):
+            return "told object by object: both were tested on the same ones"
+        separate = "that of two separate tests; object by object it would be smaller as a rule"
+        if not paired:
+            return f"{separate}, but what each object scored is not known of both, or not of the same ones in one order"
+        levels = dict.fromkeys(pair.words for pair, _ in paired)
+        return f"told object by object at {_and(list(levels))}, else {separate}"
 
     def untrained_difference(self, metric: str) -> Estimate | None:
-        """The same of the pretrained models as they come: None too where they are one and the same model."""
+        """The same of the pretrained models as they come, as of two separate tests: None too where they are one and the
+        same model."""
         if self.is_same_test is False or _is_same_model(self.a, self.b):
             return None
         return _less(self.b.untrained.get(metric), self.a.untrained.get(metric))
@@ -125,23 +150,26 @@ class Comparison:
                     )
                     for metric in self.metrics
                 },
+                "errors": self.how_sure,
                 "levels": [_pair_to_json(self, pair) for pair in self.pairs],
                 "recommended": {"a": self.a.recommendation.level, "b": self.b.recommendation.level},
             }
         )
 
 
-def compare(a: SweepResult, b: SweepResult) -> Comparison:
+def compare(a: SweepResult, b: SweepResult, *, scored: tuple[Scored, Scored] | None = None) -> Comparison:
     """Two sweeps side by side.
 
     Args:
         a: the one that is compared with, such as the one of yesterday.
         b: the one that is asked about.
+        scored: what is known of what each was tested on, as `torchrecycle.sweep.scored.read_scored` gives it.
     """
+    known = scored or (Scored(), Scored())
     metrics = tuple(
         metric for metric in sorted(a.untrained, key=lambda name: name != a.metric) if metric in b.untrained
     )
-    same, doubts = _same_test(a, b, metrics)
+    same, doubts = _same_test(a, b, metrics, known)
     is_same_machine = (a.ran.machine, a.ran.versions.get("torch")) == (b.ran.machine, b.ran.versions.get("torch"))
     return Comparison(
         a=a,
@@ -150,9 +178,18 @@ def compare(a: SweepResult, b: SweepResult) -> Comparison:
         is_same_test=same,
         is_same_machine=is_same_machine,
         warnings=tuple([*doubts, *_warnings(a, b, metrics, is_same_machine)]),
-        differences=tuple(one for one in _facts(a, b) if one.a != one.b),
+        differences=tuple(one for one in (*_facts(a, b), *_of_rows_and_objects(a, b, known)) if one.a != one.b),
         pairs=tuple(_pairs(a, b)),
+        by_object=_by_object(a, b, metrics, known),
     )
+
+
+def _by_object(
+    a: SweepResult, b: SweepResult, metrics: tuple[str, ...], known: tuple[Scored, Scored]
+) -> dict[tuple[str, str], Estimate]:
+    both = [one.level for one in a.levels if any(one.level == other.level for other in b.levels)]
+    found = {(level, metric): known[1].difference(known[0], level, metric) for level in both for metric in metrics}
+    return {where: by for where, by in found.items() if by is not None}
 
 
 def _pairs(a: SweepResult, b: SweepResult) -> Iterator[Pair]:
@@ -175,14 +212,21 @@ def _place(level: str, one: LevelResult) -> float:
 # -- are they comparable -----------------------------------------------------------------------------------------------
 
 
-def _same_test(a: SweepResult, b: SweepResult, metrics: tuple[str, ...]) -> tuple[bool | None, list[str]]:
+def _same_test(
+    a: SweepResult, b: SweepResult, metrics: tuple[str, ...], known: tuple[Scored, Scored]
+) -> tuple[bool | None, list[str]]:
     """Whether both were tested on the same objects, and what is to be said of it."""
     other = _other_task(a, b)
+    hashes = _same_hash(known)
+    if hashes is False and not other:
+        other = "by their hash, the objects of the test split are not the same, or have other classes"
     not_the_same = [f"Not the same task or test objects: {other}. Their figures say nothing about each other."]
     if not metrics:
         none = f"No metric in common: A has {', '.join(a.untrained)}, B has {', '.join(b.untrained)}."
         return False, [*(not_the_same if other else ()), none]
-    apart = _apart(a, b, metrics) if _scores_the_same(a, b) else None
+    if hashes is True and a.kind == b.kind:
+        return True, []
+    apart = _apart(a, b, metrics) if hashes is None and _scores_the_same(a, b, known) else None
     if apart == 0:
         return True, []
     if other:
@@ -204,10 +248,30 @@ def _same_test(a: SweepResult, b: SweepResult, metrics: tuple[str, ...]) -> tupl
             f"The same pretrained model has {scores}. So little comes from another machine, version or precision; or "
             "a few of the test objects are not the same."
         ]
+    if all(one.objects for one in known):  # of a user's own data set, as another model or transform may read it
+        return None, [
+            "It cannot be told whether both were tested on the same objects: what the models got of them is not the "
+            "same, which may come from another way of reading them. If they were not, the differences mean nothing."
+        ]
     return True, [
         "That both were tested on the same objects is taken from the data's name and from how many there are: with "
-        "another model, or with other settings, there is nothing that proves it."
+        "another model, or with other settings, there is nothing that proves it" + _without_hash(known) + "."
     ]
+
+
+def _same_hash(known: tuple[Scored, Scored]) -> bool | None:
+    """Whether the test objects are the same by their hashes; None if that says nothing."""
+    a, b = known
+    if not a.objects or not b.objects or a.is_of_objects != b.is_of_objects:
+        return None
+    if a.objects == b.objects:
+        return True
+    return False if a.is_of_objects else None
+
+
+def _without_hash(known: tuple[Scored, Scored]) -> str:
+    lacking = [name for name, one in zip("AB", known, strict=True) if not one.objects]
+    return f"; {' and '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no hash of them" if lacking else ""
 
 
 def _other_task(a: SweepResult, b: SweepResult) -> str:
@@ -232,11 +296,11 @@ def _is_same_model(a: SweepResult, b: SweepResult) -> bool:
     return (a.ran.model, a.ran.weights) == (b.ran.model, b.ran.weights)
 
 
-def _scores_the_same(a: SweepResult, b: SweepResult) -> bool:
+def _scores_the_same(a: SweepResult, b: SweepResult, known: tuple[Scored, Scored]) -> bool:
     """Whether the pretrained models are one, asked in one way: then they score the same on the same objects."""
     if a.ran.random_weights or b.ran.random_weights or not _is_same_model(a, b):
         return False
-    if _precisions(a) != _precisions(b):  # scored from rows that are rounded, it may well have other figures
+    if _precision(a, known[0]) != _precision(b, known[1]):  # from rows that are rounded, it may well score otherwise
         return False
     one, other = (
         {name: value for name, value in result.ran.settings.items() if name not in OF_TRAINING} for result in (a, b)
@@ -244,10 +308,21 @@ def _scores_the_same(a: SweepResult, b: SweepResult) -> bool:
     return one == other
 
 
-def _precisions(result: SweepResult) -> set[str | None]:
-    """Of the rows that were kept, as far as it is told: none are all floats of the model's own."""
-    told = {one.predicted.precision for one in result.levels if one.predicted is not None and one.cut is not None}
-    return told - {None}
+def _precision(result: SweepResult, known: Scored) -> str:
+    """Of the rows that were kept, from wherever it is told."""
+    if known.precision:
+        return known.precision
+    told = {
+        one.predicted.precision or OWN for one in result.levels if one.predicted is not None and one.cut is not None
+    }
+    if told:
+        return ", ".join(sorted(told))
+    if "precision" in result.ran.settings:
+        return result.ran.settings["precision"]
+    if result.ran.command.startswith(("torchrecycle sweep ", "torchrecycle demo")):
+        given = re.search(r"\s--precision[\s=]+(\w+)", result.ran.command)
+        return given[1] if given else OWN
+    return NOT_KNOWN
 
 
 def _apart(a: SweepResult, b: SweepResult, metrics: tuple[str, ...]) -> float | None:
@@ -299,8 +374,16 @@ def _facts(a: SweepResult, b: SweepResult) -> Iterator[Difference]:
         yield from _by_name(what, one, other)
 
 
+def _of_rows_and_objects(a: SweepResult, b: SweepResult, known: tuple[Scored, Scored]) -> Iterator[Difference]:
+    yield Difference("precision of kept rows", _precision(a, known[0]), _precision(b, known[1]))
+    if _same_hash(known) is not True:
+        yield Difference("hash of the test objects", *(one.objects or NOT_KNOWN for one in known))
+
+
 def _by_name(what: str, a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
     for name in dict.fromkeys([*a, *b]):
+        if (what, name) == ("", "precision"):  # is told of both, also where only one of them has it here
+            continue
         yield Difference(f"{what} {name}".strip(), a.get(name, ""), b.get(name, ""))
 
 
@@ -379,12 +462,13 @@ def recommended_in_words(result: SweepResult) -> str:
 # -- as JSON -----------------------------------------------------------------------------------------------------------
 
 
-def _quality(a: Estimate | None, b: Estimate | None, by: Estimate | None) -> dict[str, Any]:
+def _quality(a: Estimate | None, b: Estimate | None, by: Estimate | None, is_paired: bool = False) -> dict[str, Any]:
     return {
         "a": None if a is None else asdict(a),
         "b": None if b is None else asdict(b),
         "difference": None if by is None else by.mean,
         "error": None if by is None or by.error == 0 else by.error,
+        "object_by_object": is_paired,
     }
 
 
@@ -396,6 +480,7 @@ def _pair_to_json(comparison: Comparison, pair: Pair) -> dict[str, Any]:
                 pair.a.quality.get(metric) if pair.a else None,
                 pair.b.quality.get(metric) if pair.b else None,
                 comparison.difference(pair, metric),
+                (pair.level, metric) in comparison.by_object,
             )
             for metric in comparison.metrics
         },

@@ -55,7 +55,7 @@ def html_of_comparison(comparison: Comparison, *, names: tuple[str, str]) -> str
     main = (
         f"{_lead(comparison, names)}{_CONTENTS}"
         f'<section class="task" aria-labelledby="levels"><h2 id="levels">Level by level</h2>'
-        f"{_levels(comparison)}{_meanings(comparison)}{_plot(comparison)}</section>"
+        f"{_levels(comparison)}{_sure(comparison)}{_meanings(comparison)}{_plot(comparison)}</section>"
         f'<section class="task" aria-labelledby="differs"><h2 id="differs">What differs</h2>'
         f"{_differing(comparison.differences)}</section>"
         f'<section class="task" aria-labelledby="ran"><h2 id="ran">What was run</h2>'
@@ -112,6 +112,11 @@ def _levels(comparison: Comparison) -> str:
     return scrolling(table, caption)
 
 
+def _sure(comparison: Comparison) -> str:
+    sure = comparison.how_sure
+    return f'<p class="files">The error of B less A is {text(sure)}.</p>' if sure else ""
+
+
 _WORDS = ' class="words"'
 
 
@@ -132,11 +137,8 @@ def _meaning(comparison: Comparison) -> Iterator[tuple[str, str]]:
     for metric in comparison.metrics:
         yield metric, f"{slot(comparison.a.metrics.get(metric, ''))} On the test split, with its standard error."
     if comparison.is_same_test is not False:
-        yield (
-            "B less A",
-            "More than 0 is higher in B. The error is that of two separate tests; on the same objects it is smaller "
-            "as a rule, since what is hard for one is hard for the other.",
-        )
+        sure = comparison.how_sure
+        yield "B less A", "More than 0 is higher in B." + (f" Its error is {text(sure)}." if sure else "")
     yield "epoch s", "Seconds of one epoch of training, mean."
     yield "in all s", "Seconds of all epochs of one training, and of the pass that fills."
     if are_times_alike(comparison):

@@ -150,10 +150,8 @@ def _notes(comparison: Comparison) -> list[str]:
     """What the columns mean, a line each; plain text."""
     notes = []
     if comparison.is_same_test is not False:
-        notes.append(
-            "B less A: more than 0 is higher in B; its error is that of two separate tests, and on the same objects "
-            "smaller as a rule"
-        )
+        sure = comparison.how_sure
+        notes.append("B less A: more than 0 is higher in B" + (f"; its error is {sure}" if sure else ""))
     notes.append("in all: seconds of all epochs of one training and of the pass that fills")
     if any(result.expected_full is not None for result in (comparison.a, comparison.b)):
         notes.append(f"{EXPECTED.strip()}: not run, but expected from the levels that were")
