@@ -108,7 +108,6 @@ def test_a_loop_that_was_left_is_not_paused_any_more(clock: _Clock):
 
 def test_a_step_from_rows_comes_first_and_then_the_frozen_layers_run(tmp_path: Path):
     model, data = small.residual(), TensorDataset(small.pictures(24), torch.arange(24) % 4)
-    calls: list[int] = []
     with recycle(model, small.pictures(2), cut=small.CUT, store=tmp_path) as recycling:
         recycling.fill(data)
         kept = recycling.loader(data, batch_size=8)

@@ -117,6 +117,33 @@ def test_steps_of_two_batches_are_seen_for_whole_rounds(clock: _Clock):
     assert watched.epoch_seconds(40) == pytest.approx(20 * 0.06)
 
 
+def test_time_is_counted_by_what_is_in_a_batch(clock: _Clock):
+    """Four batches have twice as much as an epoch's mean, and four half: by number, it would be a quarter more."""
+    weights = [2.0, 0.5, 2.0, 0.5, 2.0, 0.5, 2.0, 0.5]
+    watched = _watched(clock, _Batches(clock, 8, fetch=0.0), lambda round, batch: 0.04 * weights[batch])
+    assert watched.epoch_seconds(100, weights) == pytest.approx(100 * 0.04)
+    slow = _watched(clock, _Batches(clock, 8, fetch=0.0), lambda round, batch: 9.0 if batch < 2 else weights[batch])
+    assert len(slow.rounds) == 1
+    assert slow.epoch_seconds(100, weights) == pytest.approx(100.0), "the first two do not count"
+
+
+def _padded(items: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    texts, labels = zip(*items, strict=True)
+    return nn.utils.rnn.pad_sequence(list(texts), batch_first=True), torch.stack(labels)
+
+
+def test_a_few_batches_that_are_longer_than_others_are_weighed_by_all_that_are_read():
+    """The first batches are of long texts, as chance may have it."""
+    texts = [torch.ones(12 if number < 6 else 4) for number in range(40)]
+    data: Any = list(zip(texts, torch.zeros(40), strict=True))
+    arguments = {"batch_size": 2, "collate_fn": _padded}
+    part = module._Part(data, module._sample(data, arguments, 4))
+    # Of 12 numbers and a label, or 4 and a label, where the mean is 5.2 and a label.
+    assert part.weights() == pytest.approx([13 / 6.2] * 3 + [5 / 6.2])
+    same = module._Part(data, module._sample(data[:6], arguments, 4))
+    assert same.weights() == (1.0,) * 3, "where all are of one size, nothing more is read"
+
+
 def test_one_round_that_stood_still_changes_nothing(clock: _Clock):
     loader = _Batches(clock, 8, fetch=0.01)
     watched = _watched(clock, loader, lambda round, batch: 0.5 if (round, batch) == (2, 3) else 0.01)
