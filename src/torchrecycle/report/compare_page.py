@@ -18,6 +18,7 @@ from torchrecycle.report.compare_table import are_times_alike, compared_heads, c
 from torchrecycle.report.document import document, put_whole
 from torchrecycle.report.dots import A, B, Line, dots
 from torchrecycle.report.markup import definitions, scrolling, sentence, slot, text
+from torchrecycle.report.words import clean
 from torchrecycle.sweep.results import SweepResult
 
 __all__ = ["html_of_comparison", "is_comparison", "write_comparison"]
@@ -135,7 +136,8 @@ def _meanings(comparison: Comparison) -> str:
 
 def _meaning(comparison: Comparison) -> Iterator[tuple[str, str]]:
     for metric in comparison.metrics:
-        yield metric, f"{slot(comparison.a.metrics.get(metric, ''))} On the test split, with its standard error."
+        meaning = clean(comparison.a.metrics.get(metric, "")).rstrip(". ")
+        yield metric, f"{slot(f'{meaning}.') if meaning else ''} On the test split, with its standard error."
     if comparison.is_same_test is not False:
         sure = comparison.how_sure
         yield "B less A", "More than 0 is higher in B." + (f" Its error is {text(sure)}." if sure else "")

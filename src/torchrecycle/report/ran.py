@@ -44,7 +44,7 @@ def _facts(result: SweepResult) -> list[tuple[str, str]]:
         ("machine", slot(ran.machine)),
         ("versions", slot(", ".join(f"{name} {version}" for name, version in ran.versions.items()))),
         ("date", slot(ran.date.replace("T", " ", 1))),
-        ("took", f"{duration(ran.seconds)}, all trials and fills together"),
+        ("took", f"{duration(ran.seconds)}, all trainings and filling together"),
     ]
     return [(name, value) for name, value in facts if value]
 
@@ -64,12 +64,14 @@ def _own_fit(result: SweepResult) -> str:
 
 
 def _recipes_explained(result: SweepResult) -> str:
-    whose = "" if result.kind == "objects" else " of AdamW"
+    is_own = result.kind == "objects"
+    whose = "" if is_own else " of AdamW"
+    warm_up = "are meant to rise from zero." if is_own else "rise from zero; then they fall along a cosine."
     pairs = [
         ("epochs", "Passes over the training data; “3 of 30” if a training ended after fewer than it was given."),
         ("rate", f"Learning rates{whose}: of the pretrained layers that are trained, of the head (the new last layer), "
          "and of the class vectors, if the loss learns such."),
-        ("warm-up", "Share of the steps in which the rates rise from zero; then they fall along a cosine."),
+        ("warm-up", f"Share of the steps in which the rates {warm_up}"),
         ("scale", "What the loss multiplies cosines by, if it goes by cosines."),
     ]  # fmt: skip
     return (
