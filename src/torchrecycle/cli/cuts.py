@@ -217,18 +217,21 @@ def _shortened(name: str, width: int) -> str:
 
 
 def _print_costs(costs: Sequence[CutCost], objects: int, store: Path | None) -> None:
+    from rich.console import Console
+
     from torchrecycle.report.cut_costs import cut_cost_tables
     from torchrecycle.report.terminal import WIDE
 
-    console = _console()
-    width = console.width if sys.stdout.isatty() else max(WIDE, console.width)
+    # Without a terminal a table is as wide as it needs to be, so that a log shows all of it.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     console.print(f"\npredicted for {objects:,} objects of the example's size:", markup=False, soft_wrap=True)
-    for table in cut_cost_tables(costs, width):
-        console.print(table, width=width)
+    for table in cut_cost_tables(costs, console.width):
+        console.print(table)
     where = "the folder for temporary files" if store is None else store
     console.print(
-        "computed, read: what the frozen layers of all objects take in an epoch, without a store and from one\n"
-        f"measured: the example's forward, and the disk of {where}; what is trained after the cut comes to both",
+        "computed, read: what the frozen layers take in an epoch, computed each time or read from a store\n"
+        "not counted: to train what comes after the cut, which takes the same either way\n"
+        f"measured: a forward of the example, and rows of that size on the disk of {where}",
         markup=False,
         soft_wrap=True,
         style="dim",
