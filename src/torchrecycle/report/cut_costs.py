@@ -1,8 +1,8 @@
 """What it costs and saves to keep the rows of a data set, at each cut and in each precision, before any are kept.
 
-8,144 photos through a ViT-Tiny on one busy core: at ``blocks.5`` its frozen layers take 279 s of an epoch to compute and
-0.2 s to read; 1.2 GB are kept in float32, and 311 MB in int8. Behind a single ReLU it is the other way round: reading is
-slower than computing again, and this says so.
+8,144 photos through a ViT-Tiny on one busy core: at ``blocks.5`` its frozen layers take 279 s of an epoch to compute
+and 0.2 s to read; 1.2 GB are kept in float32, and 311 MB in int8. Behind a single ReLU it is the other way round:
+reading is slower than computing again, and this says so.
 
 `Cuts.predict` measures how fast the disk gives rows of a size. To that comes here what another precision changes: how
 large a row then is, and what it takes to round it and to undo that, measured on the example's own rows.
