@@ -117,7 +117,8 @@ _COSTS = (
     Column(
         "fill s",
         "Seconds of filling: the one pass over the training data that computed the frozen layers and kept what they "
-        "give, for all levels at once.",
+        "give, for all levels at once. Of rows that an earlier run had kept: by how much an epoch without a store is "
+        "longer.",
         _fill,
     ),
     Column(
