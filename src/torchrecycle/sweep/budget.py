@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torchrecycle.errors import RecycleError
-from torchrecycle.sweep.frozen import FROZEN_STEPS, WARM_STEPS
+from torchrecycle.sweep.frozen import epochs_of_frozen
 from torchrecycle.sweep.halving import FACTORS, rungs, search_epochs
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Prediction, in_words
@@ -153,7 +153,7 @@ def cost_of(prediction: Prediction, recipe: Recipe, *, judged: int, tested: int,
     each = FORWARD * prediction.epoch_seconds / max(1, prediction.objects)
     once = ATTACHING
     if prediction.frozen_epoch_seconds is not None:
-        once += _steps_seconds(prediction.frozen_epoch_seconds, prediction.objects, recipe)
+        once += prediction.frozen_epoch_seconds * epochs_of_frozen(prediction.objects / max(1, recipe.batch_size))
     return Cost(
         level=prediction.level,
         epochs=recipe.epochs,
@@ -163,11 +163,6 @@ def cost_of(prediction: Prediction, recipe: Recipe, *, judged: int, tested: int,
         once_seconds=once,
         searches=searches,
     )
-
-
-def _steps_seconds(frozen: float, objects: int, recipe: Recipe) -> float:
-    step = recipe.batch_size / max(1, objects)
-    return frozen * (WARM_STEPS * step + min(1.0, FROZEN_STEPS * step))
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

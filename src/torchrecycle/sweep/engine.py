@@ -545,8 +545,9 @@ class Engine:
         device = next((parameter.device for parameter in runner.model.parameters()), torch.device("cpu"))
         steps = FrozenSteps(raw, kept, recycling.paused, batches=batches, device=device)
         try:
-            with progress(f"{in_words(level)}, no store", len(steps), "batches") as shown, _seeded(0):
-                trial = RunningTrial(level, runner.share, recipe, 0, tuple(runner.trained))
+            with progress(f"{in_words(level)}, no store", steps.epochs * len(steps), "batches") as shown, _seeded(0):
+                short = replace(recipe, epochs=steps.epochs)
+                trial = RunningTrial(level, runner.share, short, 0, tuple(runner.trained))
                 self.task.fit(runner.model, Counted(steps, shown.advance), trial)
         finally:
             steps.close()
