@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -73,7 +74,7 @@ def train_as_one_of_two(rank: int, folder: str) -> None:
         "ddp": _trained(rank, root / "ddp", DistributedDataParallel),
         "fsdp2": _trained(rank, root / "fsdp2", _sharded_suffix),
         "ddp before": _refusal(DistributedDataParallel(layers()), f"module.{CUT}"),
-        "fsdp2 before": _refusal(fully_shard(layers()), CUT),
+        "fsdp2 before": _refusal(_sharded(layers()), CUT),
     }
     for part, name in (("the model", ""), ("the prefix", "0")):
         for batch in ("rows", "objects"):
@@ -83,9 +84,15 @@ def train_as_one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def _sharded(module: nn.Module) -> nn.Module:
+    """Between the processes, whose tensors are the CPU's also where there is a GPU."""
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return module
+
+
 def _sharded_suffix(model: nn.Module) -> nn.Module:
     for name in ("3", "5"):
-        fully_shard(model.get_submodule(name))
+        _sharded(model.get_submodule(name))
     return model
 
 
@@ -125,7 +132,7 @@ def _refusal_after(name: str, batch: str) -> tuple[str, str]:
     model = layers()
     with recycle(model, X[:2], cut=CUT, store="memory://") as recycling:
         (rows,) = recycling.loader(list(X), batch_size=8)
-        fully_shard(model.get_submodule(name))
+        _sharded(model.get_submodule(name))
         try:
             model(rows if batch == "rows" else X)
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -582,3 +583,41 @@ def test_progress_says_nothing_at_once_and_a_line_after_two_seconds(capsys, monk
         now[0] = 13.0
         shown.advance(10)
         assert capsys.readouterr().err == "filling: 40 of 100 objects, 13 s\n"
+
+
+# -- open files --------------------------------------------------------------------------------------------------------
+
+
+class ManyTargets(Dataset[Any]):
+    """Items with targets of many kinds: a number, a class, boxes of which each picture has another count, a text."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> Any:
+        boxes = torch.full((index % 3 + 1, 4), float(index), dtype=torch.bfloat16)
+        return X[index], {"class": torch.tensor(index), "boxes": boxes, "text": f"the {index}th", "place": (index, 0.5)}
+
+
+def separate(items: list[Any]) -> Any:
+    return torch.stack([x for x, _ in items]), [target for _, target in items]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_targets_that_come_from_workers_hold_no_file_open_and_are_what_they_were(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    made = recycle(residual(), X[:2], cut=CUT, store=tmp_path / "store")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
+    try:
+        made.fill(ManyTargets(), batch_size=2, num_workers=1, collate_fn=separate)
+        loader = made.loader(ManyTargets(), batch_size=len(X), collate_fn=separate)
+        ((_, targets),) = loader
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    for index, target in enumerate(targets):
+        want = ManyTargets()[index][1]
+        assert list(target) == list(want)
+        assert torch.equal(target["class"], want["class"])
+        assert target["boxes"].dtype is torch.bfloat16
+        assert torch.equal(target["boxes"], want["boxes"])
+        assert (target["text"], target["place"]) == (want["text"], want["place"])

@@ -227,9 +227,14 @@ def test_memory_is_pinned_where_the_model_is_on_a_gpu_if_nothing_else_is_said(at
     if torch.cuda.is_available():
         assert made.loader(data, batch_size=8, pin_memory=True).pin_memory is True
         made.model.cuda()
-        loader = made.loader(data, batch_size=8)
-        assert loader.pin_memory is True
-        assert next(iter(loader))[0].is_pinned()
+        try:
+            made.resident = "disk"
+            loader = made.loader(data, batch_size=8)
+            assert loader.pin_memory is True
+            assert next(iter(loader))[0].is_pinned()
+        finally:
+            made.resident = None
+            made.model.cpu()
 
 
 def on_a_disk(folder: Path) -> bool:

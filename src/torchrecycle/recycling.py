@@ -104,6 +104,8 @@ FAR_BELOW_FLOAT16 = 1000.0
 RAW_BATCHES = 10
 """After so many raw batches in training, and no recycled one, a loop is told that nothing is recycled."""
 
+READ_OUTSIDE = "what the forward of the frozen layers reads outside of their tensors and settings"
+
 SMALL = 0.003
 """Seconds of a prefix run of two objects that is small enough for each iteration."""
 
@@ -627,6 +629,8 @@ class Recycling:
         now = self._take_fingerprint(self.model, self._described)
         self._watch.renew()
         self._changed = [] if now.hex == self._fingerprint.hex else now.difference(self._fingerprint)
+        if not self._changed:
+            self._changed = self._followed()
         if not self._changed and self._watch.hooks() != self._hooks:
             with undisturbed(self.model), torch.inference_mode(False):
                 fresh = self.bypass.prefix(self._example)
@@ -644,21 +648,47 @@ class Recycling:
             self._keeping.take()
         return self._changed
 
+    def _followed(self) -> list[str]:
+        """The example goes where the model has gone; there the prefix must give what it gave, but for rounding."""
+        here = self.device
+        if all(tensor.device == here for tensor in self._example.tensors().values()):
+            return []
+        example = self._example.map_tensors(lambda tensor: tensor.to(here))
+        with undisturbed(self.model), torch.inference_mode(False):
+            fresh = [leaf.detach().clone() for leaf in self.bypass.prefix(example)]
+        if self._differs([leaf.cpu() for leaf in self.reference], [leaf.cpu() for leaf in fresh], here):
+            return [READ_OUTSIDE]
+        self._example = self.bypass.plan.example = example
+        self.reference = fresh
+        return []
+
+    def _follow(self) -> None:
+        moved = self._followed()
+        if moved:
+            raise StaleActivationError(_stale(moved))
+
+    def _differs(self, kept: Sequence[torch.Tensor], fresh: Sequence[torch.Tensor], device: torch.device) -> bool:
+        """Whether what the prefix gives for the example is another thing than it was, computed on this device."""
+        return any(
+            a.shape != b.shape or relative_difference(a, b) > noise(layout.dtype, device)
+            for layout, a, b in zip(self.bypass.plan.layouts, kept, fresh, strict=True)
+        )
+
     def _try_again(self) -> list[str]:
         """Does the prefix give what it gave? A forward may read what no fingerprint sees: a global, a list of tensors.
 
         Each time for a small prefix, and else for a hundredth of the time.
         """
         began = time.monotonic()
+        moved = self._followed()
+        if moved:
+            return moved
         with undisturbed(self.model), torch.inference_mode(False):
             fresh = self.bypass.prefix(self._example)
         self._tried_at = time.monotonic()
         took = self._tried_at - began
         self._tries_after = 0.0 if took < SMALL else 100 * took
-        for layout, kept, leaf in zip(self.bypass.plan.layouts, self.reference, fresh, strict=True):
-            if kept.shape != leaf.shape or relative_difference(kept, leaf) > noise(layout.dtype, leaf.device):
-                return ["what the forward of the frozen layers reads outside of their tensors and settings"]
-        return []
+        return [READ_OUTSIDE] if self._differs(self.reference, fresh, self.device) else []
 
     def _warn_of_hooks(self) -> None:
         found = next(self._watch.users_hooks(), None)
@@ -1105,6 +1135,7 @@ class Recycling:
         if count in self._counts:
             return
         many = [row % 2 for row in range(count)]
+        self._follow()
         with undisturbed(self.model):
             leaves = self.bypass.prefix(take_rows(self._example, many))
         self._compare_counts(count, self.reference, many, leaves, list(range(count)))
@@ -1125,6 +1156,7 @@ class Recycling:
 
     def _compare_rows(self, call: Inputs) -> None:
         """Other arguments or flags must not change the rows."""
+        self._follow()
         example = self._example.tensors()
         news = [name for name in call.tensors() if name not in example]
         for name in news:

@@ -6,6 +6,7 @@ the manifest keeps (an image that is a model input becomes its shape), and the u
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 import types
@@ -226,7 +227,7 @@ class Reading:
             if name in self.absent:
                 for row, one in enumerate(leaves):
                     one[position] = AbsentLeaf(tuple(tensors[name][row].shape), tensors[name].dtype)
-        return batch, template, at, leaves, self._user_keys(items)
+        return batch, template, at, Sent(leaves), self._user_keys(items)
 
     def _places(
         self, batch: Any, template: Template, leaves: list[list[Any]], tensors: dict[str, torch.Tensor]
@@ -275,6 +276,42 @@ def _is_that(leaves: list[list[Any]], position: int, given: torch.Tensor) -> boo
         if tensor_row_keys({"": tensor[None]}).tobytes() != tensor_row_keys({"": given[row][None]}).tobytes():
             return False
     return True
+
+
+class Sent(list[list[Any]]):
+    """Leaves of the items of a batch, which come out of a worker as an ordinary list that holds no file open.
+
+    A tensor that a worker sends by itself is a file in shared memory, open as long as the tensor lives. The manifest's
+    targets live to the end of the pass: a thousand items with one tensor each are as many open files as a process may
+    have. So those of one shape travel together and are copied where they arrive, and all others travel by value.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, ([_together(list(column)) for column in zip(*self, strict=True)], len(self))
+
+
+def _together(column: list[Any]) -> torch.Tensor | bytes:
+    first = column[0]
+    if all(_is_plain(leaf) and leaf.dtype == first.dtype and leaf.shape == first.shape for leaf in column):
+        return torch.stack(column)
+    return pickle.dumps(column, pickle.HIGHEST_PROTOCOL)
+
+
+def _is_plain(leaf: Any) -> bool:
+    return (
+        type(leaf) is torch.Tensor
+        and leaf.layout is torch.strided
+        and leaf.device.type == "cpu"
+        and not (leaf.requires_grad or leaf.is_quantized or leaf.is_conj() or leaf.is_neg())
+    )
+
+
+def _received(columns: list[torch.Tensor | bytes], items: int) -> list[list[Any]]:
+    found = [
+        list(column.clone().unbind(0)) if isinstance(column, torch.Tensor) else pickle.loads(column)
+        for column in columns
+    ]
+    return [[column[item] for column in found] for item in range(items)]
 
 
 class AbsentLeaf:
