@@ -128,6 +128,24 @@ def test_what_was_predicted_is_known_to_the_next_run_and_a_further_level_is_meas
     assert more.predictions[1:] == first.predictions
 
 
+def test_other_precisions_are_predicted_beside_the_sweeps_own(tmp_path: Path):
+    first = _sweep(tmp_path, predict=True).result()
+    told: list[str] = []
+    task = Signs()
+    result = _sweep(tmp_path / "more", task, "50", "head", predict=("float16", "int8"), tell=told.append).result()
+    assert [(one.level, one.precision) for one in result.predictions] == [
+        *[(level, None) for level in ("50", "head")],
+        *[(level, precision) for level in ("50", "head") for precision in ("float16", "int8")],
+    ]
+    assert [level.predicted for level in result.levels] == list(result.predictions[:2])
+    of = {(one.level, one.precision): one.bytes_kept for one in result.predictions}
+    assert of["50", "int8"] < of["50", "float16"] < of["50", None] == first.of("50").bytes_kept
+    assert _learned(result) == _learned(first)
+    page = write_page([result], tmp_path / "page", title="more").read_text()
+    assert "4 predictions of what was not run" in page
+    assert _sweep(tmp_path / "more", predict=["float16", "int8"]).result().predictions == result.predictions
+
+
 def test_of_what_is_finished_nothing_is_predicted_afterwards(tmp_path: Path):
     told: list[str] = []
     first = _sweep(tmp_path, predict=False).result()
@@ -164,8 +182,8 @@ def test_a_budget_takes_what_is_known_and_cannot_do_without(tmp_path: Path):
     ]
     with pytest.raises(SweepError, match=r"budget='10m' with predict=False: .*Leave one of them out"):
         _sweep(tmp_path, budget="10m", predict=False)
-    with pytest.raises(SweepError, match=r"predict='soon': give True or False"):
-        _sweep(tmp_path, predict="soon")
+    with pytest.raises(SweepError, match=r"predict='int8': give True or False.*or a list"):
+        _sweep(tmp_path, predict="int8")
 
 
 def test_more_is_measured_the_more_is_planned_and_of_little_nothing():

@@ -242,6 +242,7 @@ class Engine:
         if spending is None:
             self._foresee()
             return
+        self.foresight.recall(self.levels)
         if spending.plan is not None:
             return
         spending.predicted(lambda: self.foresight.measure(("full", *(x for x in self.levels if x != "full"))))
@@ -781,7 +782,8 @@ class Engine:
 
     @property
     def _predictions(self) -> tuple[Prediction, ...]:
-        return self.foresight.of(self.levels) if self.spending is None else self.spending.predictions
+        own = self.foresight.of(self.levels) if self.spending is None else self.spending.predictions
+        return (*own, *self.foresight.others(self.levels))
 
 
 # -- small things ------------------------------------------------------------------------------------------------------

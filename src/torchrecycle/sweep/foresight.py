@@ -16,9 +16,11 @@ one that is asked for a further level measures that one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -114,27 +116,47 @@ class Foresight:
 
     def __init__(self, build_model: Callable[[], nn.Module], task: Task, plan: SweepPlan, records: Records) -> None:
         self._build, self.task, self.plan, self._records = build_model, task, plan, records
-        self._known: dict[str, Prediction] = {}
+        others = plan.predict if isinstance(plan.predict, (list, tuple)) else ()
+        self.precisions = tuple(dict.fromkeys((plan.precision, *others)))
+        """That of the sweep's rows, and others that are asked for beside it."""
+        self._known: dict[tuple[str, str | None], Prediction] = {}
 
     def recall(self, levels: Sequence[str]) -> list[str]:
-        """Levels of which nothing is known; what was predicted of the others before is known now."""
-        for level in levels:
-            if level not in self._known:
-                try:
-                    record = self._records.known(kind="prediction", level=level)
-                except MissingRecordError:
-                    continue
-                self._known[level] = Prediction(**record["prediction"])
-        return [level for level in levels if level not in self._known]
+        """Levels of which not all is known; what was predicted before is known now."""
+        for level, precision in self._wanted(levels):
+            if (level, precision) not in self._known:
+                with suppress(MissingRecordError):
+                    record = self._records.known(**self._facts(level, precision))
+                    self._known[level, precision] = Prediction(**record["prediction"])
+        return [level for level in levels if any(each not in self._known for each in self._wanted([level]))]
+
+    def _wanted(self, levels: Sequence[str]) -> list[tuple[str, str | None]]:
+        """Levels with precisions; full training keeps nothing."""
+        return [
+            (level, precision)
+            for level in levels
+            for precision in (self.precisions if level != "full" else self.precisions[:1])
+        ]
+
+    def _facts(self, level: str, precision: str | None) -> dict[str, Any]:
+        other = {} if precision == self.plan.precision else {"rows": precision}
+        return {"kind": "prediction", "level": level, **other}
 
     def of(self, levels: Sequence[str]) -> tuple[Prediction, ...]:
-        """Of each level, as far as it is known, what is predicted."""
-        found = [self._known[level] for level in levels if level in self._known]
-        full = self._known["full"].epoch_seconds if "full" in self._known else None
-        return tuple(each if full is None else replace(each, full_epoch_seconds=full) for each in found)
+        """Of each level, as far as it is known, what is predicted at the sweep's precision."""
+        return self._found((level, self.precisions[0]) for level in levels)
+
+    def others(self, levels: Sequence[str]) -> tuple[Prediction, ...]:
+        """The same at other precisions."""
+        return self._found(each for each in self._wanted(levels) if each[1] != self.precisions[0])
+
+    def _found(self, wanted: Iterable[tuple[str, str | None]]) -> tuple[Prediction, ...]:
+        found = [self._known[each] for each in wanted if each in self._known]
+        full = self._known.get(("full", self.precisions[0]))
+        return tuple(each if full is None else replace(each, full_epoch_seconds=full.epoch_seconds) for each in found)
 
     def measure(self, levels: Sequence[str], rounds: int | None = None) -> tuple[Prediction, ...]:
-        """What is predicted of all of these levels; measured, if it is not known.
+        """What is predicted of all of these levels, at the sweep's precision; measured, if it is not known.
 
         Args:
             levels: from no recycling to all.
@@ -154,13 +176,14 @@ class Foresight:
                 self._build,
                 self.task,
                 missing,
-                precisions=(self.plan.precision,),
+                precisions=self.precisions,
                 store_folder=store if "://" in store else Path(store).absolute().parent,
                 views=self.plan.views,
                 rounds=MOST_ROUNDS if rounds is None else rounds,
             )
             for each in found:
                 self.plan.tell(f"predicted: {each}")
-                self._known[each.level] = each
-                self._records.write({"prediction": asdict(each)}, kind="prediction", level=each.level)
+                precision = each.precision if each.cut is not None else self.precisions[0]
+                self._known[each.level, precision] = each
+                self._records.write({"prediction": asdict(each)}, **self._facts(each.level, precision))
         return self.of(levels)

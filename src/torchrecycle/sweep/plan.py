@@ -37,8 +37,9 @@ class SweepPlan:
     """When the budget began to be used, as `time.monotonic` tells it; when the sweep is made, if None."""
     max_bytes: int | str | None = None
     """How many bytes the store may take, such as ``20 GB``; None sets no limit."""
-    predict: bool | None = None
-    """Whether it is measured beforehand what each level takes; None: where that is cheap against what is planned."""
+    predict: bool | Sequence[str] | None = None
+    """Whether it is measured beforehand what each level takes; None: where that is cheap against what is planned. Names
+    of precisions: at those, too."""
     precision: str | None = None
     """Of kept rows; see `recycle`."""
     views: int | None = None

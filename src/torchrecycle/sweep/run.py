@@ -185,8 +185,10 @@ def _refuse_arguments(build_model: Any, task: Any, plan: SweepPlan) -> None:
         raise SweepError(f"seeds={plan.seeds!r}: give a list of whole numbers, one for each training: seeds=(0, 1, 2)")
     if plan.views is not None and (not isinstance(plan.views, int) or plan.views < 1):
         raise SweepError(f"views={plan.views!r}: give how many augmented versions of an object are kept, 1 or more")
-    if plan.predict not in (None, True, False):
-        raise SweepError(f"predict={plan.predict!r}: give True or False, or None for where it is cheap")
+    if plan.predict not in (None, True, False) and not isinstance(plan.predict, (list, tuple)):
+        raise SweepError(
+            f"predict={plan.predict!r}: give True or False, None for where it is cheap, or a list of further precisions"
+        )
     if plan.budget is not None:
         parse_budget(plan.budget)
         if plan.predict is False:
@@ -207,7 +209,7 @@ def sweep(
     search: bool = True,
     budget: str | float | None = None,
     max_bytes: int | str | None = None,
-    predict: bool | None = None,
+    predict: bool | Sequence[str] | None = None,
     precision: str | None = None,
     views: int | None = None,
     weights: str | Path | None = None,
@@ -234,7 +236,8 @@ def sweep(
             kept first whose rows save most; the others take turns afterwards.
         predict: whether a few batches of each level are measured before anything is filled, so that it is known what it
             will take, and shown beside what came. None: where that takes a tenth of the planned work at most, and where
-            a budget or ``max_bytes`` asks for it. The task's `fit` is then called beside the trainings, too.
+            a budget or ``max_bytes`` asks for it. Names of precisions, such as ``("bfloat16", "int8")``: at those, too,
+            beside the sweep's own. The task's `fit` is then called beside the trainings.
         precision: of kept rows; see `recycle`.
         views: in how many augmented versions each object of the training split is kept; see `recycle`.
         weights: a folder where the trained weights of each final training are kept.
