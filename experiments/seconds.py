@@ -46,7 +46,7 @@ def measure(task: ObjectiveTask, recipes: dict[str, Recipe], rounds: int) -> dic
     ways: dict[str, Callable[[], float]] = {
         "full": lambda: epoch(task, full, full.parameters(), plain, "full", recipes["full"])
     }
-    found: dict[str, Any] = {"objects": len(task.train), "levels": {}}
+    found: dict[str, Any] = {"objects": len(task.train), "epochs": recipes["full"].epochs, "levels": {}}
     with tempfile.TemporaryDirectory() as folder:
         for level, share in LEVELS.items():
             model = task.build_model()
@@ -64,7 +64,12 @@ def measure(task: ObjectiveTask, recipes: dict[str, Recipe], rounds: int) -> dic
                     return epoch(task, model, recycling.parameters(), loader, level, recipes[level])
 
             ways |= {f"{level} recycled": recycled, f"{level} frozen": frozen}
-            found["levels"][level] = {"cut": recycling.cut, "fill": report.seconds, "bytes": report.bytes_written}
+            found["levels"][level] = {
+                "cut": recycling.cut,
+                "epochs": recipes[level].epochs,
+                "fill": report.seconds,
+                "bytes": report.bytes_written,
+            }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(rounds + 1):
             for name, way in ways.items():

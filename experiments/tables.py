@@ -72,15 +72,16 @@ def size(count: float) -> str:
 
 
 def sweep_table(result: Figures, published: dict[str, float], kept: dict[str, int]) -> str:
-    """Quality, what of the gain is kept, how it was trained, time and bytes; a row for each level."""
+    """Quality, what of the gain is kept, how it was trained, and bytes; a row for each level. Seconds have a table of
+    their own, measured one at a time."""
     metrics = list(result["untrained"])
     heads = ["", *metrics, "over the seeds", "gain kept"]
     heads += ["published", "their gain kept"] if published else []
-    heads += ["cut", "epochs, rate", "s per epoch", "all epochs", "kept"]
+    heads += ["cut", "epochs, rate", "kept"]
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
     before = [shown(result["untrained"][metric]) for metric in metrics]
     blank = [f"{published.get('untrained', '')}", ""] if published else []
-    lines.append(f"| {' | '.join(['untrained', *before, '', '', *blank, '', '', '', '', ''])} |")
+    lines.append(f"| {' | '.join(['untrained', *before, '', '', *blank, '', '', ''])} |")
     for level in sorted(result["levels"], key=lambda each: -each["share"]):
         share = gain_kept(result, level)
         recipe = level["trials"][0]["recipe"]
@@ -91,7 +92,7 @@ def sweep_table(result: Figures, published: dict[str, float], kept: dict[str, in
             theirs = kept.get(level["level"])
             cells += [f"{published.get(level['level'], '')}", "" if theirs is None else f"{theirs} %"]
         cells += [f"`{level['cut']}`" if level["cut"] else "", f"{recipe['epochs']}, {rate:g}"]
-        cells += [f"{level['epoch_seconds']:.1f}", minutes(level["total_seconds"]), size(level["bytes_kept"])]
+        cells += [size(level["bytes_kept"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -160,40 +161,65 @@ def seconds() -> str | None:
     if found is None:
         return None
     lines = [
-        "| task | level | fill | epoch, recycled | frozen, no store | full, plain loader | filling has paid after |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| task | level | fill | epoch, recycled | frozen, no store | full, plain loader "
+        "| all epochs with the fill | all epochs, full | filling has paid after |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task, each in found["measured"].items():
         for name, level in each["levels"].items():
             saved = level["frozen"] - level["recycled"]
             paid = f"{level['fill'] / saved:.1f} epochs" if saved > 0 else "never"
+            whole = level["fill"] + level["epochs"] * level["recycled"]
             lines.append(
                 f"| {task} | {words(name)} | {level['fill']:.1f} s | {level['recycled']:.2f} s | "
-                f"{level['frozen']:.2f} s | {each['full']:.2f} s | {paid} |"
+                f"{level['frozen']:.2f} s | {each['full']:.2f} s | {minutes(whole)} | "
+                f"{minutes(each['epochs'] * each['full'])} | {paid} |"
             )
-    return "\n".join(lines)
+    first = next(iter(found["measured"].values()))
+    share = 100 * found["settings"]["fraction"]
+    told = f"{first['machine']}, torch {first['versions']['torch']}, {first['date']}; with {share:.0f} % of the data.\n"
+    return "\n".join([told, *lines])
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
+def speeds() -> list[Figures]:
+    """One for each model and machine, of the processors and of the graphics cards."""
+    found = [read("speed"), read("speed-gpu")]
+    return [one for each in found if each is not None for one in each["measured"].values()]
+
+
+def machine_of(one: Figures) -> str:
+    """Its threads, or its card."""
+    threads = f"{one['threads']} thread{'s' if one['threads'] > 1 else ''}"
+    return one["machine"].rpartition(", ")[2] if one["device"] == "cuda" else threads
+
+
 def speed() -> str | None:
-    found = read("speed")
-    if found is None:
+    """A row for each model and level; training and inference on each machine."""
+    found = speeds()
+    if not found:
         return None
-    lines = [
-        "| model | parameters | machine | recycled | training | inference | FLOPs alone give | bytes per object |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for one in found["measured"].values():
-        for name, level in one["levels"].items():
-            ratios = [f"{one['full'][each] / level[each]:.2f}" for each in ("training", "inference")]
-            limit = 1 / (1 - level["flops_share"])
-            lines.append(
-                f"| {one['model']} | {one['parameters'] / 1e6:.0f} M | {one['machine']} | {name.replace('%', ' %')} at "
-                f"`{level['cut']}` | {' | '.join(ratios)} | {limit:.2f} | {level['bytes_per_object'] / 1e3:,.0f} kB |"
-            )
-    return "\n".join(lines)
+    machines = list(dict.fromkeys(machine_of(one) for one in found))
+    heads = ["model", "recycled", "FLOPs alone give", *(f"training, {each}" for each in machines)]
+    heads += [*(f"inference, {each}" for each in machines), "bytes per object"]
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    for model in dict.fromkeys(one["model"] for one in found):
+        mine = {machine_of(one): one for one in found if one["model"] == model}
+        first = next(iter(mine.values()))
+        for name, level in first["levels"].items():
+            cells = [f"{model}, {first['parameters'] / 1e6:.0f} M", f"{name.replace('%', ' %')} at `{level['cut']}`"]
+            cells.append(f"{1 / (1 - level['flops_share']):.2f}")
+            for purpose in ("training", "inference"):
+                for each in machines:
+                    one = mine.get(each)
+                    ratio = None if one is None else one["full"][purpose] / one["levels"][name][purpose]
+                    cells.append("" if ratio is None else f"{ratio:.2f}")
+            cells.append(f"{level['bytes_per_object'] / 1e3:,.0f} kB")
+            lines.append(f"| {' | '.join(cells)} |")
+    told = "; ".join(dict.fromkeys(f"{one['machine']}, torch {one['versions']['torch']}" for one in found))
+    return f"Times faster than in full. {told}.\n\n" + "\n".join(lines)
 
 
 # -- what may close the gap --------------------------------------------------------------------------------------------
@@ -207,16 +233,15 @@ def levers() -> str | None:
     for one in found["measured"].values():
         by_level.setdefault(one["level"], {}).setdefault(one["name"], []).append(one)
     lines = [
-        "| recycled | what is tried | R-precision | against as usual | s per epoch |",
-        "| --- | --- | --- | --- | --- |",
+        "| recycled | what is tried | R-precision | against as usual |",
+        "| --- | --- | --- | --- |",
     ]
     for level, names in by_level.items():
         usual = names.get("as usual")
         for name, each in names.items():
             mean = statistics.mean(one["quality"] for one in each)
             against = "" if usual is None or name == "as usual" else compared(each, usual)
-            second = statistics.median(one["epoch_seconds"] for one in each)
-            lines.append(f"| {level} % | {name} | {mean:.3f} | {against} | {second:.1f} |")
+            lines.append(f"| {level} % | {name} | {mean:.3f} | {against} |")
     return "\n".join(lines)
 
 
@@ -308,28 +333,27 @@ def plot_amount(page: Path) -> None:
 
 
 def plot_speed(page: Path) -> None:
-    found = read("speed")
-    if found is None:
+    found = speeds()
+    if not found:
         return
-    panels = []
-    for purpose in ("training", "inference"):
-        lines = list(speed_lines(found, purpose))
-        panels.append((f"50 % recycled, {purpose}", "parameters, millions", "times faster", lines))
+    panels = [
+        (f"50 % recycled, {purpose}", "parameters, millions", "times faster", list(speed_lines(found, purpose)))
+        for purpose in ("training", "inference")
+    ]
     draw(page.parent / "experiments-speed.svg", panels, log=True)
 
 
-def speed_lines(found: Figures, purpose: str) -> Iterator[Line]:
-    colours = iter(["#1f6fb2", "#7fb2dd", "#c4561b", "#e8a87c", "#2a9d57", "#90cfa8"])
+def speed_lines(found: Sequence[Figures], purpose: str) -> Iterator[Line]:
+    colours = iter(["#1f6fb2", "#7fb2dd", "#0b3c68", "#c4561b", "#e8a87c", "#7a2f05"])
     for family in ("ResNet", "BERT"):
-        mine = [one for one in found["measured"].values() if (family == "ResNet") == one["model"].startswith("ResNet")]
-        for machine in sorted({one["machine"] for one in mine}):
+        mine = [one for one in found if (family == "ResNet") == one["model"].startswith("ResNet")]
+        for machine in dict.fromkeys(machine_of(one) for one in mine):
             points = sorted(
                 (one["parameters"] / 1e6, one["full"][purpose] / one["levels"]["50%"][purpose])
                 for one in mine
-                if one["machine"] == machine
+                if machine_of(one) == machine
             )
-            label = f"{family}, {machine.rpartition(', ')[2]}"
-            yield Line(label, next(colours), [x for x, _ in points], [y for _, y in points])
+            yield Line(f"{family}, {machine}", next(colours), [x for x, _ in points], [y for _, y in points])
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
