@@ -62,8 +62,8 @@ def test_half_is_recommended_where_it_keeps_what_training_gains():
     )
     assert found.verdicts == {
         "full": "best, but takes longer",
-        "50": "recommended: keeps 99% of the gain",
-        "head": "keeps 39% of the gain",
+        "50": "recommended: keeps 99 % of the gain",
+        "head": "keeps 39 % of the gain",
     }
 
 
@@ -73,7 +73,7 @@ def test_head_only_is_recommended_where_it_is_as_good():
     assert found.sentence.startswith("Train the head only (cut `trunk.athead`): accuracy 0.590")
     assert "20.0 times faster, nothing kept; it keeps 98 % of the gain, and none was quicker." in found.sentence
     assert "would lose" not in found.sentence
-    assert found.verdicts["50"] == "keeps 100% of the gain, but takes longer"
+    assert found.verdicts["50"] == "keeps 100 % of the gain, but takes longer"
 
 
 def test_full_training_is_recommended_where_all_others_lose_too_much():
@@ -82,14 +82,25 @@ def test_full_training_is_recommended_where_all_others_lose_too_much():
     assert found.sentence == "Train the whole network: accuracy 0.600 ± 0.001; 50 % would lose 0.10."
     assert found.verdicts == {
         "full": "recommended: best",
-        "50": "keeps 75% of the gain",
-        "head": "keeps 25% of the gain",
+        "50": "keeps 75 % of the gain",
+        "head": "keeps 25 % of the gain",
     }
 
 
 def test_a_level_that_is_slower_with_filling_is_not_recommended_for_its_quicker_epochs():
     found = _recommend(_level("full", 0.6, 100.0), _level("50", 0.6, 30.0, fill=80.0))
     assert found.level == "full"
+
+
+def test_full_training_that_is_quicker_than_filling_says_what_would_have_been_enough():
+    found = _recommend(
+        _level("full", 0.600, 10.0), _level("50", 0.598, 8.0, fill=7.0), _level("75", 0.400, 4.0, fill=2.0)
+    )
+    assert found.level == "full"
+    assert found.sentence == (
+        "Train the whole network: accuracy 0.600 ± 0.001; 50 % keeps 99 % of the gain, but takes 1.5 times as long, "
+        "filling included."
+    )
 
 
 def test_where_nothing_is_gained_the_pretrained_model_is_to_be_taken_as_it_is():

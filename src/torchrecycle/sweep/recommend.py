@@ -167,7 +167,15 @@ def _beside(
 
 
 def _reason(chosen: _Against, against: Sequence[_Against]) -> str:
-    """What the next quicker level would lose: the reason not to go further. If none is quicker, what is kept."""
+    """What the next quicker level would lose: the reason not to go further. If none is quicker, what is kept. Of full
+    training, why nothing is recycled though something may be."""
+    slower = [each for each in against if each is not chosen and each.is_enough]
+    if chosen.level.cut is None and slower:
+        nearest = min(slower, key=lambda each: each.seconds)
+        times = f"{nearest.seconds / chosen.seconds:.1f} times as long"
+        return (
+            f"{_short(nearest.level)} keeps {_per_cent(nearest.kept)} of the gain, but takes {times}, filling included"
+        )
     quicker = [each for each in against if each.seconds < chosen.seconds and not each.is_enough]
     if quicker:
         nearest = min(quicker, key=lambda each: each.lost.mean)
@@ -177,7 +185,11 @@ def _reason(chosen: _Against, against: Sequence[_Against]) -> str:
         return ""
     if chosen.lost.mean <= 0:
         return "no other level was better, and none was quicker"
-    return f"it keeps {chosen.kept:.0%} of the gain, and none was quicker".replace("%", " %")
+    return f"it keeps {_per_cent(chosen.kept)} of the gain, and none was quicker"
+
+
+def _per_cent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _digits(figures: Sequence[Estimate]) -> int:
@@ -217,7 +229,7 @@ def _bytes(count: int) -> str:
 
 
 def _verdict(each: _Against, chosen: _Against, best: LevelResult) -> str:
-    words = "best" if each.level is best else f"keeps {max(0.0, each.kept):.0%} of the gain"
+    words = "best" if each.level is best else f"keeps {_per_cent(max(0.0, each.kept))} of the gain"
     if each is chosen:
         return f"recommended: {words}"
     if each.is_enough:
