@@ -94,7 +94,7 @@ def test_a_level_that_is_slower_with_filling_is_not_recommended_for_its_quicker_
 
 def test_full_training_that_is_quicker_than_filling_says_what_would_have_been_enough():
     found = _recommend(
-        _level("full", 0.600, 10.0), _level("50", 0.598, 8.0, fill=7.0), _level("75", 0.400, 4.0, fill=2.0)
+        _level("full", 0.600, 10.0), _level("50", 0.596, 8.0, fill=7.0), _level("75", 0.400, 4.0, fill=2.0)
     )
     assert found.level == "full"
     assert found.sentence == (
