@@ -140,6 +140,7 @@ def compare(task: ObjectiveTask, given: argparse.Namespace, folder: Path) -> dic
         store=folder / "store",
         results=folder / "results",
         search=False,
+        predict=False,  # it was, just before
         tell=print,
     )
     result = run.result()
