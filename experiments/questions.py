@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from sweeps import arguments, given_recipes, run  # pyright: ignore[reportMissingImports]
 from tasks import questions  # pyright: ignore[reportMissingImports]
-from torchrecycle.sweep import Recipe
+from torchrecycle.sweep import Recipe, Settings
 
 RECIPES = {
     "full": Recipe(epochs=2, suffix_rate=1e-4, head_rate=1e-3, batch_size=32, scale=20.0),
@@ -22,8 +22,12 @@ RECIPES = {
 
 
 def main() -> None:
-    given = arguments(__doc__, "--faq", "JSONL with question and answer").parse_args()
-    run("questions", given_recipes(questions(given.faq), RECIPES), given)
+    parser = arguments(__doc__, "--faq", "JSONL with question and answer")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the training pairs")
+    given = parser.parse_args()
+    name = "questions" if given.fraction == 1 else f"questions-{100 * given.fraction:.0f}"
+    task = questions(given.faq, settings=Settings(fraction=given.fraction, skip_bad=True))
+    run(name, given_recipes(task, RECIPES), given)
 
 
 if __name__ == "__main__":
