@@ -480,7 +480,6 @@ def _run(asked: _Asked, make: Callable[[Settings], tuple[ObjectiveTask, Trunk]],
         _refuse_early(asked)
         from torchrecycle.sweep import Settings, Sweep
         from torchrecycle.sweep.kept import finite
-        from torchrecycle.sweep.scored import keep_scored, scored_of
 
         with redirect_stdout(sys.stderr) as stderr:  # what a library says is no part of the answer
             tell: Callable[[str], None] = lambda line: print(f"  {line}", flush=True, file=stderr)  # noqa: E731
@@ -490,7 +489,6 @@ def _run(asked: _Asked, make: Callable[[Settings], tuple[ObjectiveTask, Trunk]],
             _begin(asked.folder)
             run = Sweep(task.build_model, task, plan)
             result = run.result()
-            keep_scored(plan.folder, result, scored_of(task, result, precision=plan.precision))
         if asked.as_json:
             print(json.dumps(finite(result.to_json()), indent=2), flush=True)
         else:

@@ -18,7 +18,7 @@ from torchrecycle.sweep.environment import now
 from torchrecycle.sweep.journal import JournalError
 from torchrecycle.sweep.results import LevelResult, SweepResult
 
-__all__ = ["RESULT", "ROWS", "finite", "keep_result", "keep_row"]
+__all__ = ["RESULT", "ROWS", "finite", "keep_result", "keep_row", "write_whole"]
 
 ROWS, RESULT = "results.jsonl", "results.json"
 
@@ -40,7 +40,7 @@ def keep_row(folder: Path, sweep: str, level: LevelResult) -> None:
     if any(line.get("sweep") == sweep and line.get("row") == figures for line in lines):
         return
     lines.append({"sweep": sweep, "date": now(), "row": figures})
-    _write_whole(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+    write_whole(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -58,10 +58,15 @@ def keep_result(folder: Path, result: SweepResult) -> None:
     Raises:
         JournalError: it cannot be written.
     """
-    _write_whole(folder / RESULT, json.dumps(finite(result.to_json()), indent=2))
+    write_whole(folder / RESULT, json.dumps(finite(result.to_json()), indent=2))
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Written under another name first, so that a file is never half there.
+
+    Raises:
+        JournalError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from torchrecycle.sweep.levels import LEVELS, parse_levels, share_of
 from torchrecycle.sweep.plan import SweepError, SweepPlan
 from torchrecycle.sweep.results import LevelResult, SweepResult, Trial
 from torchrecycle.sweep.runner import Runner
+from torchrecycle.sweep.scored import keep_scored, scored_of
 from torchrecycle.sweep.task import Task
 from torchrecycle.trace import random_state, set_random_state
 
@@ -117,7 +118,8 @@ class Sweep:
             self._work = None
 
     def result(self) -> SweepResult:
-        """Everything, with a recommendation; what is not finished yet is finished now, and ``results.json`` written.
+        """Everything, with a recommendation; what is not finished yet is finished now, and ``results.json`` written;
+        beside it ``scores.json``, by which `report compare` tells two sweeps apart object by object.
 
         Raises:
             SweepError: a training diverged, or the task gave what cannot be used.
@@ -127,6 +129,8 @@ class Sweep:
             by_level = {row.level: row for row in self}
             self._result = self._engine.result([by_level[level] for level in self.levels if level in by_level])
             keep_result(self.plan.folder, self._result)
+            scored = scored_of(self.task, self._result, precision=self.plan.precision)
+            keep_scored(self.plan.folder, self._result, scored)
         return self._result
 
     def best_weights(self) -> BestWeights:

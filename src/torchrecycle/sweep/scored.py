@@ -30,7 +30,7 @@ from torchrecycle.sweep.datasets import PictureObjects
 from torchrecycle.sweep.estimates import difference
 from torchrecycle.sweep.identity import seed_everything
 from torchrecycle.sweep.journal import Journal
-from torchrecycle.sweep.kept import ROWS, _write_whole, finite
+from torchrecycle.sweep.kept import ROWS, finite, write_whole
 from torchrecycle.sweep.results import Estimate, SweepResult
 from torchrecycle.sweep.task import Task
 from torchrecycle.trace import random_state, set_random_state
@@ -174,7 +174,7 @@ def keep_scored(folder: Path, result: SweepResult, scored: Scored) -> None:
         "clusters": scored.clusters,
         "scores": scored.scores,
     }
-    _write_whole(folder / SCORES, json.dumps(finite(record)))
+    write_whole(folder / SCORES, json.dumps(finite(record)))
 
 
 def read_scored(folder: Path, result: SweepResult) -> Scored:
