@@ -216,6 +216,10 @@ def test_a_sweep_from_python_is_known_by_what_its_rows_were_filled_with(tmp_path
     read = {name: read_result(folder) for name, folder in folders.items()}
     known = {name: read_scored(folders[name], read[name]).precision for name in folders}
     assert known == {"own": OWN, "half": "float16"}
+    for folder in folders.values():  # as an older version left it
+        (folder / SCORES).unlink()
+    known = {name: read_scored(folders[name], read[name]).precision for name in folders}
+    assert known == {"own": OWN, "half": "float16"}
     shutil.rmtree(folders["half"] / "journal")
     assert read_scored(folders["half"], read["half"]).precision == ""
 

@@ -81,7 +81,7 @@ GOLDEN = {
     "pictures, similarity": (
         lambda home: _pictures(home, "similarity"),
         "3217ee12e4f1047db86beafe51e053b7",
-        "dd8e2a5af96d1678a8ada90d15dbf2eb",
+        "5d8f32eb6a88a94dd06ac9cdc6ec5bc5",
         "f81d4c4ddb1a81668e1c53957104b5ff",
         "1846899656d876a37d78e91e50392f44",
     ),
