@@ -110,7 +110,7 @@ _SIMILAR = {
     "between": Recipe(epochs=7, suffix_rate=3e-4, head_rate=1e-3, scale=4.0),
     "head": Recipe(epochs=12, suffix_rate=0.0, head_rate=1e-3, scale=4.0),
 }
-"""What was best on similar cars, see docs/experiments.md: with a scale of 8 the training classes are learned by heart."""
+"""What was best on similar cars (docs/experiments.md): with a scale of 8 the training classes are learned by heart."""
 _TEXTS = {
     "full": Recipe(epochs=3, suffix_rate=1e-4, head_rate=1e-3, batch_size=32, scale=20.0),
     "between": Recipe(epochs=4, suffix_rate=1e-4, head_rate=1e-3, batch_size=32, scale=20.0),
