@@ -156,6 +156,14 @@ def test_a_users_own_items_that_differ_may_be_the_same_objects_read_in_another_w
     assert "another way of reading them" in told.warnings[0]
 
 
+def test_other_items_that_the_pretrained_model_scores_alike_by_chance_are_not_taken_for_the_same():
+    """Among 32 objects it takes few tries to find two sets with the same accuracy."""
+    a, b = (scored(objects=name, order=name, is_of_objects=False) for name in ("one set", "another"))
+    told = compare(result(a), result(b), scored=(a, b))
+    assert told.is_same_test is None
+    assert "cannot be told" in told.warnings[0]
+
+
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,8 @@ def _same_test(
     if hashes is True and a.kind == b.kind:
         return True, []
     apart = _apart(a, b, metrics) if hashes is None and _scores_the_same(a, b, known) else None
-    if apart == 0:
+    differ = all(one.objects for one in known)  # of a user's own data set: as another model or transform may read it
+    if apart == 0 and not differ:
         return True, []
     if other:
         return False, not_the_same
@@ -243,15 +244,15 @@ def _same_test(
             f"It cannot be told whether both were tested on the same objects: A is '{a.title}' of {a.ran.data}, B "
             f"'{b.title}' of {b.ran.data}. If they were not, the differences mean nothing."
         ]
+    if differ:
+        return None, [
+            "It cannot be told whether both were tested on the same objects: what the models got of them is not the "
+            "same, which may come from another way of reading them. If they were not, the differences mean nothing."
+        ]
     if apart is not None:
         return True, [
             f"The same pretrained model has {scores}. So little comes from another machine, version or precision; or "
             "a few of the test objects are not the same."
-        ]
-    if all(one.objects for one in known):  # of a user's own data set, as another model or transform may read it
-        return None, [
-            "It cannot be told whether both were tested on the same objects: what the models got of them is not the "
-            "same, which may come from another way of reading them. If they were not, the differences mean nothing."
         ]
     return True, [
         "That both were tested on the same objects is taken from the data's name and from how many there are: with "
