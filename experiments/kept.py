@@ -30,7 +30,7 @@ class Kept:
             if self.found["settings"] != settings:
                 raise SystemExit(
                     f"{path} was measured with {self.found['settings']} and not with {settings}: give the same "
-                    "arguments, or another --results"
+                    "arguments, or move the file away"
                 )
 
     @property

@@ -245,7 +245,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--fraction", type=float, default=0.5, help="of the training photos")
     given = parser.parse_args()
-    kept = Kept(RESULTS / "levers.json", {"fraction": given.fraction, "machine": machine(device())})
+    kept = Kept(RESULTS / "levers.json", {"fraction": given.fraction})
+    ran = {"machine": machine(device()), "versions": versions()}
     settings = Settings(fraction=given.fraction, skip_bad=True)
     plain, augmented = None, None
     for seed in range(given.seeds):
@@ -259,7 +260,7 @@ def main() -> None:
                 else:
                     task = plain = plain or cars(given.cars, settings=settings)
                 one = trained(task, level, lever, seed, given.store / "activations")
-                kept.keep(name, {"level": level, "name": lever.name, "seed": seed, "versions": versions(), **one})
+                kept.keep(name, {"level": level, "name": lever.name, "seed": seed, **ran, **one})
                 print(f"{name}: {one['quality']:.4f}, {one['epoch_seconds']:.1f} s an epoch", flush=True)
 
 

@@ -91,12 +91,15 @@ def main() -> None:
     kept = Kept(RESULTS / "seconds.json", {"fraction": given.fraction, "rounds": given.rounds})
     settings = Settings(fraction=given.fraction, skip_bad=True)
     about = {"machine": machine(device()), "date": f"{date.today()}", "versions": versions()}
-    if given.cars is not None and "similar cars" not in kept:
-        kept.keep("similar cars", {**about, **measure(cars(given.cars, settings=settings), OF_CARS, given.rounds)})
-    if given.faq is not None and "questions" not in kept:
-        kept.keep(
-            "questions", {**about, **measure(questions(given.faq, settings=settings), OF_QUESTIONS, given.rounds)}
-        )
+    tasks: dict[str, tuple[Callable[[], ObjectiveTask], dict[str, Recipe]]] = {}
+    if given.cars is not None:
+        tasks["similar cars"] = lambda: cars(given.cars, settings=settings), OF_CARS
+    if given.faq is not None:
+        tasks["questions"] = lambda: questions(given.faq, settings=settings), OF_QUESTIONS
+    for name, (make, recipes) in tasks.items():
+        if f"{name}, {about['machine']}" not in kept:
+            found = measure(make(), recipes, given.rounds)
+            kept.keep(f"{name}, {about['machine']}", {"task": name, **about, **found})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ when it ends, in ``experiments/results/NAME/journal/``.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def run(
         store=given.store / "activations",
         results=RESULTS / name,
         seeds=range(given.seeds),
-        command=f"python experiments/{name}.py",
+        command=f"python experiments/{Path(sys.argv[0]).name}",
         tell=lambda line: tell(f"{name}: {line}"),
     )
     result = work.result()

@@ -72,16 +72,15 @@ def size(count: float) -> str:
 
 
 def sweep_table(result: Figures, published: dict[str, float], kept: dict[str, int]) -> str:
-    """Quality, what of the gain is kept, how it was trained, and bytes; a row for each level. Seconds have a table of
-    their own, measured one at a time."""
+    """Quality, what of the gain is kept, how it was trained, time and bytes; a row for each level."""
     metrics = list(result["untrained"])
     heads = ["", *metrics, "over the seeds", "gain kept"]
     heads += ["published", "their gain kept"] if published else []
-    heads += ["cut", "epochs, rate", "kept"]
+    heads += ["cut", "epochs, rate", "s per epoch", "kept"]
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
     before = [shown(result["untrained"][metric]) for metric in metrics]
     blank = [f"{published.get('untrained', '')}", ""] if published else []
-    lines.append(f"| {' | '.join(['untrained', *before, '', '', *blank, '', '', ''])} |")
+    lines.append(f"| {' | '.join(['untrained', *before, '', '', *blank, '', '', '', ''])} |")
     for level in sorted(result["levels"], key=lambda each: -each["share"]):
         share = gain_kept(result, level)
         recipe = level["trials"][0]["recipe"]
@@ -92,7 +91,7 @@ def sweep_table(result: Figures, published: dict[str, float], kept: dict[str, in
             theirs = kept.get(level["level"])
             cells += [f"{published.get(level['level'], '')}", "" if theirs is None else f"{theirs} %"]
         cells += [f"`{level['cut']}`" if level["cut"] else "", f"{recipe['epochs']}, {rate:g}"]
-        cells += [size(level["bytes_kept"])]
+        cells += [f"{level['epoch_seconds']:.1f}", size(level["bytes_kept"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -118,7 +117,8 @@ def levels() -> str | None:
 
 
 def questions() -> str | None:
-    result = read("questions")
+    """With all pairs to train on, or with half of them if only that was run."""
+    result = read("questions") or read("questions-50")
     return result and f"{about(result)}\n{sweep_table(result, PUBLISHED['questions'], KEPT['questions'])}"
 
 
@@ -160,25 +160,31 @@ def seconds() -> str | None:
     found = read("seconds")
     if found is None:
         return None
+    share, parts = 100 * found["settings"]["fraction"], []
+    for machine in dict.fromkeys(each["machine"] for each in found["measured"].values()):
+        mine = [each for each in found["measured"].values() if each["machine"] == machine]
+        told = f"{machine}, torch {mine[0]['versions']['torch']}, {mine[0]['date']}; with {share:.0f} % of the data."
+        parts.append(f"{told}\n\n{seconds_table(mine)}")
+    return "\n\n".join(parts)
+
+
+def seconds_table(measured: Sequence[Figures]) -> str:
     lines = [
         "| task | level | fill | epoch, recycled | frozen, no store | full, plain loader "
         "| all epochs with the fill | all epochs, full | filling has paid after |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for task, each in found["measured"].items():
+    for each in measured:
         for name, level in each["levels"].items():
             saved = level["frozen"] - level["recycled"]
             paid = f"{level['fill'] / saved:.1f} epochs" if saved > 0 else "never"
             whole = level["fill"] + level["epochs"] * level["recycled"]
             lines.append(
-                f"| {task} | {words(name)} | {level['fill']:.1f} s | {level['recycled']:.2f} s | "
+                f"| {each['task']} | {words(name)} | {level['fill']:.1f} s | {level['recycled']:.2f} s | "
                 f"{level['frozen']:.2f} s | {each['full']:.2f} s | {minutes(whole)} | "
                 f"{minutes(each['epochs'] * each['full'])} | {paid} |"
             )
-    first = next(iter(found["measured"].values()))
-    share = 100 * found["settings"]["fraction"]
-    told = f"{first['machine']}, torch {first['versions']['torch']}, {first['date']}; with {share:.0f} % of the data.\n"
-    return "\n".join([told, *lines])
+    return "\n".join(lines)
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -242,7 +248,20 @@ def levers() -> str | None:
             mean = statistics.mean(one["quality"] for one in each)
             against = "" if usual is None or name == "as usual" else compared(each, usual)
             lines.append(f"| {level} % | {name} | {mean:.3f} | {against} |")
-    return "\n".join(lines)
+    ran = "; ".join(sorted({one["machine"] for one in found["measured"].values()}))
+    share = 100 * found["settings"]["fraction"]
+    told = f"{share:.0f} % of the training photos, seeds {', '.join(seeds_of(found))}, rate {rate_of()}. {ran}."
+    return f"{told}\n\n" + "\n".join(lines)
+
+
+def seeds_of(found: Figures) -> list[str]:
+    return sorted({str(one["seed"]) for one in found["measured"].values()})
+
+
+def rate_of() -> str:
+    from levels import RECIPES  # pyright: ignore[reportMissingImports]
+
+    return ", ".join(dict.fromkeys(f"{RECIPES[level].suffix_rate:g}" for level in ("75", "50")))
 
 
 def compared(each: Sequence[Figures], usual: Sequence[Figures]) -> str:
@@ -290,8 +309,9 @@ def draw(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Line]]], *, 
 
 def plot_levels(page: Path) -> None:
     panels = []
-    for name, title in (("levels", "Similar cars"), ("questions", "Questions and answers")):
-        result = read(name)
+    titles = {"levels": "Similar cars", "questions": "Questions and answers", "classification": "Questions by service"}
+    for name, title in titles.items():
+        result = read(name) or read(f"{name}-50")
         if result is None:
             continue
         metric = result["metric"]
@@ -305,6 +325,22 @@ def plot_levels(page: Path) -> None:
         )
     if panels:
         draw(page.parent / "experiments-levels.svg", panels)
+
+
+def plot_seconds(page: Path) -> None:
+    """An epoch in each way, by level."""
+    found = read("seconds")
+    if found is None:
+        return
+    panels = []
+    for each in found["measured"].values():
+        names = list(each["levels"])
+        share = [{"50": 50.0, "75": 75.0, "head": 100.0}[name] for name in names]
+        ways = (("frozen", "frozen, no store", "#c4561b"), ("recycled", "recycled", "#1f6fb2"))
+        lines = [Line(label, colour, share, [each["levels"][n][way] for n in names]) for way, label, colour in ways]
+        full = Line("full training", "#444444", [0.0, 100.0], [each["full"]] * 2)
+        panels.append((each["task"], "blocks recycled, %", "seconds per epoch", [full, *lines]))
+    draw(page.parent / "experiments-seconds.svg", panels)
 
 
 def plot_amount(page: Path) -> None:
@@ -372,6 +408,7 @@ PARTS: dict[str, Callable[[], str | None]] = {
 PLOTS = {
     "levels": "Quality against the share of blocks recycled",
     "amount": "Quality against the number of photos to train on",
+    "seconds": "Seconds of an epoch in full, frozen and recycled",
     "speed": "Times faster against the number of parameters",
 }
 
@@ -395,7 +432,7 @@ def main() -> None:
         if part:
             text = put(text, name, part)
     page.write_text(text, encoding="utf-8")
-    for plot in (plot_levels, plot_amount, plot_speed):
+    for plot in (plot_levels, plot_amount, plot_seconds, plot_speed):
         plot(page)
 
 
