@@ -29,11 +29,11 @@ from torch import nn
 
 from torchrecycle.progress import progress
 from torchrecycle.similarity.metrics import NotFiniteError
-from torchrecycle.store import MemoryStore, Store, open_store
+from torchrecycle.store import MemoryStore, Store
 from torchrecycle.store.sizes import parse_bytes
 from torchrecycle.sweep.budget import duration_in_words, parse_budget
 from torchrecycle.sweep.environment import machine, versions
-from torchrecycle.sweep.filling import Filling
+from torchrecycle.sweep.filling import Filling, OwnRows, open_limited
 from torchrecycle.sweep.foresight import LEAST_ROUNDS, Foresight, Planned, cheap_rounds, planned_epochs
 from torchrecycle.sweep.frozen import FrozenSteps
 from torchrecycle.sweep.halving import FACTORS, Attempt, Halving, require_optuna, rungs, search_epochs
@@ -374,7 +374,7 @@ class Engine:
 
     def _attached(self, level: str, model: nn.Module, cut: str | None, stack: ExitStack) -> Runner:
         if self._store is None:
-            self._store = open_store(self.plan.store, self.plan.max_bytes)
+            self._store = open_limited(self.plan.store, self.plan.max_bytes)
         recycling = attach(self.task, model, level, cut, self._store, self._options())
         stack.callback(recycling.detach)
         return Runner(self.task, level, recycling, model)
@@ -385,12 +385,15 @@ class Engine:
 
     def _tell_of_others(self, runners: Mapping[str, Runner]) -> None:
         recyclings = [runner.recycling for runner in runners.values() if runner.recycling is not None]
-        ours = {place.fingerprint for place in self._places(list(runners)).values()}
+        ours = {place.fingerprint for place in self._places(list(runners)).values() if place.fingerprint}
         others = set(recyclings[0].store.fingerprints()) - ours - {each.fingerprint for each in recyclings}
+        if isinstance(self._store, OwnRows):  # which may drop those of its own levels for others
+            self._store.own.update(ours)
         if others:
+            limited = "" if self.plan.max_bytes is None else ", and not counted in the bytes that may be taken"
             self.plan.tell(
                 f"the store {self.plan.store} holds rows of {len(others)} other models or cuts too: they are not "
-                "used, and left as they are"
+                f"used, and left as they are{limited}"
             )
 
     def _turns_taken(self) -> Turns:

@@ -1,7 +1,9 @@
 """Filling for several levels at once: what passes cost, what is kept, and what would be.
 
 All levels are filled in one pass over each split: the deepest prefix runs once. Under ``max_bytes`` they may not fit
-together; who is kept when is then told by `torchrecycle.sweep.turns`, from what the rows of each will take.
+together; who is kept when is then told by `torchrecycle.sweep.turns`, from what the rows of each will take. The limit
+is for the rows of this sweep: those of other models in the same store, hours of somebody's filling, are not counted
+and never make room (`OwnRows`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +23,16 @@ from torch.utils.data import Subset
 from torchrecycle.errors import RecycleWarning, StoreError
 from torchrecycle.fill import FillReport
 from torchrecycle.recycling import Recycling, fill_many
-from torchrecycle.store import leaf_bytes
+from torchrecycle.store import LeafSpec, Rows, ShelfStore, Store, leaf_bytes, open_store
+from torchrecycle.store.room import Room
+from torchrecycle.store.rows import ShelfRows
+from torchrecycle.store.shelf import Shelf
+from torchrecycle.store.sizes import parse_bytes
 from torchrecycle.sweep.records import Records
 from torchrecycle.sweep.runner import Runner
 from torchrecycle.sweep.task import Split, Task
 
-__all__ = ["Filling"]
+__all__ = ["Filling", "OwnRows", "open_limited"]
 
 SIZED = 512
 """Rows of which the size is looked at."""
@@ -33,6 +40,54 @@ ROW_BYTES = 24
 """What a row takes beside its leaves: a key and a checksum."""
 FILES, FILE_BYTES = 1.02, 50_000
 """What files take beside their rows: manifests, headers, a probe."""
+
+
+def open_limited(where: str | Path, max_bytes: int | str | None) -> Store:
+    """The store of a sweep; with a limit, one that counts and evicts the rows of this sweep alone.
+
+    Args:
+        where: a folder, or ``memory://name``.
+        max_bytes: of the rows of this sweep; None for no limit.
+
+    Raises:
+        StoreError: there is no store at that place, or an open one has another limit of its own.
+    """
+    store = open_store(where)
+    if getattr(store, "max_bytes", None) is not None:
+        return open_store(store, max_bytes)
+    return OwnRows(store, None if max_bytes is None else parse_bytes(max_bytes))
+
+
+class OwnRows(Store):
+    """A store in which so many bytes may be taken by what is attached here, whatever else it holds.
+
+    Args:
+        store: without a limit of its own.
+        max_bytes: of all files of the fingerprints that are its own; None for no limit.
+    """
+
+    def __init__(self, store: ShelfStore, max_bytes: int | None) -> None:
+        self.url, self.max_bytes = store.url, max_bytes
+        self.own: set[str] = set()
+        """Fingerprints that are counted, and may make room for one another."""
+        self._store = store
+
+    def rows(self, fingerprint: str, leaves: Sequence[LeafSpec], about: Mapping[str, Any]) -> Rows:
+        self.own.add(fingerprint)
+        rows = self._store.rows(fingerprint, leaves, about)
+        assert isinstance(rows, ShelfRows)
+        limit = self.max_bytes  # None takes back what an earlier sweep in the same memory had
+        rows._shelf.room = None if limit is None else Room(self.url, self._own_shelves, limit)
+        return rows
+
+    def _own_shelves(self) -> dict[str, Shelf]:
+        return {name: self._store._shelf(name) for name in self._store.fingerprints() if name in self.own}
+
+    def existing(self, fingerprint: str) -> Rows:
+        return self._store.existing(fingerprint)
+
+    def fingerprints(self) -> list[str]:
+        return self._store.fingerprints()
 
 
 class Filling:

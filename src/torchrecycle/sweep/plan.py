@@ -36,7 +36,8 @@ class SweepPlan:
     began: float | None = None
     """When the budget began to be used, as `time.monotonic` tells it; when the sweep is made, if None."""
     max_bytes: int | str | None = None
-    """How many bytes the store may take, such as ``20 GB``; None sets no limit."""
+    """How many bytes the rows of this sweep may take in the store, such as ``20 GB``; None sets no limit. Rows of other
+    models there are not counted, and stay."""
     predict: bool | Sequence[str] | None = None
     """Whether it is measured beforehand what each level takes; None: where that is cheap against what is planned. Names
     of precisions: at those, too."""
