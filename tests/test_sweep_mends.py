@@ -65,3 +65,25 @@ def test_rows_of_other_models_make_no_room_and_are_not_counted(tmp_path: Path):
     own = sum(nbytes for name, nbytes in after.items() if name not in before)
     assert 0 < own <= 80_000, "of its own two levels one has made room for the other"
     assert all(level.bytes_kept for level in result.levels)
+
+
+def test_what_was_finished_with_other_bytes_allowed_is_not_shown_as_what_is_asked(tmp_path: Path):
+    """Whether a level's rows are kept is told from what is asked now, and its bytes and times are of that."""
+    kept = _swept(tmp_path).levels[0]
+    limited = _swept(tmp_path, max_bytes=1000).levels[0]
+    assert kept.bytes_kept > 0
+    assert (limited.bytes_kept, limited.fill_seconds) == (0, 0.0)
+    assert limited.quality == kept.quality, "which rows change nothing of"
+    assert limited.trials[0].seconds != kept.trials[0].seconds
+    told: list[str] = []
+    again = _swept(tmp_path, tell=told.append).levels[0]
+    assert (again, told) == (kept, ["50 % recycled: was finished before"])
+    told.clear()
+    assert _swept(tmp_path, max_bytes=1000, tell=told.append).levels[0] == limited
+    assert told == ["50 % recycled: was finished before"]
+    first = _swept(tmp_path / "other", max_bytes=1000).levels[0]
+    assert first.bytes_kept == 0
+    assert _swept(tmp_path / "other").levels[0].bytes_kept == kept.bytes_kept
+    fits = _swept(tmp_path / "other", max_bytes="1 GB", tell=told.append).levels[0]
+    assert fits.bytes_kept == kept.bytes_kept
+    assert told[1:] == ["50 % recycled: was finished before"]

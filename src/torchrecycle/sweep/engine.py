@@ -94,6 +94,7 @@ class Engine:
         self._store: Store | None = None
         self._turns = Turns((tuple(reversed(self.levels)),))
         self._has_told = False
+        self._sizes: dict[str, int] = {}
         self._model_identity: str | None = None
         self._model_name, self._device = task.model, task.device
         queries = _queries(task, self.splits["test"])
@@ -314,10 +315,43 @@ class Engine:
 
     # -- what is finished ----------------------------------------------------------------------------------------------
 
+    def place(self, level: str) -> Place:
+        """Where a level is cut, as it is asked for now: with rows that are kept, or without.
+
+        Raises:
+            MissingRecordError: it was not attached so yet.
+        """
+        return self.records.place(level, is_kept=self._is_to_be_kept(level))
+
+    def _is_to_be_kept(self, level: str) -> bool:
+        """Whether its rows are, under what is asked now: whatever a finished training was asked with."""
+        if level == "full":
+            return True  # it has none
+        if _is_switched_off():
+            return False
+        return self.plan.max_bytes is None or self._size(level) <= parse_bytes(self.plan.max_bytes)
+
+    def _size(self, level: str) -> int:
+        """Bytes that the rows of a recycled level will take, from a few; looked at once, and then known."""
+        if level in self._sizes:
+            return self._sizes[level]
+        cut = self.task.cuts.get(level)
+        facts = {"kind": "size", "level": level, **({} if cut is None else {"cut": cut})}
+        try:
+            size = self.records.known(**facts)["bytes"]
+        except MissingRecordError:
+            with ExitStack() as stack:
+                recycling = attach(self.task, self.build(), level, cut, MemoryStore(), self._options())
+                stack.callback(recycling.detach)
+                size = self.filling.expected_bytes(recycling)
+            self.records.write({"bytes": size}, **facts)
+        self._sizes[level] = size
+        return size
+
     def _has_row(self, level: str) -> bool:
         """Whether there is anything to be told of a level: a training, and what it is compared with."""
         try:
-            place = self.records.place(level)
+            place = self.place(level)
             if place.cut is not None:
                 self._frozen_epoch(level, self.task.recipe(level, place.share), None)
             return any(trial.purpose == "final" for trial in self._known_trials(level, place))
@@ -334,7 +368,7 @@ class Engine:
 
     def _is_done(self, level: str) -> bool:
         try:
-            place = self.records.place(level)
+            place = self.place(level)
             list(self._trials(level, place, None))
             if place.cut is not None:
                 self._frozen_epoch(level, self.task.recipe(level, place.share), None)
@@ -364,12 +398,12 @@ class Engine:
         return runners
 
     def _places(self, others: Sequence[str]) -> dict[str, Place]:
-        """Of recycled levels but these, as far as they are known."""
-        found = {}
+        """Of recycled levels but these, as far as they are known: with rows or without, they are cut alike."""
+        found: dict[str, Place] = {}
         for level in self.levels:
-            if level not in others and level != "full":
+            for is_kept in (True, False) if level not in others and level != "full" else ():
                 with suppress(MissingRecordError):
-                    found[level] = self.records.place(level)
+                    found.setdefault(level, self.records.place(level, is_kept=is_kept))
         return found
 
     def _attached(self, level: str, model: nn.Module, cut: str | None, stack: ExitStack) -> Runner:
@@ -420,14 +454,7 @@ class Engine:
             levels: the most recycled first.
             limit: bytes that the store may take.
         """
-        sizes: dict[str, int] = {}
-        for level in levels:
-            with ExitStack() as stack:
-                recycling = attach(
-                    self.task, self.build(), level, self.task.cuts.get(level), MemoryStore(), self._options()
-                )
-                stack.callback(recycling.detach)
-                sizes[level] = self.filling.expected_bytes(recycling)
+        sizes = {level: self._size(level) for level in levels}
         return turns_of(sizes, limit, None if fit_together(sizes, limit) else self._candidates(levels))
 
     def _candidates(self, levels: Sequence[str]) -> tuple[Candidate, ...] | None:
@@ -507,13 +534,8 @@ class Engine:
 
     def _place(self, level: str, runner: Runner) -> Place:
         is_kept = runner.recycling is None or not runner.recycling.off
-        try:
-            place = self.records.place(level)
-        except MissingRecordError:
-            pass
-        else:
-            if place.is_kept == is_kept:
-                return place
+        with suppress(MissingRecordError):
+            return self.records.place(level, is_kept=is_kept)
         count = sum(parameter.numel() for parameter in runner.trained)
         recycling = runner.recycling
         if recycling is None:
@@ -778,10 +800,10 @@ class Engine:
         return self.outcome.result(levels, work)
 
     def _level(self, level: str) -> LevelResult:
-        place = self.records.place(level)
+        place = self.place(level)
         frozen = None if place.cut is None else self._frozen_epoch(level, self.task.recipe(level, place.share), None)
         predicted = next((each for each in self._predictions if each.level == level), None)
-        return self.outcome.level(level, self._known_trials(level, place), frozen, predicted)
+        return self.outcome.level(level, place, self._known_trials(level, place), frozen, predicted)
 
     @property
     def _predictions(self) -> tuple[Prediction, ...]:
@@ -819,8 +841,12 @@ def _epochs_to_judge(epochs: int) -> set[int]:
     return {math.ceil(epochs * step / POINTS) for step in range(1, POINTS + 1)}
 
 
+def _is_switched_off() -> bool:
+    return os.environ.get("TORCHRECYCLE", "").lower() == "off"
+
+
 def _refuse_switched_off() -> None:
-    if os.environ.get("TORCHRECYCLE", "").lower() == "off":
+    if _is_switched_off():
         raise SweepError(
             "TORCHRECYCLE=off is set, and a sweep measures what recycling gains: unset it. Full training and an "
             "epoch without a store are measured anyway"

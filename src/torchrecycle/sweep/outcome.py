@@ -26,7 +26,7 @@ from torchrecycle.sweep.filling import Filling
 from torchrecycle.sweep.journal import found_from_json
 from torchrecycle.sweep.plan import SweepError, SweepPlan
 from torchrecycle.sweep.recommend import ExpectedFull, recommend
-from torchrecycle.sweep.records import Records
+from torchrecycle.sweep.records import Place, Records
 from torchrecycle.sweep.results import Estimate, LevelResult, Prediction, Ran, Sample, SweepResult, Trial
 from torchrecycle.sweep.task import Evaluation, Task
 
@@ -89,20 +89,17 @@ class Outcome:
     # -- a level -------------------------------------------------------------------------------------------------------
 
     def level(
-        self, level: str, trials: Sequence[Trial], frozen: float | None, predicted: Prediction | None
+        self, level: str, place: Place, trials: Sequence[Trial], frozen: float | None, predicted: Prediction | None
     ) -> LevelResult:
         """A row.
 
         Args:
             level: which.
+            place: where it is cut, and whether its rows are kept.
             trials: all of its trainings in the journal, one or more of them final.
             frozen: seconds of an epoch with the prefix computed again; None for full training.
             predicted: what was predicted of it.
-
-        Raises:
-            MissingRecordError: it is not known where the level is cut.
         """
-        place = self.records.place(level)
         final = tuple(trial for trial in trials if trial.purpose == "final")
         epoch = statistics.mean(trial.epoch_seconds for trial in final)
         fill = 0.0 if frozen is None or not place.is_kept else self.filling.seconds(level)

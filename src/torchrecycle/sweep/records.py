@@ -41,6 +41,10 @@ class Place:
     """Whether its rows are; else the prefix is computed again."""
 
 
+def _place_facts(level: str, is_kept: bool) -> dict[str, Any]:
+    return {"kind": "place", "level": level, **({} if is_kept else {"kept": False})}
+
+
 class Records:
     """The journal of one sweep.
 
@@ -71,11 +75,22 @@ class Records:
 
     # -- what there are records of -------------------------------------------------------------------------------------
 
-    def place(self, level: str) -> Place:
-        return Place(**self.known(kind="place", level=level)["place"])
+    def place(self, level: str, *, is_kept: bool = True) -> Place:
+        """
+        Args:
+            level: which.
+            is_kept: whether its rows are to be; bytes and times are those of such a place.
+
+        Raises:
+            MissingRecordError: there is no such record.
+        """
+        place = Place(**self.known(**_place_facts(level, is_kept))["place"])
+        if place.is_kept != is_kept:  # of a journal in which both had one key
+            raise MissingRecordError
+        return place
 
     def keep_place(self, level: str, place: Place) -> None:
-        self.write({"place": asdict(place)}, kind="place", level=level)
+        self.write({"place": asdict(place)}, **_place_facts(level, place.is_kept))
 
     def untrained(self) -> dict[str, Any]:
         """An `Evaluation`, as a dict."""

@@ -157,7 +157,7 @@ class Sweep:
 
 
 def _kept_weights(engine: Engine, level: LevelResult, trial: Trial, folder: Path) -> BestWeights:
-    place = engine.records.place(level.level)
+    place = engine.place(level.level)
     file = folder / f"{engine.records.trial_key(level.level, place, trial.recipe, trial.seed, 'final')}.safetensors"
     if not file.is_file():
         engine.plan.tell(f"{level.words}, seed {trial.seed}: trained once more, since its weights were not kept")
@@ -236,9 +236,9 @@ def sweep(
         budget: how long it may take, such as ``"30m"``: what is done is planned from a few measured batches. Full
             training is the first to be left out; it is then expected from the others. A sweep that was killed goes on
             with what is left of its budget, which is for the whole sweep; asked with a larger one, it does more.
-        max_bytes: how many bytes the rows of this sweep may take in the store, such as ``"20 GB"``; rows of other models
-            there are not counted, and stay. Of levels that do not fit together, those are kept first whose rows save
-            most; the others take turns afterwards.
+        max_bytes: how many bytes the rows of this sweep may take in the store, such as ``"20 GB"``; rows of other
+            models there are not counted, and stay. Of levels that do not fit together, those are kept first whose rows
+            save most; the others take turns afterwards.
         predict: whether a few batches of each level are measured before anything is filled, so that it is known what it
             will take, and shown beside what came. None: where that takes a tenth of the planned work at most, and where
             a budget or ``max_bytes`` asks for it. Names of precisions, such as ``("bfloat16", "int8")``: at those, too,
