@@ -24,6 +24,7 @@ from torchrecycle.keys import key
 from torchrecycle.similarity.heads import HeadKind
 from torchrecycle.sweep.datasets import PadTexts, PairTexts, PictureObjects, TextObjects, thumbnail, tokenised
 from torchrecycle.sweep.encoders import ImageEncoder, TextEncoder
+from torchrecycle.sweep.identity import identity_of_model
 from torchrecycle.sweep.objective_task import Objective, ObjectiveTask
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
 from torchrecycle.sweep.recipes import Recipe, usual_recipe
@@ -132,11 +133,8 @@ def _workers(settings: Settings) -> int:
 
 
 def _content_of(trunk: Trunk) -> str:
-    """A hash of the trunk: its name, its layers with what they say of themselves, its config, its weights."""
-    config: Any = getattr(trunk.module, "config", None)
-    said = config.to_json_string() if hasattr(config, "to_json_string") else ""
-    pool = type(trunk.pool).__name__
-    return key((trunk.name, str(trunk.module), said, pool, dict(trunk.module.state_dict()))).hex()
+    """A hash of the trunk: its name, its pooling, and all that tells its module from another one."""
+    return key((trunk.name, type(trunk.pool).__name__, identity_of_model(trunk.module))).hex()
 
 
 def _identity(*parts: Any) -> str:
