@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import small  # noqa: F401  (one thread)
+from torchrecycle.report.predicted import predicted_rows, predictions_sheet, slow_lines
 from torchrecycle.store import open_store
 from torchrecycle.sweep import Classification, SweepResult, sweep
 
@@ -87,3 +91,82 @@ def test_what_was_finished_with_other_bytes_allowed_is_not_shown_as_what_is_aske
     fits = _swept(tmp_path / "other", max_bytes="1 GB", tell=told.append).levels[0]
     assert fits.bytes_kept == kept.bytes_kept
     assert told[1:] == ["50 % recycled: was finished before"]
+
+
+# -- what is predicted beside what came --------------------------------------------------------------------------------
+
+
+class Dear(nn.Module):
+    """Takes its time, however busy the machine is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return x * 1.0
+
+
+def dear() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Dear()) for _ in range(4)]
+    return nn.Sequential(*blocks, nn.Linear(8, 2))
+
+
+@pytest.fixture
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twentieth of a second is measured of each thing, instead of a whole one."""
+    monkeypatch.setattr(import_module("torchrecycle.sweep.predict"), "ENOUGH_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("_brief")
+def test_what_was_predicted_for_another_batch_size_is_measured_anew(tmp_path: Path):
+    first = _swept(tmp_path, task=make_task(batch_size=64), predict=True).predictions
+    again = _swept(tmp_path, task=make_task(batch_size=64, epochs=3), predict=True).predictions
+    other_size = _swept(tmp_path, task=make_task(batch_size=4), predict=True).predictions
+    assert again == first
+    assert other_size[0].epoch_seconds > 2 * first[0].epoch_seconds, "32 steps, and not 2"
+
+
+@pytest.mark.usefixtures("_brief")
+def test_of_a_level_without_room_an_epoch_without_a_store_was_predicted(tmp_path: Path):
+    result = _swept(tmp_path, model=dear, max_bytes=1000, predict=True)
+    level, predicted = result.levels[0], result.levels[0].predicted
+    assert predicted is not None
+    assert predicted.epoch_seconds == predicted.frozen_epoch_seconds
+    assert predicted.epoch_seconds == pytest.approx(level.epoch_seconds, rel=0.5), "from the store it were half of it"
+    assert (predicted.fill_seconds, predicted.bytes_kept) == (level.fill_seconds, level.bytes_kept) == (0.0, 0)
+    (row,), others = predicted_rows(result)
+    assert row.verdict == "its rows are not kept, for want of room: an epoch without a store"
+    assert others == slow_lines(result) == []
+    assert level.epochs_until_paid is None
+
+
+@pytest.mark.usefixtures("_brief")
+def test_of_levels_that_were_filled_in_turns_filling_is_not_compared_with_one_pass_for_all(tmp_path: Path):
+    options: dict[str, Any] = {"model": dear, "predict": True, "task": make_task(epochs=1)}
+    turns = _swept(tmp_path / "turns", "25", "75", max_bytes=80_000, **options)
+    at_once = _swept(tmp_path / "once", "25", "75", **options)
+    for result, is_compared in ((turns, False), (at_once, True)):
+        for row in predicted_rows(result)[0]:
+            figures = {name: (predicted, came) for name, predicted, came in row.figures(result)}
+            assert bool(figures["fill s"][0]) == bool(figures["paid after"][0]) == is_compared
+            assert figures["fill s"][1]
+            assert all(all(figures[name]) for name in ("epoch s", "frozen s", "MB kept"))
+        sheet = predictions_sheet(result)
+        assert sheet is not None
+        at = sheet.header.index("fill_seconds predicted")
+        assert all((cells[at] is not None) == is_compared for cells in sheet.rows)
+
+
+@pytest.mark.usefixtures("_brief")
+def test_a_budget_counts_an_epoch_without_a_store_where_rows_have_no_room(tmp_path: Path):
+    options: dict[str, Any] = {"levels": ("50",), "budget": "10m"}
+    runs = []
+    for name, limit in (("kept", None), ("limited", 1000)):
+        run = sweep(dear, make_task(), store=tmp_path / name, max_bytes=limit, **options)
+        next(iter(run))
+        spending = run._engine.spending
+        assert spending is not None
+        runs.append((spending.predictions[0], spending.predictions[-1]))
+        run.close()
+    assert runs[0][1].epoch_seconds < 0.8 * runs[0][1].frozen_epoch_seconds
+    assert runs[1][1].epoch_seconds == runs[1][1].frozen_epoch_seconds
+    assert (runs[1][1].fill_seconds, runs[0][1].fill_seconds > 0) == (0.0, True)

@@ -83,7 +83,8 @@ def sweep(task: ObjectiveTask, plan: SweepPlan) -> SweepResult:
 
 def _files(folder: Path) -> dict[Path, int]:
     """But for the results, which are written at the end of each sweep."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "results.json"]
+    written = ("results.json", "scores.json")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in written]
     return {path: path.stat().st_mtime_ns for path in files}
 
 

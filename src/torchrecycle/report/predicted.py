@@ -3,6 +3,9 @@
 At 50 % an epoch was predicted to take 5.6 s, and took 5.86: 4 % less than what came. Where an epoch from the store is
 slower than one with the same layers frozen and computed again, this says so: recycling does not pay there, whatever
 else the level is good for.
+
+Like is compared with like. Of a level whose rows have no room, an epoch without a store is what was predicted. Of
+levels that were filled in turns, filling is not compared: what was predicted is one pass for all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ class Quantity:
     meaning: str
     predicted: Callable[[SweepResult, Prediction], str]
     measured: Callable[[LevelResult], str]
+    is_of_filling: bool = False
+    """Whether it depends on which levels are filled at once."""
 
 
 QUANTITIES = (
@@ -45,9 +50,10 @@ QUANTITIES = (
     Quantity(
         "fill s",
         "Seconds of filling: the pass that computes the frozen layers and keeps what they give, for all levels "
-        "at once.",
+        "at once. No prediction is shown where other levels were filled at once than it is of, such as in turns.",
         lambda result, one: seconds(one.fill_seconds) if one.cut else "",
         lambda one: seconds(one.fill_seconds) if one.cut else "",
+        is_of_filling=True,
     ),
     Quantity(
         "MB kept",
@@ -60,6 +66,7 @@ QUANTITIES = (
         "Epochs after which the time of filling is won back, compared with computing the frozen layers in each epoch.",
         lambda result, one: _paid(one.frozen_epoch_seconds, one.epochs_until_paid),
         lambda one: _paid(one.frozen_epoch_seconds, one.epochs_until_paid),
+        is_of_filling=True,
     ),
 )
 
@@ -95,6 +102,8 @@ class Row:
     @property
     def verdict(self) -> str:
         """Whether reading is quicker than computing again, as predicted and as measured; empty for full training."""
+        if self.measured is not None and _has_no_room(self.measured):
+            return _NO_ROOM
         predicted = _pace(self.prediction.epoch_seconds, self.prediction.frozen_epoch_seconds)
         came = _pace_of(self.measured) if self.measured is not None else ""
         if not predicted or not came or predicted == came:
@@ -102,14 +111,23 @@ class Row:
         return f"predicted: {predicted}; measured: {came}"
 
     def figures(self, result: SweepResult) -> list[tuple[str, str, str]]:
-        """For each quantity its name, what was predicted of it, and what was measured."""
+        """For each quantity its name, what was predicted of it, and what was measured; nothing where the prediction is
+        of something else."""
         return [
-            (one.name, one.predicted(result, self.prediction), one.measured(self.measured) if self.measured else "")
+            (
+                one.name,
+                one.predicted(result, self.prediction) if self._is_comparable(one) else "",
+                one.measured(self.measured) if self.measured else "",
+            )
             for one in QUANTITIES
         ]
 
+    def _is_comparable(self, quantity: Quantity) -> bool:
+        return self.measured is None or self.measured.filled_as_predicted or not quantity.is_of_filling
+
 
 _QUICK, _SLOW = "reading is quicker", "reading is slower than computing again"
+_NO_ROOM = "its rows are not kept, for want of room: an epoch without a store"
 _LIKE = "reading takes as long as computing again"
 NOISE = 0.05
 """Share by which two measured times may differ and be the same."""
@@ -124,8 +142,12 @@ def _pace(epoch: float, frozen: float | None) -> str:
     return _SLOW if epoch > frozen else _QUICK
 
 
+def _has_no_room(one: LevelResult) -> bool:
+    return one.cut is not None and not one.is_kept
+
+
 def _pace_of(one: LevelResult) -> str:
-    return _pace(one.epoch_seconds, one.frozen_epoch_seconds)
+    return "" if _has_no_room(one) else _pace(one.epoch_seconds, one.frozen_epoch_seconds)
 
 
 def predicted_rows(result: SweepResult) -> tuple[list[Row], list[Row]]:
@@ -231,6 +253,11 @@ def predictions_sheet(result: SweepResult) -> Sheet | None:
         cells.append(str(one.pays).lower() if one.frozen_epoch_seconds is not None else None)
         cells += [one.bytes_kept, row.measured.bytes_kept if row.measured is not None else None]
         for name in names:
-            cells += [getattr(one, name), getattr(row.measured, name) if row.measured is not None else None]
+            is_of_filling = name in ("fill_seconds", "epochs_until_paid")
+            is_other = is_of_filling and row.measured is not None and not row.measured.filled_as_predicted
+            cells += [
+                None if is_other else getattr(one, name),
+                getattr(row.measured, name) if row.measured is not None else None,
+            ]
         rows.append(tuple(cells))
     return Sheet("predictions", header, tuple(rows))

@@ -246,7 +246,7 @@ class Engine:
         self.foresight.recall(self.levels)
         if spending.plan is not None:
             return
-        spending.predicted(lambda: self.foresight.measure(("full", *(x for x in self.levels if x != "full"))))
+        spending.predicted(lambda: self._without_room(self._measured_for_budget()))
         recipes = {level: self.task.recipe(level, share_of(level)) for level in self.levels}
         decided = spending.decide(
             recipes,
@@ -258,6 +258,19 @@ class Engine:
         self.levels, self.seeds, self.rates = decided.levels, decided.seeds, decided.rates
         used = spending.before
         plan.tell(str(decided) + (f"; {duration_in_words(used)} of it were used before" if used >= 1 else ""))
+
+    def _measured_for_budget(self) -> tuple[Prediction, ...]:
+        return self.foresight.measure(("full", *(level for level in self.levels if level != "full")))
+
+    def _without_room(self, predictions: Sequence[Prediction]) -> tuple[Prediction, ...]:
+        """The same where a level whose rows have no room fills nothing, and computes its frozen layers in each
+        epoch."""
+        return tuple(
+            each
+            if each.frozen_epoch_seconds is None or self._is_to_be_kept(each.level)
+            else replace(each, epoch_seconds=each.frozen_epoch_seconds, fill_seconds=0.0, bytes_kept=0)
+            for each in predictions
+        )
 
     def _foresee(self) -> None:
         """Without a budget: what is still to be done is predicted, if that is wanted or cheap."""
@@ -803,12 +816,20 @@ class Engine:
         place = self.place(level)
         frozen = None if place.cut is None else self._frozen_epoch(level, self.task.recipe(level, place.share), None)
         predicted = next((each for each in self._predictions if each.level == level), None)
-        return self.outcome.level(level, place, self._known_trials(level, place), frozen, predicted)
+        filled, expected = self.filling.together(level), self.foresight.together(level)
+        return self.outcome.level(
+            level,
+            place,
+            self._known_trials(level, place),
+            frozen,
+            predicted,
+            filled_as_predicted=not filled or not expected or filled == expected,
+        )
 
     @property
     def _predictions(self) -> tuple[Prediction, ...]:
         own = self.foresight.of(self.levels) if self.spending is None else self.spending.predictions
-        return (*own, *self.foresight.others(self.levels))
+        return (*self._without_room(own), *self.foresight.others(self.levels))
 
 
 # -- small things ------------------------------------------------------------------------------------------------------

@@ -130,12 +130,7 @@ class Filling:
 
         None if most rows of the level were in the store already, so that nothing is known of it.
         """
-        passes = [
-            record
-            for record in self.records.fills()
-            if level in record["levels"]
-            and 2 * record["computed"] >= record["objects"]  # of a few rows, most is what comes before the first
-        ]
+        passes = self._passes(level)
         if not passes:
             return None
         total = {
@@ -144,6 +139,19 @@ class Filling:
         reading = (total["seconds"] - total["prefix_seconds"]) / total["objects"]
         objects = len(self.task.splits()["train"]) * self.views
         return objects * (reading + total["prefix_seconds"] / total["computed"])
+
+    def together(self, level: str) -> frozenset[str]:
+        """The levels that were filled in the same pass, itself among them; empty where nothing is known of it."""
+        passes = [frozenset(record["levels"]) for record in self._passes(level)]
+        return passes[0] if len(set(passes)) == 1 else frozenset()
+
+    def _passes(self, level: str) -> list[dict[str, Any]]:
+        """Those that computed most rows of a level: of a few rows, most is what comes before the first."""
+        return [
+            record
+            for record in self.records.fills()
+            if level in record["levels"] and 2 * record["computed"] >= record["objects"]
+        ]
 
     def bytes_kept(self, runner: Runner) -> int:
         """Of the rows of this task's objects, whatever else the store holds; from some of them if they are many."""

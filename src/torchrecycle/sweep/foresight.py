@@ -10,7 +10,8 @@ forward through all layers counts 1, a backward 2, and frozen layers have no bac
 3, one at 50 % from the store 1.5, one with the same half frozen and computed again 2, and a batch that is filled 0.5.
 
 A prediction is kept for each level in the journal, with the trainings: a sweep that goes on does not measure again, and
-one that is asked for a further level measures that one.
+one that is asked for a further level measures that one. One with batches of another size is measured anew: an epoch of
+32 steps says nothing of one of 4.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Foresight:
         self.precisions = tuple(dict.fromkeys((plan.precision, *others)))
         """That of the sweep's rows, and others that are asked for beside it."""
         self._known: dict[tuple[str, str | None], Prediction] = {}
+        self._together: dict[str, frozenset[str]] = {}
 
     def recall(self, levels: Sequence[str]) -> list[str]:
         """Levels of which not all is known; what was predicted before is known now."""
@@ -128,6 +130,7 @@ class Foresight:
                 with suppress(MissingRecordError):
                     record = self._records.known(**self._facts(level, precision))
                     self._known[level, precision] = Prediction(**record["prediction"])
+                    self._together[level] = frozenset(record["together"])
         return [level for level in levels if any(each not in self._known for each in self._wanted([level]))]
 
     def _wanted(self, levels: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -140,7 +143,13 @@ class Foresight:
 
     def _facts(self, level: str, precision: str | None) -> dict[str, Any]:
         other = {} if precision == self.plan.precision else {"rows": precision}
-        return {"kind": "prediction", "level": level, **other}
+        batch = self.task.recipe(level, share_of(level)).batch_size
+        return {"kind": "prediction", "level": level, "batch_size": batch, **other}
+
+    def together(self, level: str) -> frozenset[str]:
+        """The levels that were filled in the pass from which its filling is predicted, itself among them; empty where
+        nothing is known of it."""
+        return self._together.get(level, frozenset())
 
     def of(self, levels: Sequence[str]) -> tuple[Prediction, ...]:
         """Of each level, as far as it is known, what is predicted at the sweep's precision."""
@@ -181,9 +190,12 @@ class Foresight:
                 views=self.plan.views,
                 rounds=MOST_ROUNDS if rounds is None else rounds,
             )
+            together = frozenset(missing) - {"full"}
+            self._together.update(dict.fromkeys(missing, together))
             for each in found:
                 self.plan.tell(f"predicted: {each}")
                 precision = each.precision if each.cut is not None else self.precisions[0]
                 self._known[each.level, precision] = each
-                self._records.write({"prediction": asdict(each)}, **self._facts(each.level, precision))
+                record = {"prediction": asdict(each), "together": sorted(together)}
+                self._records.write(record, **self._facts(each.level, precision))
         return self.of(levels)

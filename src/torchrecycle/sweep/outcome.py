@@ -89,7 +89,14 @@ class Outcome:
     # -- a level -------------------------------------------------------------------------------------------------------
 
     def level(
-        self, level: str, place: Place, trials: Sequence[Trial], frozen: float | None, predicted: Prediction | None
+        self,
+        level: str,
+        place: Place,
+        trials: Sequence[Trial],
+        frozen: float | None,
+        predicted: Prediction | None,
+        *,
+        filled_as_predicted: bool = True,
     ) -> LevelResult:
         """A row.
 
@@ -99,6 +106,7 @@ class Outcome:
             trials: all of its trainings in the journal, one or more of them final.
             frozen: seconds of an epoch with the prefix computed again; None for full training.
             predicted: what was predicted of it.
+            filled_as_predicted: whether that is of filling the same levels at once.
         """
         final = tuple(trial for trial in trials if trial.purpose == "final")
         epoch = statistics.mean(trial.epoch_seconds for trial in final)
@@ -120,6 +128,7 @@ class Outcome:
             frozen_epoch_seconds=frozen,
             bytes_kept=place.bytes_kept,
             predicted=predicted,
+            filled_as_predicted=filled_as_predicted,
         )
 
     # -- the whole -----------------------------------------------------------------------------------------------------

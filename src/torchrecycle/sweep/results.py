@@ -147,7 +147,8 @@ class Prediction:
     fill_seconds: float
     """Wall seconds of the pass that fills the training split; 0 for full training."""
     epoch_seconds: float
-    """Wall seconds of an epoch: from the store, or of full training."""
+    """Wall seconds of an epoch: from the store, of full training, or without a store where there is no room for its
+    rows."""
     frozen_epoch_seconds: float | None
     """The same with the same prefix frozen and computed again: no store. None for full training."""
     full_epoch_seconds: float | None
@@ -221,6 +222,14 @@ class LevelResult:
     """Bytes in the store for this level, all splits."""
     predicted: Prediction | None = None
     """What was predicted of it before anything was filled; None if nothing was."""
+    filled_as_predicted: bool = True
+    """Whether the levels that were filled in the same pass are those for which filling was predicted. Not so where
+    levels take turns: what was predicted is of a pass for all of them."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its rows are; False for a level that has no room, and for full training."""
+        return self.bytes_kept > 0
 
     @property
     def words(self) -> str:
@@ -243,7 +252,10 @@ class LevelResult:
 
     @property
     def epochs_until_paid(self) -> int | None:
-        """After how many epochs filling has paid against the frozen prefix; None if never, or for full training."""
+        """After how many epochs filling has paid against the frozen prefix; None if never, for full training, or where
+        nothing is kept."""
+        if not self.is_kept:
+            return None
         return _epochs_until_paid(self.fill_seconds, self.epoch_seconds, self.frozen_epoch_seconds)
 
     def __str__(self) -> str:
