@@ -76,10 +76,8 @@ def test_a_level_without_recycling_is_what_is_expected():
 
 def test_without_levels_nothing_is_expected_and_without_gain_none():
     assert expect_quality([], Estimate(0.1, 0.0)) is None
-    flat = expect_quality([(0.5, Estimate(0.3, 0.02))], Estimate(0.3, 0.02))
-    assert flat is not None
-    assert flat.mean == pytest.approx(0.3)
-    assert flat.error > 0.02
+    assert expect_quality([(0.5, Estimate(0.3, 0.02))], Estimate(0.3, 0.02)) is None
+    assert expect_quality([(1.0, Estimate(0.75, 0.05))], Estimate(1.0, 0.0)) is None  # and not 2.34 times the loss
 
 
 def test_a_share_stays_below_one_and_what_is_no_share_does_not():

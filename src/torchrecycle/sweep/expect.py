@@ -72,13 +72,17 @@ def expect_quality(levels: Sequence[tuple[float, Estimate]], untrained: Estimate
         untrained: the pretrained model's, of the same metric.
 
     Returns:
-        None if no level was run. A metric that lies between 0 and 1 stays there.
+        None if no level was run, or that level gained nothing: how much full training would gain is then not known,
+        since a factor of nothing is nothing, and of a loss a greater loss. A metric that lies between 0 and 1 stays
+        there.
     """
     if not levels:
         return None
     share, quality = min(levels, key=lambda each: each[0])
     over = gain_over(share)
     gain = quality.mean - untrained.mean
+    if gain <= 0:
+        return None
     mean = untrained.mean + gain * over.factor
     error = math.hypot(quality.error * over.factor, gain * over.spread)
     known = [untrained.mean, *(each.mean for _, each in levels)]
