@@ -181,6 +181,47 @@ def test_of_full_training_that_was_not_run_it_is_said_what_is_expected():
     assert "against 0.600 ± 0.001 for full training" in measured.sentence, "what was measured needs no expectation"
 
 
+def test_full_training_that_is_expected_to_be_quicker_and_no_worse_is_to_be_run():
+    levels = (_level("50", 0.595, 30.0, fill=70.0), _level("head", 0.355, 1.0, fill=70.0))
+    quicker = ExpectedFull(Estimate(0.62, 0.02), 40.0)
+    found = _recommend(*levels, expected=quicker)
+    assert found.sentence.endswith(
+        ", 2.5 times slower, nothing kept; head only would lose 0.24; full training is expected to be quicker and no "
+        "worse: run it."
+    )
+    for other in (Estimate(0.5, 0.02), 40.0), (Estimate(0.62, 0.02), 400.0), (Estimate(0.62, 0.02), None):
+        assert "run it" not in _recommend(*levels, expected=ExpectedFull(*other)).sentence
+    measured = _recommend(_level("full", 0.3, 10.0), *levels, expected=quicker)
+    assert "run it" not in measured.sentence, "what was measured needs no expectation"
+
+
+def _of_one_figure(level: str, *means: float) -> LevelResult:
+    """Of a task whose evaluate gives a figure and nothing of each object."""
+    whole = _level(level, means[0], 10.0)
+    trials = tuple(
+        replace(whole.trials[0], seed=seed, quality={"accuracy": mean}, scores={"accuracy": (mean,)})
+        for seed, mean in enumerate(means)
+    )
+    return replace(whole, trials=trials, quality={"accuracy": estimate([[mean] for mean in means], [0])})
+
+
+def test_where_nothing_is_known_of_each_object_it_is_said_that_the_error_is_not_known():
+    one = recommend([_of_one_figure("full", 0.51), _of_one_figure("50", 0.5)], (0.5,), "accuracy", (0,))
+    assert one.sentence.startswith("Train the whole network: accuracy 0.510; ")
+    assert "How sure that is is not known: there is one seed, and evaluate gives no scores of each" in one.sentence
+    none = recommend([_of_one_figure("full", 0.4)], (0.5,), "accuracy", (0,))
+    assert none.sentence.startswith(
+        "Take the pretrained model as it is: accuracy 0.500, and no level was better (the best, full training, by "
+        "-0.100); "
+    )
+    assert "± 0.000" not in none.sentence
+    assert "How sure that is is not known" in none.sentence
+    several = recommend([_of_one_figure("full", 0.61, 0.6, 0.62)], (0.5,), "accuracy", (0,))
+    assert several.sentence.startswith("Train the whole network: accuracy 0.610 ± 0.006")
+    assert "The errors are of 3 seeds only: what other objects would give is not known" in several.sentence
+    assert "not known" not in _recommend(_level("full", 0.6, 100.0)).sentence
+
+
 def test_what_is_slower_than_full_training_is_said_to_be():
     slow = _level("full", 0.3, 10.0), _level("50", 0.6, 30.0, fill=10.0)
     assert ", 4.0 times slower, nothing kept; full training would lose 0.30." in _recommend(*slow).sentence

@@ -10,7 +10,8 @@ that takes least time is recommended, filling included. If no level is above the
 errors, training is not recommended at all.
 
 Where full training was not run, the sentence says what is expected of it (`torchrecycle.sweep.expect`), as such; what
-is good enough is then told from the levels that were run, since only those can be compared object by object.
+is good enough is then told from the levels that were run, since only those can be compared object by object. If full
+training is expected to be quicker than the recommended level, and no worse, the sentence ends by saying to run it.
 """
 
 from __future__ import annotations
@@ -77,14 +78,31 @@ def recommend(
     best = max(levels, key=lambda level: level.quality[metric].mean)
     gain = difference(scores[best.level], [untrained], clusters)
     against = [_compare(level, difference(scores[best.level], scores[level.level], clusters), gain) for level in levels]
+    unsure = _unsure(levels, untrained)
     if gain.mean <= 2 * gain.error or gain.mean <= 0:
-        return _nothing_gained(best, estimate([untrained], clusters), gain, metric, levels, pretrained)
+        return _nothing_gained(best, estimate([untrained], clusters), gain, metric, levels, pretrained, unsure)
     against = _also_what_is_better(against)
     chosen = min((each for each in against if each.is_enough), key=lambda each: each.seconds)
     return Recommendation(
         chosen.level.level,
-        _sentence(chosen, against, best, metric, expected),
+        _sentence(chosen, against, best, metric, expected) + unsure,
         {each.level.level: _verdict(each, chosen, best) for each in against},
+    )
+
+
+def _unsure(levels: Sequence[LevelResult], untrained: Sequence[float]) -> str:
+    """What is to be said where it is not known what each object contributes: then only seeds tell of chance."""
+    if len(untrained) > 1:
+        return ""
+    seeds = min(len(level.trials) for level in levels)
+    if seeds > 1:
+        return (
+            f" The errors are of {seeds} seeds only: what other objects would give is not known, since evaluate gives "
+            "no scores of each object."
+        )
+    return (
+        " How sure that is is not known: there is one seed, and evaluate gives no scores of each object. Give these, "
+        "or three seeds, before you rely on a difference."
     )
 
 
@@ -106,14 +124,15 @@ def _nothing_gained(
     metric: str,
     levels: Sequence[LevelResult],
     pretrained: str,
+    unsure: str,
 ) -> Recommendation:
+    chance = f" ± {gain.error:.3f}" if gain.error > 0 else ""
     sentence = (
-        f"Take {pretrained}: {metric} {untrained}, and no level was better by more than chance "
-        "explains "
-        f"(the best, {best.words}, by {gain.mean:+.3f} ± {gain.error:.3f}); more epochs, more data or another rate may "
-        "change that."
+        f"Take {pretrained}: {metric} {_figure(untrained, 3)}, and no level was better"
+        f"{' by more than chance explains' if chance else ''} (the best, {best.words}, by {gain.mean:+.3f}{chance}); "
+        "more epochs, more data or another rate may change that."
     )
-    return Recommendation(None, sentence, {level.level: f"not better than {pretrained}" for level in levels})
+    return Recommendation(None, sentence + unsure, {level.level: f"not better than {pretrained}" for level in levels})
 
 
 def _sentence(
@@ -128,7 +147,21 @@ def _sentence(
         said += "" if others.seconds is None else f", {_times(others.seconds / chosen.seconds)}"
     if level.cut is not None:
         said += f", {_bytes(level.bytes_kept)}" if level.bytes_kept else ", nothing kept"
-    return f"{said}; {reason}." if reason else f"{said}."
+    said += f"; {reason}" if reason else ""
+    if others is not None and _is_better_expected(chosen, metric, expected, others):
+        said += "; full training is expected to be quicker and no worse: run it"
+    return f"{said}."
+
+
+def _is_better_expected(chosen: _Against, metric: str, expected: ExpectedFull | None, others: _Beside) -> bool:
+    """Whether what is expected of full training, where it was not run, is against what was found to be the quickest."""
+    return (
+        expected is not None
+        and others.quality is expected.quality
+        and expected.seconds is not None
+        and expected.seconds < chosen.seconds
+        and expected.quality.mean >= chosen.level.quality[metric].mean
+    )
 
 
 def _what(level: LevelResult) -> str:
