@@ -423,7 +423,12 @@ def test_under_max_bytes_levels_take_turns_and_learn_the_same(tmp_path: Path):
 
 def test_results_lie_beside_the_store_or_where_they_are_asked_for(tmp_path: Path):
     swept(Own(), tmp_path, "50", results=tmp_path / "mine")
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"journal", "results.jsonl", "results.json"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {
+        "journal",
+        "results.jsonl",
+        "results.json",
+        "scores.json",
+    }
     assert not (tmp_path / "rows-sweep").exists()
     with pytest.raises(SweepError, match="give results='a folder'"):
         sweep(build, Own(), store="memory://here")
@@ -465,6 +470,19 @@ class _Stream(IterableDataset[Any]):
         yield data(8, 0)[0]
 
 
+def _with_train(task: Any) -> None:
+    task.train = data(96, 0)
+
+
+def _of_fewer_each_time() -> Any:
+    counts = iter(range(32, 0, -1))
+
+    def evaluate(self: Any, model: nn.Module, loader: Any) -> Evaluation:
+        return Evaluation({"a": 0.5}, {"a": (0.5,) * next(counts)})
+
+    return evaluate
+
+
 MISTAKES: dict[str, tuple[Callable[[], Task], str]] = {
     "a fit that does nothing": (lambda: _changed(fit=_idle), r"Mine\.fit has trained nothing: it never went over the"),
     "a fit without a step": (lambda: _changed(fit=_without_a_step), r"Mine\.fit has trained nothing: .*call its step"),
@@ -493,7 +511,49 @@ MISTAKES: dict[str, tuple[Callable[[], Task], str]] = {
         ),
         r"clusters\(\) gives 2 of them for 3 scores",
     ),
+    "train is test": (
+        lambda: _changed(test=property(lambda self: self.train), __init__=_with_train),
+        r"Mine: train and test are the same data set: test must be objects that neither",
+    ),
+    "validation is test": (
+        lambda: _changed(validation=property(lambda self: self.test)),
+        r"Mine: validation and test are the same data set: .*Give each objects of its own",
+    ),
+    "validation is test by content": (
+        lambda: _changed(validation=data(32, 1)),
+        r"Mine: validation and test are the same objects",
+    ),
+    "splits of one name": (
+        lambda: _changed(
+            validation=Split(data(32, 7), name="a"), test=Split(data(32, 8), name="a"), __init__=_with_train
+        ),
+        r"Mine: validation and test are the same objects, or splits of one name",
+    ),
+    "a rate chosen on what is trained on": (
+        lambda: _changed(validation=property(lambda self: self.train)),
+        r"Mine: train and validation are the same data set: a rate must be chosen on objects that no training",
+    ),
+    "a loss": (lambda: _changed(evaluate=lambda *_: {"loss": 0.7}), r"gave loss 0\.7, .*more is better.*its negative"),
+    "an error rate": (
+        lambda: _changed(metric="top-1 error", evaluate=lambda *_: {"top-1 error": 0.2, "accuracy": 0.8}),
+        r"more is better: the highest top-1 error would be called the best",
+    ),
+    "a quality that is not that of its scores": (
+        lambda: _changed(evaluate=lambda *_: Evaluation({"F1": 0.9}, {"F1": (0.1, 0.0, float("nan"))})),
+        r"gave 0\.9 for F1, and scores of it with a mean of 0\.05: .*leave its scores out",
+    ),
+    "scores of other objects each time": (
+        lambda: _changed(evaluate=_of_fewer_each_time()),
+        r"scores of 31 objects and another one of 32, .*NaN for one that is not asked",
+    ),
 }
+
+
+def test_a_loss_that_was_negated_and_one_beside_a_merit_are_taken(tmp_path: Path):
+    found = swept(_changed(evaluate=lambda *_: {"negative loss": -0.7, "loss": 0.7}), tmp_path)
+    assert found.metric == "negative loss"
+    found = swept(_changed(metric="-loss", evaluate=lambda *_: {"-loss": -0.7}), tmp_path / "other")
+    assert found.untrained["-loss"].mean == -0.7
 
 
 @pytest.mark.parametrize("name", MISTAKES)

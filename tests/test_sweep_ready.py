@@ -229,7 +229,7 @@ def test_numbers_are_judged_by_the_variance_that_is_explained(several: bool, tmp
 def test_the_figures_of_numbers_are_those_of_their_formulas():
     model, targets = nn.Linear(8, 1), _numbers(20, 3)[:, 0]
     data = TensorDataset(_numbers(20, 2), targets)
-    found = Regression(data, data).evaluate(model, DataLoader(data, batch_size=6))
+    found = Regression(TensorDataset(*data.tensors), data).evaluate(model, DataLoader(data, batch_size=6))
     said = model(data.tensors[0]).detach()[:, 0]
     explained = 1 - ((said - targets) ** 2).sum() / ((targets - targets.mean()) ** 2).sum()
     assert found.quality["R2"] == pytest.approx(float(explained), rel=1e-5)
@@ -267,7 +267,7 @@ def test_the_figures_of_tokens_count_each_token_that_is_asked_once():
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return F.one_hot(input_ids.clone().apply_(lambda number: said.get(number, 0)), 2).float()
 
-    task = TokenLabelling(items, items)
+    task = TokenLabelling(list(items), items)
     found = task.evaluate(Table(), DataLoader(items, **task.eval_arguments()))  # pyright: ignore[reportArgumentType]
     assert found.quality == {"token accuracy": 2 / 4, "mean recall": (2 / 2 + 0 / 2) / 2}
     assert sum(found.scores["token accuracy"]) / 2 == pytest.approx(0.5)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from torchrecycle.sweep.plan import SweepError
 from torchrecycle.sweep.results import Estimate
 
 __all__ = ["difference", "estimate"]
@@ -34,8 +35,11 @@ def estimate(scores: Scores, clusters: Sequence[int]) -> Estimate:
 
     >>> print(estimate([[1.0, 0.0, 1.0, 0.0]], [0, 1, 2, 3]))
     0.500 ± 0.289
+
+    Raises:
+        SweepError: seeds have different numbers of objects.
     """
-    table = np.asarray(scores, dtype=np.float64)
+    table = _table(scores)
     return Estimate(float(np.nanmean(table)), math.sqrt(_of_objects(table.mean(0), clusters) + _of_seeds(table)))
 
 
@@ -49,11 +53,30 @@ def difference(better: Scores, other: Scores, clusters: Sequence[int]) -> Estima
 
     >>> difference([[1.0, 0.5, 1.0, 0.5]], [[0.9, 0.4, 0.9, 0.4]], [0, 1, 2, 3]).error < 1e-9
     True
+
+    Raises:
+        SweepError: there are different numbers of objects.
     """
-    first, second = np.asarray(better, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    first, second = _table(better), _table(other)
+    _refuse_lengths({first.shape[1], second.shape[1]})
     each = first.mean(0) - second.mean(0)
     variance = _of_objects(each, clusters) + _of_seeds(first) + _of_seeds(second)
     return Estimate(float(np.nanmean(each)), math.sqrt(variance))
+
+
+def _table(scores: Scores) -> np.ndarray:
+    """``[seeds, objects]``."""
+    _refuse_lengths({len(each) for each in scores})
+    return np.asarray(scores, dtype=np.float64)
+
+
+def _refuse_lengths(lengths: set[int]) -> None:
+    if len(lengths) > 1:
+        raise SweepError(
+            f"one evaluation of the test split gave scores of {min(lengths)} objects and another one of {max(lengths)}"
+            ", so that they cannot be compared object by object: let evaluate give a score for the same objects each "
+            "time, NaN for one that is not asked"
+        )
 
 
 def _of_objects(each: np.ndarray, clusters: Sequence[int]) -> float:

@@ -33,7 +33,7 @@ from torchrecycle.fingerprint import _is_of_a_library as _is_a_service
 from torchrecycle.keys import key
 from torchrecycle.progress import progress
 from torchrecycle.sweep.plan import SweepError
-from torchrecycle.sweep.task import Split, Task
+from torchrecycle.sweep.task import Split, Task, refuse_the_same
 from torchrecycle.trace import random_state, set_random_state
 
 __all__ = ["identity_of_model", "identity_of_task", "seed_everything"]
@@ -45,7 +45,7 @@ def identity_of_task(task: Task) -> str:
     """What tells a task from every other, also in another process: its own word for it, or what it consists of.
 
     Raises:
-        SweepError: it cannot be told.
+        SweepError: it cannot be told, or two of its splits are the same.
     """
     if task.identity is not None:
         return task.identity
@@ -56,8 +56,10 @@ def identity_of_task(task: Task) -> str:
     for name, value in sorted(attributes.items()):
         if name not in _SPLITS:
             hasher.update(f"{name} {_state(value, f'{whose}.{name}')};".encode())
-    for name, split in task.splits().items():
-        hasher.update(f"{name} {_identity_of_split(split, f'{whose}.{name}')};".encode())
+    contents = {name: _identity_of_split(split, f"{whose}.{name}") for name, split in task.splits().items()}
+    refuse_the_same(contents, whose, "objects, or splits of one name,")
+    for name, content in contents.items():
+        hasher.update(f"{name} {content};".encode())
     return hasher.hexdigest(length=16)
 
 

@@ -233,8 +233,8 @@ class Classification(_Ready):
     """Which of the known classes is it? Targets are class numbers, from 0 on; the model gives a score for each.
 
     >>> from torch.utils.data import TensorDataset
-    >>> data = TensorDataset(torch.randn(8, 3), torch.tensor([0, 1] * 4))
-    >>> Classification(data, data, epochs=2).recipe("50", 0.5).epochs
+    >>> train, test = (TensorDataset(torch.randn(8, 3), torch.tensor([0, 1] * 4)) for _ in range(2))
+    >>> Classification(train, test, epochs=2).recipe("50", 0.5).epochs
     2
     """
 

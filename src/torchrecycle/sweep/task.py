@@ -26,6 +26,7 @@ depends on, and nothing that changes by itself.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from torchrecycle.sweep.recipes import USUAL, Recipe, usual_recipe
 from torchrecycle.sweep.results import Found, Kind, Sample
 from torchrecycle.sweep.trial import RunningTrial
 
-__all__ = ["Evaluation", "NotFiniteFigureError", "Split", "Task", "as_evaluation"]
+__all__ = ["Evaluation", "NotFiniteFigureError", "Split", "Task", "as_evaluation", "refuse_the_same"]
 
 
 class NotFiniteFigureError(SweepError, NotFiniteError):
@@ -70,7 +71,7 @@ class Evaluation:
     """How good a model is on a split."""
 
     quality: dict[str, float]
-    """Per metric; more is better."""
+    """Per metric; more is better: of a loss or an error, give the negative."""
     scores: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     """Per metric, what each object asked contributes: `quality` is their mean. By them it is told how sure a figure
     is; without them, only several seeds tell."""
@@ -86,7 +87,8 @@ class Task(ABC):
     """What is learned, from which data, and how it is judged. See the head of this module for an example.
 
     `train` and `test`, and `validation` if a rate is to be looked for, are map-style data sets, or `Split`s with a name
-    of their own.
+    of their own; no two may be the same. Of each figure that `evaluate` gives more must be better, since levels and
+    rates are chosen by it: of a loss or an error, give the negative.
     """
 
     train: Any
@@ -142,7 +144,8 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, loader: Any) -> Evaluation | Mapping[str, float] | float:
-        """Figures of merit; more is better. The model is in eval mode, and no gradients are kept.
+        """Figures of merit, of which more is better: of a loss or an error, the negative. The model is in eval mode,
+        and no gradients are kept.
 
         Args:
             model: trained or not.
@@ -196,7 +199,7 @@ class Task(ABC):
         """``train``, ``validation`` (if there is one) and ``test``.
 
         Raises:
-            SweepError: one that is needed is missing, empty or no map-style data set.
+            SweepError: one that is needed is missing, empty or no map-style data set, or two are one.
         """
         found: dict[str, Split] = {}
         for name in ("train", "validation", "test"):
@@ -205,6 +208,7 @@ class Task(ABC):
                 found[name] = _as_split(self, name, given)
             elif name != "validation":
                 raise SweepError(f"{type(self).__name__}.{name} is missing: give it a data set")
+        refuse_the_same({name: id(split.dataset) for name, split in found.items()}, type(self).__name__, "data set")
         return found
 
     def untrained(self, build_model: Callable[[], nn.Module]) -> nn.Module:
@@ -224,6 +228,32 @@ class Task(ABC):
             known: None for a trained model; of an untrained one, the batches of the training split.
         """
         return as_evaluation(self.evaluate(model, loader), type(self).__name__, self.metric)
+
+
+def refuse_the_same(splits: Mapping[str, Any], whose: str, what: str) -> None:
+    """Refuse a split that is another one, too.
+
+    Args:
+        splits: what tells each from the others, by name.
+        whose: the task's name.
+        what: they would have in common.
+
+    Raises:
+        SweepError: two are alike.
+    """
+    first: dict[Any, str] = {}
+    for name, told in splits.items():
+        other = first.setdefault(told, name)
+        if other != name:
+            why = _WHY_NOT[name]
+            raise SweepError(f"{whose}: {other} and {name} are the same {what}: {why}. Give each objects of its own")
+
+
+_WHY_NOT = {
+    "test": "test must be objects that neither a training nor the choice of a rate has seen, or its figures say "
+    "nothing of new ones",
+    "validation": "a rate must be chosen on objects that no training has seen",
+}
 
 
 def _as_split(task: Task, name: str, given: Any) -> Split:
@@ -251,7 +281,8 @@ def as_evaluation(found: Any, whose: str, metric: str | None) -> Evaluation:
     {'quality': 0.5}
 
     Raises:
-        SweepError: it is none of these, or a figure is no finite number.
+        SweepError: it is none of these, a figure is no finite number or not the mean of its scores, or less of it is
+            better.
     """
     if not isinstance(found, Evaluation):
         figures = found if isinstance(found, Mapping) else {metric or "quality": found}
@@ -267,12 +298,42 @@ def as_evaluation(found: Any, whose: str, metric: str | None) -> Evaluation:
             raise SweepError(f"{whose}.evaluate gave scores of {name}, but no quality of that name")
         if all(math.isnan(score) for score in each) or any(math.isinf(score) for score in each):
             raise SweepError(f"{whose}.evaluate gave scores of {name} of which none is a number, or one is infinite")
+        _refuse_another_mean(found.quality[name], each, name, whose)
     if not found.quality or (metric is not None and metric not in found.quality):
         raise SweepError(
             f"{whose}.evaluate gave {', '.join(found.quality) or 'no figure'}, and not the metric "
             f"{metric or 'of the task'}: more is better, and one figure is needed"
         )
+    _refuse_a_loss(found.quality, metric or next(iter(found.quality)), whose)
     return found
+
+
+def _refuse_another_mean(value: Any, scores: Sequence[float], name: str, whose: str) -> None:
+    asked = [float(score) for score in scores if not math.isnan(score)]
+    mean = math.fsum(asked) / len(asked)
+    if not math.isclose(float(value), mean, rel_tol=1e-3, abs_tol=1e-4):  # sums of float16 may be so far off
+        raise SweepError(
+            f"{whose}.evaluate gave {float(value):.4g} for {name}, and scores of it with a mean of {mean:.4g}: scores "
+            f"are what each object contributes to the mean. Where {name} is no mean over objects, as F1 is none, leave "
+            "its scores out and give several seeds"
+        )
+
+
+_LESS_IS_BETTER = frozenset(
+    {"loss", "losses", "error", "errors", "err", "mse", "rmse", "mae", "nll", "wer", "cer", "perplexity", "entropy"}
+)
+"""Words in the names of figures of which less is better."""
+
+
+def _refuse_a_loss(figures: Mapping[str, Any], metric: str, whose: str) -> None:
+    """The figure that levels and rates are chosen by must not be a loss; below 0 it has been negated."""
+    words = set(re.split(r"[^a-z]+", metric.lower()))
+    if words & _LESS_IS_BETTER and not words & {"neg", "negative", "minus"} and float(figures[metric]) > 0:
+        raise SweepError(
+            f"{whose}.evaluate gave {metric} {float(figures[metric]):.4g}, by which levels and rates would be chosen, "
+            f"and more is better: the highest {metric} would be called the best. Give its negative, or a figure of merit "
+            "first, and others behind it"
+        )
 
 
 def _figure(value: Any, name: str, whose: str) -> float:
