@@ -331,8 +331,8 @@ def _refuse_a_loss(figures: Mapping[str, Any], metric: str, whose: str) -> None:
     if words & _LESS_IS_BETTER and not words & {"neg", "negative", "minus"} and float(figures[metric]) > 0:
         raise SweepError(
             f"{whose}.evaluate gave {metric} {float(figures[metric]):.4g}, by which levels and rates would be chosen, "
-            f"and more is better: the highest {metric} would be called the best. Give its negative, or a figure of merit "
-            "first, and others behind it"
+            f"and more is better: the highest {metric} would be called the best. Give its negative, or a figure of "
+            "merit first, and others behind it"
         )
 
 
