@@ -63,10 +63,10 @@ def test_what_is_used_is_kept_while_it_runs_since_a_process_may_be_killed(tmp_pa
 
 
 def test_predictions_are_measured_once_and_the_plan_is_the_same_in_each_run(tmp_path: Path):
-    first = _spending(tmp_path, 60.0)
+    first = _spending(tmp_path, 80.0)
     with first.running():
         time.sleep(0.1)
-    second = Spending(60.0, Records(tmp_path, {"task": "a task"}, ()), ASKED)
+    second = Spending(80.0, Records(tmp_path, {"task": "a task"}, ()), ASKED)
     assert second.predicted(lambda: pytest.fail("measured again")) == PREDICTED
     again = second.decide(RECIPES, dict.fromkeys(RECIPES, True), objects=OBJECTS, seeds=(0,), rates=5)
     assert again == first.plan, "though less of the budget is left"

@@ -16,6 +16,7 @@ import small  # noqa: F401  (one thread)
 from torchrecycle.report.predicted import predicted_rows, predictions_sheet, slow_lines
 from torchrecycle.store import open_store
 from torchrecycle.sweep import Classification, SweepResult, sweep
+from torchrecycle.sweep.budget import BudgetError, Clock, Plan
 
 
 def _made(seed: int) -> nn.Module:
@@ -170,3 +171,55 @@ def test_a_budget_counts_an_epoch_without_a_store_where_rows_have_no_room(tmp_pa
     assert runs[0][1].epoch_seconds < 0.8 * runs[0][1].frozen_epoch_seconds
     assert runs[1][1].epoch_seconds == runs[1][1].frozen_epoch_seconds
     assert (runs[1][1].fill_seconds, runs[0][1].fill_seconds > 0) == (0.0, True)
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+
+def _planned(level: str, epochs: int, budget: float) -> Plan:
+    return Plan(budget, (level,), {level: epochs}, (0,), 1, 1.0, ())
+
+
+def _budgeted(home: Path, budget: float, task: Classification | None = None) -> list[Any]:
+    run = sweep(build, task or make_task(epochs=3), levels=("50", "head"), store=home / "rows", budget=budget)
+    return [(row.level, row.trials[0].recipe.epochs) for row in run]
+
+
+def _use(home: Path, budget: float, used: float) -> None:
+    """As if so much of a budget had been used."""
+    run = sweep(build, make_task(epochs=3), levels=("50", "head"), store=home / "rows", budget=budget)
+    spending = run._engine.spending
+    assert spending is not None
+    spending._clock = Clock(budget, used)
+    spending._keep()
+
+
+@pytest.mark.usefixtures("_brief")
+def test_a_slightly_larger_budget_never_gives_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of 200 seconds 190 went to 50 %; of 204, head only would be planned, for which 14 are too little."""
+
+    def chosen(costs: Any, budget: float, **options: Any) -> Plan:
+        if budget in (200, 204, 300):
+            return _planned("50", 2, budget) if budget == 200 else _planned("head", 15, budget)
+        raise BudgetError("too short")
+
+    monkeypatch.setattr(import_module("torchrecycle.sweep.spending"), "plan", chosen)
+    assert _budgeted(tmp_path, 200) == [("50", 2)]
+    _use(tmp_path, 200, 203)
+    assert _budgeted(tmp_path, 204) == [("50", 2)], "which is finished"
+    assert _budgeted(tmp_path, 200) == [("50", 2)]
+    assert _budgeted(tmp_path, 300) == [("head", 15), ("50", 2)], "there is time for another level beside it"
+    assert _budgeted(tmp_path, 300) == [("head", 15), ("50", 2)]
+
+
+@pytest.mark.usefixtures("_brief")
+def test_time_that_another_recipe_has_used_does_not_count(tmp_path: Path):
+    run = sweep(build, make_task(), levels=("head",), store=tmp_path / "rows", budget=200)
+    list(run)
+    for options in ({"epochs": 3}, {"batch_size": 8}, {"head_rate": 1e-4}):
+        other = sweep(build, make_task(**options), levels=("head",), store=tmp_path / "rows", budget=200)
+        assert other._engine.spending is not None
+        assert other._engine.spending.before == 0.0
+    again = sweep(build, make_task(), levels=("head",), store=tmp_path / "rows", budget=300)
+    assert again._engine.spending is not None
+    assert again._engine.spending.before > 0

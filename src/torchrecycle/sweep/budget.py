@@ -11,8 +11,10 @@ then seeds, without which a figure is a bit less sure; then rates; then epochs, 
 little of them as will do. Some of the time is held back, since what is predicted may be off by 15 %.
 
 A plan is a function of what was predicted and of the whole budget, and not of what is left of it. A sweep that was
-killed makes the same plan again, finds in its journal what has ended, and goes on; the seconds used before count, since
-the budget is for the whole sweep, and not for one run of it. Asked again with a larger budget it makes a larger plan.
+killed has the same plan again, finds in its journal what has ended, and goes on; the seconds used before count, since
+the budget is for the whole sweep, and not for one run of it. Asked again with a larger budget it makes a larger plan,
+if what is missing of that fits into what is left: with 34 of 38 seconds used, levels that are finished stay as they
+are, and others are planned within the 4 that are left.
 
 A clock keeps the plan: nothing is started that is not expected to fit into what is left, and what turns out to be
 slower than expected is stopped in time.
@@ -23,8 +25,9 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torchrecycle.errors import RecycleError
 from torchrecycle.sweep.frozen import epochs_of_frozen
@@ -32,7 +35,19 @@ from torchrecycle.sweep.halving import FACTORS, rungs, search_epochs
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.results import Prediction, in_words
 
-__all__ = ["BudgetError", "Clock", "Cost", "Plan", "cost_of", "duration_in_words", "listed", "parse_budget", "plan"]
+__all__ = [
+    "RESERVE",
+    "BudgetError",
+    "Clock",
+    "Cost",
+    "Plan",
+    "cost_of",
+    "duration_in_words",
+    "listed",
+    "parse_budget",
+    "plan",
+    "plan_from_json",
+]
 
 
 class BudgetError(RecycleError, ValueError):
@@ -139,6 +154,11 @@ class Cost:
             return 0.0
         return 2 * self.attempt_seconds(epochs) + (rates - 2) * (self.epoch_seconds + self.judged_seconds)
 
+    def seconds(self, epochs: int, *, seeds: int, rates: int) -> float:
+        """Of all that is done at the level."""
+        search = self.search_seconds(rates, search_epochs(epochs, self.level))
+        return self.once_seconds + search + seeds * self.training_seconds(epochs)
+
 
 def cost_of(prediction: Prediction, recipe: Recipe, *, judged: int, tested: int, searches: bool = True) -> Cost:
     """What a level takes, from what was predicted of an epoch.
@@ -210,6 +230,12 @@ class Plan:
         return said + (f"; {listed(self.given_up)} {verb} left out" if self.given_up else "")
 
 
+def plan_from_json(record: Mapping[str, Any]) -> Plan:
+    """The inverse of `dataclasses.asdict`."""
+    lists = {name: tuple(record[name]) for name in ("levels", "seeds", "given_up")}
+    return Plan(**{**record, **lists})
+
+
 def listed(words: Iterable[str]) -> str:
     """In a row, as they are said; there is one at least.
 
@@ -234,12 +260,7 @@ class _Choice:
         return max(1, round(self.share * level.epochs))
 
     def seconds(self) -> float:
-        return sum(self._level_seconds(level) for level in self.levels)
-
-    def _level_seconds(self, level: Cost) -> float:
-        epochs = self.epochs(level)
-        search = level.search_seconds(self.rates, search_epochs(epochs, level.level))
-        return level.once_seconds + search + self.seeds * level.training_seconds(epochs)
+        return sum(level.seconds(self.epochs(level), seeds=self.seeds, rates=self.rates) for level in self.levels)
 
 
 def plan(

@@ -31,7 +31,7 @@ from torchrecycle.progress import progress
 from torchrecycle.similarity.metrics import NotFiniteError
 from torchrecycle.store import MemoryStore, Store
 from torchrecycle.store.sizes import parse_bytes
-from torchrecycle.sweep.budget import duration_in_words, parse_budget
+from torchrecycle.sweep.budget import Plan, duration_in_words, parse_budget
 from torchrecycle.sweep.environment import machine, versions
 from torchrecycle.sweep.filling import Filling, OwnRows, open_limited
 from torchrecycle.sweep.foresight import LEAST_ROUNDS, Foresight, Planned, cheap_rounds, planned_epochs
@@ -94,6 +94,7 @@ class Engine:
         self._store: Store | None = None
         self._turns = Turns((tuple(reversed(self.levels)),))
         self._has_told = False
+        self._earlier: dict[str, Plan] = {}
         self._sizes: dict[str, int] = {}
         self._model_identity: str | None = None
         self._model_name, self._device = task.model, task.device
@@ -109,7 +110,8 @@ class Engine:
     def _spending(self) -> Spending | None:
         if self.plan.budget is None:
             return None
-        asked = {"levels": list(self.levels), "seeds": list(self.seeds), "search": self.plan.search}
+        recipes = {level: asdict(self.task.recipe(level, share_of(level))) for level in self.levels}
+        asked = {"levels": list(self.levels), "seeds": list(self.seeds), "search": self.plan.search, "recipes": recipes}
         if self.plan.max_bytes is not None:
             asked["max_bytes"] = parse_bytes(self.plan.max_bytes)
         gone = 0.0 if self.plan.began is None else time.monotonic() - self.plan.began
@@ -254,10 +256,39 @@ class Engine:
             objects={name: len(split) for name, split in self.splits.items()},
             seeds=self.seeds,
             rates=self.rates,
+            is_finished=self._is_finished_under,
+            is_whole=self._is_whole_under,
         )
-        self.levels, self.seeds, self.rates = decided.levels, decided.seeds, decided.rates
+        self.seeds, self.rates = decided.seeds, decided.rates
+        self._earlier = {
+            level: one
+            for one in spending.earlier
+            for level in one.levels
+            if level in self.levels and one != decided and self._is_finished_under(one, level)
+        }
+        self.levels = tuple(level for level in self.levels if level in decided.levels or level in self._earlier)
         used = spending.before
         plan.tell(str(decided) + (f"; {duration_in_words(used)} of it were used before" if used >= 1 else ""))
+
+    @contextmanager
+    def _under(self, plan: Plan) -> Iterator[None]:
+        """As if another plan were followed: that of another budget."""
+        spending, before = self.spending, (self.seeds, self.rates)
+        assert spending is not None
+        own = spending.plan
+        spending.plan, self.seeds, self.rates = plan, plan.seeds, plan.rates
+        try:
+            yield
+        finally:
+            spending.plan, (self.seeds, self.rates) = own, before
+
+    def _is_finished_under(self, plan: Plan, level: str) -> bool:
+        with self._under(plan):
+            return self._has_own_row(level)
+
+    def _is_whole_under(self, plan: Plan, level: str) -> bool:
+        with self._under(plan):
+            return self._is_whole(level)
 
     def _measured_for_budget(self) -> tuple[Prediction, ...]:
         return self.foresight.measure(("full", *(level for level in self.levels if level != "full")))
@@ -362,7 +393,11 @@ class Engine:
         return size
 
     def _has_row(self, level: str) -> bool:
-        """Whether there is anything to be told of a level: a training, and what it is compared with."""
+        """Whether there is anything to be told of a level: of what is planned now, or of an earlier plan."""
+        return level in self._earlier or self._has_own_row(level)
+
+    def _has_own_row(self, level: str) -> bool:
+        """Whether there are a training and what it is compared with."""
         try:
             place = self.place(level)
             if place.cut is not None:
@@ -380,6 +415,14 @@ class Engine:
         return list(self._trials(level, place, None, whole=self.spending is None))
 
     def _is_done(self, level: str) -> bool:
+        """Whether nothing is to be done at a level."""
+        return not self._is_planned(level) or self._is_whole(level)
+
+    def _is_planned(self, level: str) -> bool:
+        """Whether it is of what is planned now, and not shown from an earlier plan alone."""
+        return self.spending is None or self.spending.plan is None or level in self.spending.plan.levels
+
+    def _is_whole(self, level: str) -> bool:
         try:
             place = self.place(level)
             list(self._trials(level, place, None))
@@ -813,6 +856,12 @@ class Engine:
         return self.outcome.result(levels, work)
 
     def _level(self, level: str) -> LevelResult:
+        if level in self._earlier and not self._has_own_row(level):
+            with self._under(self._earlier[level]):
+                return self._row(level)
+        return self._row(level)
+
+    def _row(self, level: str) -> LevelResult:
         place = self.place(level)
         frozen = None if place.cut is None else self._frozen_epoch(level, self.task.recipe(level, place.share), None)
         predicted = next((each for each in self._predictions if each.level == level), None)

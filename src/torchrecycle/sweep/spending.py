@@ -5,8 +5,9 @@
         ...
 
 Killed after 12 of 20 minutes, a sweep goes on with 8: the seconds used are kept in the journal while it runs, every
-few seconds, together with what was predicted, so that the plan is the same again. They are those of this task, these
-levels and seeds, whatever the budget: who asks again with 30 minutes has 18 more.
+few seconds, together with what was predicted and planned. They are those of this task, these levels, seeds and recipes,
+whatever the budget: who asks again with 30 minutes has 18 more. What another budget has finished is not planned anew
+where there is no time for it.
 
 What is optional (a further rate, a further seed) is started only if the first training of each level that is still to
 come fits, too. A training that turns out to be slower than expected is stopped after an epoch, as soon as it cannot end
@@ -16,12 +17,22 @@ in time, and nothing is kept of it: with fewer epochs than its recipe has, it wo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
 from torchrecycle.progress import watching
-from torchrecycle.sweep.budget import BudgetError, Clock, Cost, Plan, cost_of, duration_in_words, plan
+from torchrecycle.sweep.budget import (
+    RESERVE,
+    BudgetError,
+    Clock,
+    Cost,
+    Plan,
+    cost_of,
+    duration_in_words,
+    plan,
+    plan_from_json,
+)
 from torchrecycle.sweep.recipes import Recipe
 from torchrecycle.sweep.records import MissingRecordError, Records
 from torchrecycle.sweep.results import EpochPoint, Prediction
@@ -58,6 +69,7 @@ class Spending:
         self.predictions: tuple[Prediction, ...] = ()
         self._once = 0.0
         self.plan: Plan | None = None
+        self.earlier: tuple[Plan, ...] = ()
 
     # -- the clock -----------------------------------------------------------------------------------------------------
 
@@ -133,8 +145,13 @@ class Spending:
         objects: dict[str, int],
         seeds: Sequence[int],
         rates: int,
+        is_finished: Callable[[Plan, str], bool] = lambda plan, level: False,
+        is_whole: Callable[[Plan, str], bool] = lambda plan, level: False,
     ) -> Plan:
         """The best use of the whole budget, from what was predicted: the same in each run.
+
+        Where another budget has finished levels already, and there is no time to do better, they stay as they are, and
+        the others are planned with what is left.
 
         Args:
             recipes: of each level that was asked for.
@@ -142,6 +159,8 @@ class Spending:
             objects: of each split.
             seeds: that were asked for.
             rates: at most so many are tried.
+            is_finished: whether a level was trained as an earlier plan has it.
+            is_whole: whether nothing is missing of it.
 
         Raises:
             BudgetError: it is too short for anything.
@@ -152,11 +171,57 @@ class Spending:
             level: cost_of(by_level[level], recipe, judged=judged, tested=objects["test"], searches=searches[level])
             for level, recipe in recipes.items()
         }
+        self.earlier = self._earlier_plans()
+        known = next((one for one in self.earlier if one.budget == self.budget), None)
+        if known is not None:
+            self.plan = known
+            return known
         filling = max((by_level[level].fill_seconds for level in recipes), default=0.0)
-        before = self._once + filling * sum(objects.values()) / objects["train"]
+        filling *= sum(objects.values()) / objects["train"]
+        before = self._once + filling
         before += max(cost.tested_seconds for cost in self.costs.values())  # of the pretrained model
-        self.plan = plan(list(self.costs.values()), self.budget, seeds=seeds, rates=rates, once=before)
+
+        def planned(levels: Iterable[str], budget: float, once: float) -> Plan:
+            return plan([self.costs[level] for level in levels], budget, seeds=seeds, rates=rates, once=once)
+
+        finished = {level for one in self.earlier for level in one.levels if is_finished(one, level)}
+        if finished:
+            self.plan = self._beside(finished, planned, before, filling, is_whole)
+        else:
+            self.plan = planned(self.costs, self.budget, before)
+        kept = [asdict(one) for one in (*self.earlier, self.plan)]
+        self._records.write({"plans": kept}, kind="plans", **self._asked)
         return self.plan
+
+    def _earlier_plans(self) -> tuple[Plan, ...]:
+        """What was planned with each budget, in the order in which they were given."""
+        with suppress(MissingRecordError):
+            return tuple(map(plan_from_json, self._records.known(kind="plans", **self._asked)["plans"]))
+        return ()
+
+    def _beside(
+        self,
+        finished: set[str],
+        planned: Callable[[Iterable[str], float, float], Plan],
+        before: float,
+        filling: float,
+        is_whole: Callable[[Plan, str], bool],
+    ) -> Plan:
+        """A plan for the whole budget, if there is time for what is missing of it; else one for the other levels."""
+        with suppress(BudgetError):
+            larger = planned(self.costs, self.budget, before)
+            missing = [level for level in larger.levels if not is_whole(larger, level)]
+            needed = sum(
+                self.costs[level].seconds(larger.epochs[level], seeds=len(larger.seeds), rates=larger.rates)
+                for level in missing
+            )
+            if not missing or needed + filling <= (1 - RESERVE) * self.left:
+                return larger
+        others = [level for level in self.costs if level not in finished]
+        with suppress(BudgetError):
+            if others:
+                return replace(planned(others, self.left, filling), budget=self.budget)
+        return replace(self.earlier[-1], budget=self.budget)
 
     def used_up(self) -> BudgetError:
         """What is said where not one level was trained."""
