@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from torch.utils.data import TensorDataset
 import small  # noqa: F401  (one thread)
 from torchrecycle.report.predicted import predicted_rows, predictions_sheet, slow_lines
 from torchrecycle.store import open_store
-from torchrecycle.sweep import Classification, SweepResult, sweep
+from torchrecycle.sweep import Classification, SweepError, SweepResult, sweep
 from torchrecycle.sweep.budget import BudgetError, Clock, Plan
+from torchrecycle.sweep.kept import keep_row
 
 
 def _made(seed: int) -> nn.Module:
@@ -223,3 +226,37 @@ def test_time_that_another_recipe_has_used_does_not_count(tmp_path: Path):
     again = sweep(build, make_task(), levels=("head",), store=tmp_path / "rows", budget=300)
     assert again._engine.spending is not None
     assert again._engine.spending.before > 0
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def test_sweeps_that_write_at_once_lose_no_line_and_a_torn_one_harms_no_other(tmp_path: Path):
+    row = _swept(tmp_path, "full").levels[0]
+    folder = tmp_path / "race"
+
+    def write(name: str) -> None:
+        for number in range(30):
+            keep_row(folder, f"{name}-{number}", row)
+
+    threads = [Thread(target=write, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    assert {json.loads(line)["sweep"] for line in lines} == {f"{name}-{i}" for name in "abc" for i in range(30)}
+    assert len(lines) == 90
+    with (folder / "results.jsonl").open("a") as file:
+        file.write('{"sweep": "killed wi')
+    for _ in range(2):
+        keep_row(folder, "later", row)
+    added = (folder / "results.jsonl").read_text().splitlines()[90:]
+    assert added[0] == '{"sweep": "killed wi'
+    assert [json.loads(line)["sweep"] for line in added[1:]] == ["later"]
+
+
+def test_a_seed_that_comes_twice_is_refused(tmp_path: Path):
+    with pytest.raises(SweepError, match=r"seeds=\(0, 1, 0\) has 0 more than once.*give each seed once"):
+        _swept(tmp_path, seeds=(0, 1, 0))
+    assert not (tmp_path / "rows").exists()

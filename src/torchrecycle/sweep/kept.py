@@ -1,16 +1,19 @@
 """Files beside the journal: a line for each level as it is finished, and all figures at the end.
 
 ``results.jsonl`` grows while a sweep runs: whoever watches it sees head only after a minute and full training after an
-hour. A line says which sweep it is of, since several may share a folder; one that is asked again adds nothing.
+hour. A line says which sweep it is of, since several may share a folder, also at the same time: lines are only added,
+each in one write. One that is asked again adds nothing.
 ``results.json`` is the whole of the last sweep that ended, as ``torchrecycle report compare`` takes it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +39,43 @@ def keep_row(folder: Path, sweep: str, level: LevelResult) -> None:
     """
     path = folder / ROWS
     figures = finite(level.to_json())
-    lines = _lines(path)
-    if any(line.get("sweep") == sweep and line.get("row") == figures for line in lines):
+    if any(line.get("sweep") == sweep and line.get("row") == figures for line in _lines(path)):
         return
-    lines.append({"sweep": sweep, "date": now(), "row": figures})
-    write_whole(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+    _add(path, json.dumps({"sweep": sweep, "date": now(), "row": figures}))
+
+
+def _add(path: Path, line: str) -> None:
+    """In one write at the end of the file, wherever that is by then: no line of another process is lost or split."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(file).st_size
+            # A crash or a full disk may have left a part of a line: it must not swallow this one.
+            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+            told = f"{chr(10) * torn}{line}\n".encode()
+            if os.write(file, told) < len(told):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise _worded(path, error) from error
+
+
+def _worded(path: Path, error: OSError) -> JournalError:
+    worded = JournalError(f"cannot write to {path.parent}: {error.strerror}")
+    worded.errno = error.errno
+    return worded
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    """Those that are whole: one is not while it is written, or where its writer was killed."""
+    lines: list[dict[str, Any]] = []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+        return lines
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -73,9 +103,7 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        worded = JournalError(f"cannot write to {path.parent}: {error.strerror}")
-        worded.errno = error.errno
-        raise worded from error
+        raise _worded(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 

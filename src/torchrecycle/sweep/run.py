@@ -187,6 +187,12 @@ def _refuse_arguments(build_model: Any, task: Any, plan: SweepPlan) -> None:
         )
     if isinstance(plan.seeds, int) or not len(plan.seeds) or not all(isinstance(seed, int) for seed in plan.seeds):
         raise SweepError(f"seeds={plan.seeds!r}: give a list of whole numbers, one for each training: seeds=(0, 1, 2)")
+    twice = sorted({seed for seed in plan.seeds if list(plan.seeds).count(seed) > 1})
+    if twice:
+        raise SweepError(
+            f"seeds={tuple(plan.seeds)!r} has {', '.join(map(str, twice))} more than once, which would be one training "
+            "counted as several: give each seed once"
+        )
     if plan.views is not None and (not isinstance(plan.views, int) or plan.views < 1):
         raise SweepError(f"views={plan.views!r}: give how many augmented versions of an object are kept, 1 or more")
     if plan.predict not in (None, True, False) and not isinstance(plan.predict, (list, tuple)):
