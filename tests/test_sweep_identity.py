@@ -149,6 +149,16 @@ def test_a_model_is_the_same_after_it_was_run():
     assert identity_of_model(model) == before
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_is_the_same_each_time(whole: bool):
+    def compiled(scale: float) -> Any:
+        made_one = torch.compile(made(Scaled, scale), backend="eager")
+        return made_one if whole else nn.Sequential(made_one)  # pyright: ignore[reportArgumentType]
+
+    assert identity_of_model(compiled(1.0)) == identity_of_model(compiled(1.0))
+    assert identity_of_model(compiled(1.0)) != identity_of_model(compiled(2.0))
+
+
 class WithFile(Scaled):
     def __init__(self) -> None:
         super().__init__()

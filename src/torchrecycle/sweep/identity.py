@@ -117,7 +117,7 @@ def identity_of_model(model: nn.Module) -> str:
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise SweepError("build_model gives a TorchScript module, whose code cannot be looked at: give the eager one")
-    hasher = blake3(take_fingerprint({"": model}, {}, (), {}).hex.encode())
+    hasher = blake3(take_fingerprint({"": model}, {}, (), {}, _of_compiling(model)).hex.encode())
     told: dict[type, str] = {}
     for name, module in model.named_modules():
         where = f"the model's {name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
@@ -125,6 +125,13 @@ def identity_of_model(model: nn.Module) -> str:
     for said in (*_configs(model), *_hooks(model), *_parameters(model)):
         hasher.update(f"{len(said)}:{said};".encode())
     return hasher.hexdigest(length=16)
+
+
+def _of_compiling(model: nn.Module) -> frozenset[tuple[str, str]]:
+    """What `torch.compile` puts around a module, as (module, attribute): other objects each time, which change nothing
+    of what it gives."""
+    around = (each for each in model.named_modules() if type(each[1]).__module__.startswith("torch._dynamo"))
+    return frozenset((f".{name}" if name else "", attribute) for name, module in around for attribute in vars(module))
 
 
 def _own_state(module: nn.Module, where: str, told: dict[type, str]) -> str:
