@@ -153,7 +153,7 @@ def test_a_model_is_the_same_after_it_was_run():
 def test_a_compiled_model_is_the_same_each_time(whole: bool):
     def compiled(scale: float) -> Any:
         made_one = torch.compile(made(Scaled, scale), backend="eager")
-        return made_one if whole else nn.Sequential(made_one)  # pyright: ignore[reportArgumentType]
+        return made_one if whole else nn.Sequential(made_one)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     assert identity_of_model(compiled(1.0)) == identity_of_model(compiled(1.0))
     assert identity_of_model(compiled(1.0)) != identity_of_model(compiled(2.0))
