@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from importlib import import_module
 from pathlib import Path
@@ -260,3 +261,35 @@ def test_a_seed_that_comes_twice_is_refused(tmp_path: Path):
     with pytest.raises(SweepError, match=r"seeds=\(0, 1, 0\) has 0 more than once.*give each seed once"):
         _swept(tmp_path, seeds=(0, 1, 0))
     assert not (tmp_path / "rows").exists()
+
+
+class Breaks(Classification):
+    """With seed 1, training of the head alone comes to no finite number."""
+
+    def fit(self, model: nn.Module, loader: Any, trial: Any) -> None:
+        if trial.seed == 1 and trial.level == "head":
+            trial.ended(1, sum(math.nan for _ in loader))
+            return
+        super().fit(model, loader, trial)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_seed_that_diverges_ends_its_level_and_no_other(search: bool, tmp_path: Path):
+    task = Breaks(_objects(128, 0), _objects(64, 1), validation=_objects(64, 2), epochs=2)
+    options: dict[str, Any] = {"task": task, "seeds": (0, 1), "search": search}
+    told: list[str] = []
+    for _ in range(2):
+        told.clear()
+        result = _swept(tmp_path, "50", "head", tell=told.append, **options)
+        assert [(row.level, len(row.trials)) for row in result.levels] == [("50", 2)]
+        (line,) = [line for line in told if "diverged" in line]
+        assert line.startswith("head only diverged at a rate of ")
+        assert " with seed 1: the loss was no finite number in epoch 1. " in line
+        assert ("let the sweep look for one" in line) == (not search), "which it did, with another seed"
+        assert "--rate of the command" in line
+        kept = json.loads((tmp_path / "rows-sweep" / "results.json").read_text())
+        assert kept["ran"]["settings"]["diverged"] == line
+    assert not any(line.startswith("head only, seed") for line in told), "nor is it trained again"
+    assert _swept(tmp_path, "50", "head", **{**options, "seeds": (0,)}).of("head").trials
+    with pytest.raises(SweepError, match="head only diverged at a rate of"):
+        _swept(tmp_path, "head", **options)

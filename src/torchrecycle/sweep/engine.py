@@ -70,8 +70,15 @@ QUERIES = 8
 """Objects of which is shown what they find."""
 
 
+_HOW_TO_GIVE_A_RATE = "(`rate` and `head_rate` of a task, or its `recipe`; --rate of the command.)"
+
+
 class _NoTimeError(Exception):
     """A training was not started, or not ended, since the budget does not allow it."""
+
+
+class _DivergedError(SweepError):
+    """A training came to no finite number. It ends its level, and no other."""
 
 
 class Engine:
@@ -95,6 +102,7 @@ class Engine:
         self._turns = Turns((tuple(reversed(self.levels)),))
         self._has_told = False
         self._earlier: dict[str, Plan] = {}
+        self._diverged: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
         self._model_identity: str | None = None
         self._model_name, self._device = task.model, task.device
@@ -185,7 +193,7 @@ class Engine:
 
     def _rows(self) -> Generator[LevelResult, None, None]:
         self._decide()
-        found = 0
+        found, self._diverged = 0, {}
         self._turns = Turns((tuple(reversed(self.levels)),))
         todo = [level for level in self.levels if not self._is_done(level) and self._has_time(level)]
         with ExitStack() as stack:
@@ -193,13 +201,31 @@ class Engine:
             for level in self._order:
                 if level in todo:
                     self._finish(level, todo, runners, stack)
+                elif words := self._lost(level):
+                    self._tell_lost(level, words)
                 elif self._is_done(level):
                     self.plan.tell(f"{in_words(level)}: was finished before")
-                if self.spending is None or self._has_row(level):
+                if self._has_row(level) if self.spending is not None else level not in self._diverged:
                     found += 1
                     yield self._level(level)
+        if not found and self._diverged:
+            raise SweepError(" ".join(self._diverged.values()))
         if self.spending is not None and not found:
             raise self.spending.used_up()
+
+    def _tell_lost(self, level: str, words: str) -> None:
+        self._diverged[level] = words
+        self.plan.tell(words)
+
+    def _lost(self, level: str) -> str | None:
+        """How a level has diverged, as the journal has it; None if it has not."""
+        try:
+            list(self._trials(level, self.place(level), None, whole=False))
+        except _DivergedError as error:
+            return str(error)
+        except MissingRecordError:
+            return None
+        return None
 
     @property
     def _order(self) -> tuple[str, ...]:
@@ -231,6 +257,8 @@ class Engine:
                     runner = runners.pop(level)
                 runner = runner or Runner(self.task, level, None, self.build())
                 self._run(level, runner)
+        except _DivergedError as error:
+            self._tell_lost(level, str(error))
         except TimeIsUp:
             self.plan.tell(f"{in_words(level)}: the budget is used up; of what was under way nothing is kept")
         finally:
@@ -403,7 +431,7 @@ class Engine:
             if place.cut is not None:
                 self._frozen_epoch(level, self.task.recipe(level, place.share), None)
             return any(trial.purpose == "final" for trial in self._known_trials(level, place))
-        except MissingRecordError:
+        except (MissingRecordError, _DivergedError):
             return False
 
     def _known_trials(self, level: str, place: Place) -> list[Trial]:
@@ -430,6 +458,8 @@ class Engine:
                 self._frozen_epoch(level, self.task.recipe(level, place.share), None)
         except MissingRecordError:
             return False
+        except _DivergedError:
+            return True  # it would again
         return True
 
     # -- attaching and filling -----------------------------------------------------------------------------------------
@@ -684,10 +714,10 @@ class Engine:
     def _refuse_diverged(self, halving: Halving, level: str, recipe: Recipe) -> None:
         if halving.tried and all(tried.state == "diverged" for tried in halving.tried):
             rates = [rate_of(scaled(recipe, level, tried.factor), level) for tried in halving.tried]
-            raise SweepError(
+            raise _DivergedError(
                 f"{in_words(level)} diverged at all rates that were tried, from {min(rates):g} to {max(rates):g}: the "
                 "loss or an output was no finite number. Is there NaN in the data or in the weights? Else give a lower "
-                "--rate"
+                f"rate. {_HOW_TO_GIVE_A_RATE}"
             )
 
     def _tried(
@@ -727,15 +757,22 @@ class Engine:
             runner: trains it if it is not in the journal.
             optional: whether there is one with another seed already, so that other levels come before it.
         """
+        key = self.records.trial_key(level, place, recipe, seed, "final")
         with suppress(MissingRecordError):
-            return self.records.trial(self.records.trial_key(level, place, recipe, seed, "final"))
+            return self.records.trial(key)
+        if words := self.records.diverged(key):
+            raise _DivergedError(words)
         if runner is None:
             raise MissingRecordError
         later = self._later(level) if optional else ()
         if self.spending is not None and not self.spending.training_fits(level, recipe.epochs, later):
             self.plan.tell(f"{in_words(level)}: no time for seed {seed}")
             raise _NoTimeError
-        return self.train_and_keep(place, recipe, seed, "final", runner)
+        try:
+            return self.train_and_keep(place, recipe, seed, "final", runner)
+        except _DivergedError as error:
+            self.records.keep_diverged(key, str(error))
+            raise
 
     def train_and_keep(self, place: Place, recipe: Recipe, seed: int, purpose: Purpose, runner: Runner) -> Trial:
         """One training, kept in the journal, and its weights if they are asked for."""
@@ -758,7 +795,7 @@ class Engine:
             attempt: of a search, to be told of each rung.
 
         Raises:
-            SweepError: a training that is to be reported has diverged.
+            SweepError: a training that is to be reported has diverged, which ends its level.
         """
         level, metric = runner.level, self.outcome.metric
         runner.restart()
@@ -775,12 +812,23 @@ class Engine:
         if attempt is not None:
             return self._searched(Trial(level, purpose, seed, recipe, curve, {}, {}, **told), runner)
         if curve and not math.isfinite(curve[-1].loss):
-            raise SweepError(
-                f"{in_words(level)} diverged at a rate of {rate_of(recipe, level):g}: the loss was no finite "
-                f"number in epoch {curve[-1].epoch}. Give a lower --rate, or let the sweep look for one"
-            )
-        found = self._evaluated(runner, self.splits["test"])
+            raise self._diverging(level, recipe, seed, f"the loss was no finite number in epoch {curve[-1].epoch}")
+        try:
+            found = self._evaluated(runner, self.splits["test"])
+        except NotFiniteError as error:
+            raise self._diverging(level, recipe, seed, f"what it gives for the test split: {error}") from error
         return Trial(level, purpose, seed, recipe, curve, found.quality, scores_of(found), found.found, **told)
+
+    def _diverging(self, level: str, recipe: Recipe, seed: int, how: str) -> _DivergedError:
+        rate = rate_of(recipe, level)
+        if self._searches(level) and self.rates > 1:
+            what_to_do = "That was the rate that did best on the validation split, with seed 0: give a lower one."
+        else:
+            what_to_do = "Give a lower rate, or let the sweep look for one on a validation split."
+        return _DivergedError(
+            f"{in_words(level)} diverged at a rate of {rate:g} with seed {seed}: {how}. {what_to_do} "
+            f"{_HOW_TO_GIVE_A_RATE}"
+        )
 
     def _searched(self, trial: Trial, runner: Runner) -> Trial:
         """With its quality on the validation split; 0 for one that has diverged, which its curve says."""
@@ -852,7 +900,8 @@ class Engine:
     def result(self, levels: Sequence[LevelResult]) -> SweepResult:
         """Of all levels, from no recycling to all."""
         plan = None if self.spending is None else self.spending.plan
-        work = Work(self._model_name, self._device, self.began, self.seeds, self._predictions, plan)
+        diverged = tuple(self._diverged.values())
+        work = Work(self._model_name, self._device, self.began, self.seeds, self._predictions, plan, diverged)
         return self.outcome.result(levels, work)
 
     def _level(self, level: str) -> LevelResult:

@@ -49,6 +49,8 @@ class Work:
     """What was predicted, if anything was."""
     plan: Plan | None
     """What a budget left time for; None without one."""
+    diverged: tuple[str, ...] = ()
+    """Of levels that gave no row since a training of theirs came to no finite number, in words."""
 
 
 class Outcome:
@@ -198,7 +200,7 @@ class Outcome:
             splits={name: len(split) // per for name, split in splits.items()},
             left_out=tuple(task.left_out),
             loss=task.loss,
-            settings={**task.settings, **self._said(work.plan)},
+            settings={**task.settings, **self._said(work)},
             licences=tuple(task.licences),
             machine=machine(work.device),
             versions=versions(),
@@ -206,15 +208,17 @@ class Outcome:
             seconds=max(time.perf_counter() - work.began, trained + max(level.fill_seconds for level in levels)),
         )
 
-    def _said(self, budget: Plan | None) -> dict[str, str]:
+    def _said(self, work: Work) -> dict[str, str]:
         """What of the plan was not left as usual."""
         said = {}
         if self.plan.views not in (None, 1):
             said["views"] = f"{self.plan.views} of each object that is trained on"
         if self.plan.max_bytes is not None:
             said["most bytes kept"] = bytes_in_words(parse_bytes(self.plan.max_bytes))
-        if budget is not None:
-            said["budget"] = str(budget)
+        if work.plan is not None:
+            said["budget"] = str(work.plan)
+        if work.diverged:
+            said["diverged"] = " ".join(work.diverged)
         return said
 
 

@@ -118,6 +118,17 @@ class Records:
     def keep_trial(self, key: str, trial: Trial) -> None:
         self.journal.write(key, {"kind": "trial", "trial": asdict(trial)})
 
+    def keep_diverged(self, key: str, words: str) -> None:
+        """That the training of this key has, and at what: it would again."""
+        self.write({"words": words}, kind="diverged", trial=key)
+
+    def diverged(self, key: str) -> str | None:
+        """In words; None if that is not known of it."""
+        try:
+            return self.known(kind="diverged", trial=key)["words"]
+        except MissingRecordError:
+            return None
+
     def trial_key(
         self, level: str, place: Place, recipe: Recipe, seed: int, purpose: Purpose, *, tried: list[float] | None = None
     ) -> str:
