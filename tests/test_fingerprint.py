@@ -76,6 +76,23 @@ def test_nested_plain_attributes_count_with_their_content(model):
     assert _hex(model) != before
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda x: torch.relu(x), lambda x: torch.tanh(x)),
+        (lambda xs: [torch.relu(x) for x in xs], lambda xs: [torch.tanh(x) for x in xs]),
+    ],
+    ids=["itself", "within it"],
+)
+def test_a_function_that_calls_another_one_is_another(model, one, other):
+    """Their steps are the same, but for the names that they look up."""
+    other.__qualname__ = one.__qualname__
+    model.layer1[0].act = one
+    before = _hex(model)
+    model.layer1[0].act = other
+    assert _hex(model) != before
+
+
 SAME: dict[str, Callable[[nn.Module], object]] = {
     "the head": lambda m: setattr(m, "fc", nn.Linear(512, 7)),
     "the suffix": lambda m: m.layer4.requires_grad_(False).half(),

@@ -292,9 +292,17 @@ def _function(value: Any, depth: int) -> str:
             words.append(str(_plain(cell.cell_contents, depth + 1)))
     words.append(str(_plain(function.__defaults__ or (), depth + 1)))
     if function.__module__.partition(".")[0] not in _LIBRARIES:
-        words.append(blake3(function.__code__.co_code).hexdigest(length=8))
-        words.append(str([_plain(const, depth + 1) for const in function.__code__.co_consts]))
+        words.append(_code(function.__code__, depth))
     return " ".join(words)
+
+
+def _code(code: types.CodeType, depth: int) -> str:
+    """What a function does: its steps, the names that they look up (``relu``, ``tanh``), what is written in it."""
+    constants = (
+        _code(const, depth) if isinstance(const, types.CodeType) else _plain(const, depth + 1)
+        for const in code.co_consts
+    )
+    return f"{blake3(code.co_code).hexdigest(length=8)} {code.co_names} {[str(constant) for constant in constants]}"
 
 
 _LIBRARIES = frozenset(
