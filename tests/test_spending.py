@@ -143,3 +143,17 @@ def test_a_budget_that_is_too_short_is_refused_with_what_was_predicted(tmp_path:
     used_up = str(_spending(tmp_path, 60.0).used_up())
     assert "the budget of 60 s left no time to train one level" in used_up
     assert "It is for the whole sweep, earlier runs included, which have used 0 s" in used_up
+
+
+def test_what_judging_has_taken_counts_from_then_on(tmp_path: Path):
+    spending = _spending(tmp_path, 80.0)
+    assert spending.can_end("head", EpochPoint(1, 1.0, 1.0, None), 4)
+    before = spending.costs["50"].training_seconds(4)
+    spending.evaluated(None, on_test=True, seconds=3.0)
+    assert spending.costs["50"].tested_seconds == 3.0
+    assert spending.costs["50"].judged_seconds == pytest.approx(1.2), "of 20 objects, where 50 took 3 s"
+    assert spending.costs["50"].training_seconds(4) > before + 2
+    spending.evaluated("50", on_test=False, seconds=5.0)
+    assert spending.costs["50"].judged_seconds == 5.0
+    spending.evaluated("head", on_test=False, seconds=40.0)
+    assert not spending.can_end("head", EpochPoint(1, 1.0, 1.0, None), 4), "of 80 s, with two evaluations to come"

@@ -477,8 +477,8 @@ class Engine:
             if recycling.cut in cuts:
                 raise SweepError(
                     f"levels {cuts[recycling.cut]} and {level} would both be cut at '{recycling.cut}', the nearest "
-                    "valid cut: leave one of them out with --levels, and see torchrecycle cuts --model "
-                    f"{self._model_name}"
+                    "valid cut: leave one of them out (levels=..., or --levels of the command), and see cuts(model, "
+                    f"example), or torchrecycle cuts --model {self._model_name}"
                 )
             cuts[recycling.cut] = level
         return runners
@@ -605,7 +605,12 @@ class Engine:
             if what:
                 line = stack.enter_context(progress(what, len(loader), "batches"))
                 loader = Counted(loader, line.advance)
+            began = time.perf_counter()
             found = self.task.judged(runner.model, loader, split, queries, known)
+            seconds = time.perf_counter() - began
+        if self.spending is not None and (runner.level != "untrained" or runner.recycling is not None):
+            level = None if runner.level == "untrained" else runner.level
+            self.spending.evaluated(level, on_test=shown, seconds=seconds)
         return found
 
     # -- a level -------------------------------------------------------------------------------------------------------

@@ -214,8 +214,8 @@ class LevelResult:
     search: tuple[Trial, ...]
     """Those that looked for a rate; empty if it was given."""
     fill_seconds: float
-    """Wall seconds of the pass that filled what is trained on, for all levels at once; 0 for full training. Of rows
-    that were in the store already, nothing."""
+    """Wall seconds of the pass that filled what is trained on, for all levels that were filled at once; 0 for full
+    training, and where nothing is kept. Of rows that were in the store already: what a frozen epoch takes longer."""
     frozen_epoch_seconds: float | None
     """Wall seconds of an epoch with the same prefix frozen and computed again: no store. None for full training."""
     bytes_kept: int

@@ -16,6 +16,7 @@ in time, and nothing is kept of it: with fewer epochs than its recipe has, it wo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from dataclasses import asdict, replace
 
 from torchrecycle.progress import watching
 from torchrecycle.sweep.budget import (
+    JUDGED,
     RESERVE,
     BudgetError,
     Clock,
@@ -68,6 +70,7 @@ class Spending:
         self.costs: dict[str, Cost] = {}
         self.predictions: tuple[Prediction, ...] = ()
         self._once = 0.0
+        self._scale = 1.0
         self.plan: Plan | None = None
         self.earlier: tuple[Plan, ...] = ()
 
@@ -166,6 +169,7 @@ class Spending:
             BudgetError: it is too short for anything.
         """
         judged = objects.get("validation", objects["test"])
+        self._scale = min(1.0, judged / max(1, objects["test"]))
         by_level = {each.level: each for each in self.predictions}
         self.costs = {
             level: cost_of(by_level[level], recipe, judged=judged, tested=objects["test"], searches=searches[level])
@@ -238,6 +242,22 @@ class Spending:
         if epoch_seconds > 0:
             self.costs[level] = replace(self.costs[level], epoch_seconds=epoch_seconds)
 
+    def evaluated(self, level: str | None, *, on_test: bool, seconds: float) -> None:
+        """What judging has really taken, which counts from now on.
+
+        Args:
+            level: of whose model; None for the pretrained one from the rows of the head, which no level undercuts.
+            on_test: whether on the test split; else on what is judged on during a training.
+            seconds: that it took.
+        """
+        for name, cost in self.costs.items():
+            if level is None:
+                tested, judged = max(cost.tested_seconds, seconds), max(cost.judged_seconds, self._scale * seconds)
+                self.costs[name] = replace(cost, tested_seconds=tested, judged_seconds=judged)
+            elif level == name:
+                figure = {"tested_seconds": seconds} if on_test else {"judged_seconds": seconds}
+                self.costs[name] = replace(cost, **figure)
+
     def training_fits(self, level: str, epochs: int, later: Sequence[str] = ()) -> bool:
         """Whether a training may be started.
 
@@ -283,4 +303,5 @@ class Spending:
         cost, left = self.costs[level], epochs - point.epoch
         if left <= 0:
             return True
-        return left * point.seconds / point.epoch + cost.tested_seconds <= self.left
+        judging = min(left, math.ceil(JUDGED * left / epochs)) * cost.judged_seconds
+        return left * point.seconds / point.epoch + judging + cost.tested_seconds <= self.left
