@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,9 +99,10 @@ def test_the_sweep_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         blocks = [nn.Sequential(nn.Linear(4 if i == 0 else 8, 8), nn.ReLU()) for i in range(8)]
         return nn.Sequential(*blocks, nn.Linear(8, 2))
 
-    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
-    data = TensorDataset(x, (x[:, 0] > 0).long())
-    names = {"build_model": build_model, "train": data, "test": data, "validation": data}
+    names: dict[str, Any] = {"build_model": build_model}
+    for seed, name in enumerate(("train", "test", "validation")):
+        x = torch.randn(24, 4, generator=torch.Generator().manual_seed(seed))
+        names[name] = TensorDataset(x, (x[:, 0] > 0).long())
     exec(found[1], names)
     told = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0].split(":")[0] for line in told[:-1]] == [

@@ -117,7 +117,7 @@ def identity_of_model(model: nn.Module) -> str:
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise SweepError("build_model gives a TorchScript module, whose code cannot be looked at: give the eager one")
-    hasher = blake3(take_fingerprint({"": model}, {}, (), {}, _of_compiling(model)).hex.encode())
+    hasher = blake3(take_fingerprint({"": model}, {}, (), {}, _of_compiling(model) | _places(model)).hex.encode())
     told: dict[type, str] = {}
     for name, module in model.named_modules():
         where = f"the model's {name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
@@ -132,6 +132,15 @@ def _of_compiling(model: nn.Module) -> frozenset[tuple[str, str]]:
     of what it gives."""
     around = (each for each in model.named_modules() if type(each[1]).__module__.startswith("torch._dynamo"))
     return frozenset((f".{name}" if name else "", attribute) for name, module in around for attribute in vars(module))
+
+
+def _places(model: nn.Module) -> frozenset[tuple[str, str]]:
+    """Where models of transformers were loaded from, as (module, attribute): a copied folder holds the same model."""
+    return frozenset(
+        (f".{name}" if name else "", "name_or_path")
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "config", None), "to_json_string") and "name_or_path" in vars(module)
+    )
 
 
 def _own_state(module: nn.Module, where: str, told: dict[type, str]) -> str:

@@ -17,6 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from torchrecycle.sweep.environment import now
 from torchrecycle.sweep.journal import JournalError
 from torchrecycle.sweep.results import LevelResult, SweepResult
@@ -45,11 +50,15 @@ def keep_row(folder: Path, sweep: str, level: LevelResult) -> None:
 
 
 def _add(path: Path, line: str) -> None:
-    """In one write at the end of the file, wherever that is by then: no line of another process is lost or split."""
+    """In one write at the end of the file, wherever that is by then: no line of another process is lost or split. The
+    lock is for the look at the last byte, which is no end of a line while another process still writes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
+            if fcntl is not None:
+                with suppress(OSError):  # a disk that knows no locks: a line may be empty then
+                    fcntl.flock(file, fcntl.LOCK_EX)
             size = os.fstat(file).st_size
             # A crash or a full disk may have left a part of a line: it must not swallow this one.
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
