@@ -8,6 +8,10 @@ swallow that.
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 PRELOADED = [
@@ -24,3 +28,20 @@ def forkserver_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def killed_at(line: str, code: str, *arguments: object) -> None:
+    """Run Python code in a process, in the folder of the tests, and SIGKILL it when it prints a line that begins so.
+
+    Raises:
+        AssertionError: it ended before.
+    """
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+    assert process.stdout is not None
+    for told in process.stdout:
+        if told.startswith(line):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL

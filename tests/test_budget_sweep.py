@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 import small
+from processes import killed_at
 from torchrecycle.cli import app
 from torchrecycle.sweep import Recipe, Sweep, SweepError, SweepPlan, Task, halving
 from torchrecycle.sweep.budget import BudgetError
@@ -246,16 +246,7 @@ def sweep_to_be_killed(home: str) -> None:
 @pytest.mark.slow
 def test_a_sweep_with_a_budget_that_was_killed_goes_on_with_what_is_left(tmp_path: Path):
     code = "import sys; from test_budget_sweep import sweep_to_be_killed; sweep_to_be_killed(*sys.argv[1:])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("head only, seed 0"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL
+    killed_at("head only, seed 0", code, tmp_path)
     told: list[str] = []
     SLOWER["seconds"] = 0.05
     run = _sweep(tmp_path, "90s", levels=("50", "head"), tell=told.append)

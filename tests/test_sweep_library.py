@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import small  # noqa: F401  (one thread)
+from processes import killed_at
 from torchrecycle.errors import RecycleError
 from torchrecycle.sweep import Evaluation, LevelResult, Split, Sweep, SweepError, SweepResult, Task, sweep
 from torchrecycle.sweep.identity import identity_of_task
@@ -129,19 +128,12 @@ def sweep_to_be_killed(home: str) -> None:
 
 def test_a_sweep_of_ones_own_task_that_was_killed_goes_on_in_the_next_process(tmp_path: Path):
     code = "import sys; from test_sweep_library import sweep_to_be_killed; sweep_to_be_killed(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("head only, seed 1"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL
+    killed_at("head only, seed 1", code, tmp_path)
     journal = tmp_path / "rows-sweep" / "journal"
     kept = {path: path.read_bytes() for path in journal.iterdir()}
     finished = [path for path, content in kept.items() if b'"kind": "trial"' in content]
     assert 2 <= len(finished) < 6
+    command = [sys.executable, "-c", code, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
     told = ended.stdout.splitlines()
     assert told[0].startswith("training split: nothing to fill")

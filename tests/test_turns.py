@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import small  # noqa: F401  (one thread)
+from processes import killed_at
 from torchrecycle.sweep import Recipe, Sweep, SweepResult, Task, sweep
 from torchrecycle.sweep.filling import FILE_BYTES, FILES
 from torchrecycle.sweep.materialise import Candidate, candidates, choose
@@ -149,16 +147,7 @@ def sweep_to_be_killed(home: str) -> None:
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_with_the_same_turns(tmp_path: Path, free: SweepResult):
     code = "import sys; from test_turns import sweep_to_be_killed; sweep_to_be_killed(sys.argv[1])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("50 % recycled, seed 0"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL
+    killed_at("50 % recycled, seed 0", code, tmp_path)
     told: list[str] = []
     run = _sweep(tmp_path, max_bytes=LIMIT, tell=told.append)
     assert [row.level for row in run] == ["50", "25", "head"]

@@ -71,6 +71,7 @@ class MixedCollate(RecycledCollate):
             except Exception:
                 if not items.raw:
                     raise
+                # A user's function that takes no batch of rows beside objects: it gets objects, and raises on those.
                 items = items.dataset.read(items.places.tolist())
         if isinstance(items, Fetched):
             items = items.dataset.read(items.places.tolist())
