@@ -596,7 +596,8 @@ class ManyTargets(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         boxes = torch.full((index % 3 + 1, 4), float(index), dtype=torch.bfloat16)
-        return X[index], {"class": torch.tensor(index), "boxes": boxes, "text": f"the {index}th", "place": (index, 0.5)}
+        target = {"class": torch.tensor(index), "boxes": boxes, "text": f"the {index}th", "place": (index, 0.5)}
+        return X[index], {**target, "points": np.arange(index % 3)}
 
 
 def separate(items: list[Any]) -> Any:
@@ -621,3 +622,4 @@ def test_targets_that_come_from_workers_hold_no_file_open_and_are_what_they_were
         assert target["boxes"].dtype is torch.bfloat16
         assert torch.equal(target["boxes"], want["boxes"])
         assert (target["text"], target["place"]) == (want["text"], want["place"])
+        assert np.array_equal(target["points"], want["points"])

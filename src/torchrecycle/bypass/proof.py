@@ -87,6 +87,10 @@ def first_difference(
         pairs = ((f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(want, got, strict=True)))
     elif type(want) is not type(got):
         return f"{where} is a {type(got).__name__} instead of a {type(want).__name__}"
+    elif isinstance(want, np.ndarray):
+        if want.shape != got.shape or want.dtype != got.dtype:
+            return f"{where} is {list(got.shape)} {got.dtype} instead of {list(want.shape)} {want.dtype}"
+        return None if want.tobytes() == got.tobytes() or np.array_equal(want, got) else f"{where} differs"
     elif hasattr(want, "__dict__") and not isinstance(want, type) and depth < 4:
         return first_difference(vars(want), vars(got), path, masks, depth + 1)
     else:
