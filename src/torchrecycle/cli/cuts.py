@@ -127,7 +127,9 @@ def _costs(
     loaded: Any, found: Any, objects: int, epochs: int, precision: Sequence[KeptAs] | None, store: Path | None
 ) -> list[CutCost]:
     from torchrecycle.report.cut_costs import OWN, predict_cut_costs
+    from torchrecycle.sweep import keep_freed_memory
 
+    keep_freed_memory()
     names = list(dict.fromkeys(one.value for one in precision or ())) or [OWN]
     return predict_cut_costs(
         loaded.model,

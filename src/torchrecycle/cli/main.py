@@ -72,7 +72,9 @@ def demo(
 
     with one_line_errors(debug, kept, smaller="--quick, or end other programs"):
         from torchrecycle.demo.run import run_demo
+        from torchrecycle.sweep import keep_freed_memory
 
+        keep_freed_memory()
         names = [task.value] if task else [name.value for name in TaskName]
         report = run_demo(names, quick=quick, store=store, out=out, silent=as_json)
         if as_json:

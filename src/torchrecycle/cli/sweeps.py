@@ -478,8 +478,10 @@ _SMALLER_BATCH = "a smaller --batch, by which training and testing both go"
 def _run(asked: _Asked, make: Callable[[Settings], tuple[ObjectiveTask, Trunk]], debug: bool) -> None:
     with one_line_errors(debug, lambda: _kept(asked), smaller=f"{_SMALLER_BATCH}, {asked.smaller}"):
         _refuse_early(asked)
-        from torchrecycle.sweep import Settings, Sweep
+        from torchrecycle.sweep import Settings, Sweep, keep_freed_memory
         from torchrecycle.sweep.kept import finite
+
+        keep_freed_memory()
 
         with redirect_stdout(sys.stderr) as stderr:  # what a library says is no part of the answer
             tell: Callable[[str], None] = lambda line: print(f"  {line}", flush=True, file=stderr)  # noqa: E731
