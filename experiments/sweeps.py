@@ -7,6 +7,7 @@ when it ends, in ``experiments/results/NAME/journal/``.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from kept import RESULTS  # pyright: ignore[reportMissingImports]
 from torchrecycle.sweep import ObjectiveTask, Recipe, SweepResult, keep_freed_memory, sweep
 
-__all__ = ["arguments", "given_recipes", "run"]
+__all__ = ["arguments", "found_recipes", "given_recipes", "run"]
 
 LEVELS = ("full", "50", "75", "head")
 
@@ -41,12 +42,19 @@ def given_recipes(task: ObjectiveTask, recipes: dict[str, Recipe]) -> ObjectiveT
     return replace(task, recipes=lambda level, share: recipes[level])
 
 
+def found_recipes(name: str) -> dict[str, Recipe]:
+    """With what rates each level was trained in another experiment, whose search found them."""
+    found = json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
+    return {level["level"]: Recipe(**level["trials"][0]["recipe"]) for level in found["levels"]}
+
+
 def run(
     name: str,
     task: ObjectiveTask,
     given: argparse.Namespace,
     *,
     levels: Sequence[str] = LEVELS,
+    search: bool = True,
     tell: Callable[[str], None] = print,
 ) -> SweepResult:
     """Sweep; figures are kept in ``experiments/results/NAME/``."""
@@ -58,6 +66,7 @@ def run(
         store=given.store / "activations",
         results=RESULTS / name,
         seeds=range(given.seeds),
+        search=search,
         command=f"python experiments/{Path(sys.argv[0]).name}",
         tell=lambda line: tell(f"{name}: {line}"),
     )

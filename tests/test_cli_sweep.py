@@ -18,6 +18,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -258,8 +259,11 @@ def test_pairs_are_the_same_task_in_whatever_kind_of_table_they_come(tmp_path):
     assert "reciprocal rank" in first.stdout
     assert (out / "index.html").is_file()
     before = figures_in(out)
-    for kind in (".parquet", ".tsv", ".csv"):
+    assert "is replaced" not in first.stderr
+    assert "is replaced" not in works("pairs", tmp_path / "faq.jsonl", *arguments).stderr
+    for earlier, kind in pairwise([".jsonl", ".parquet", ".tsv", ".csv"]):
         again = works("pairs", write_table(tmp_path / f"faq{kind}", faq_rows()), *arguments)
+        assert f"its page of faq{earlier}, 60 pairs with " in again.stderr
         assert again.stderr.count("was finished before") == 1
         assert figures_in(out) == before
 

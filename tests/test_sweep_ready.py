@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import small  # noqa: F401  (one thread)
 from torchrecycle.sweep import (
     Classification,
     Pairs,
+    Recipe,
     Regression,
     Similarity,
     SweepError,
@@ -207,6 +209,22 @@ def test_pairs_of_tensors_are_two_sides_of_a_batch_each(tmp_path: Path):
     assert result.of("50").quality["precision@1"].mean > 0.3
     assert [len(item[0]) for item in (task.splits()["train"].dataset[i] for i in (0, 24))] == [8, 8]
     assert torch.equal(task.splits()["train"].dataset[25][0], pairs[1][1])
+
+
+def test_pairs_are_trained_with_the_scale_that_their_recipe_says(tmp_path: Path):
+    class Warmer(Pairs):
+        def recipe(self, level: str, share: float) -> Recipe:
+            return replace(super().recipe(level, share), scale=self.warmth)
+
+    pairs = list(zip(_numbers(40, 0), _numbers(40, 1), strict=True))
+    losses = {}
+    for warmth in (None, 1.0, 20.0):
+        task = (Pairs if warmth is None else Warmer)(pairs[:24], pairs[24:], epochs=1, batch_size=8, rate=0.0)
+        task.warmth = warmth
+        trial = _swept(_layers(16, 8), task, tmp_path / f"{warmth}", "50").of("50").trials[0]
+        losses[trial.recipe.scale] = losses.get(trial.recipe.scale, []) + [trial.curve[-1].loss]
+    assert losses[20.0][0] == losses[20.0][1]  # the usual one is 20, and is what the recipe says
+    assert losses[1.0][0] != pytest.approx(losses[20.0][0], rel=1e-3)
 
 
 # -- numbers, and labels of tokens -------------------------------------------------------------------------------------

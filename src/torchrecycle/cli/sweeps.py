@@ -675,6 +675,23 @@ def _introduce(task: ObjectiveTask, plan: SweepPlan, folder: Path) -> None:
     if task.random_weights:
         say_random(published=task.kind == "images")
     typer.echo(f"results: {folder}; what the frozen layers give is kept in {plan.store}", err=True)
+    other = _other_results(task, folder)
+    if other is not None:
+        typer.echo(
+            f"  its page of {other} is replaced when this sweep ends: to keep both, give another --out", err=True
+        )
+
+
+def _other_results(task: ObjectiveTask, folder: Path) -> str | None:
+    """Whose page is in the folder, if it is of other data or of another model."""
+    from torchrecycle.report.reading import ResultsError, read_result
+
+    try:
+        ran = read_result(folder).ran
+    except (ResultsError, OSError):
+        return None  # none yet, or none that is worth keeping
+    is_same = (ran.data, ran.model, ran.weights) == (task.data, task.model, task.weights)
+    return None if is_same else f"{ran.data} with {ran.model}, weights {ran.weights}"
 
 
 def _begin(folder: Path) -> None:

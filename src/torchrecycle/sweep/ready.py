@@ -412,14 +412,17 @@ class Pairs(_Ready):
                 self._sides[name] = Split(sides, name=None if inner is None else f"sides of {inner}")
         return dict(self._sides)
 
+    def recipe(self, level: str, share: float) -> Recipe:
+        # Cosines want a larger scale among the few others of a batch than among many classes.
+        return replace(super().recipe(level, share), scale=SCALE)
+
     def loader_arguments(self, recipe: Recipe, *, seed: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         arguments = Matching().loader_arguments(self.splits()["train"], recipe, generator)
         return {**arguments, **self._reading()}
 
     def _make_loss(self, model: nn.Module, trial: RunningTrial) -> nn.Module:
-        # Cosines want a larger scale among the few others of a batch than among many classes.
-        return Matching(loss=self.loss_name).make_loss(0, replace(trial.recipe, scale=SCALE), trial.seed)
+        return Matching(loss=self.loss_name).make_loss(0, trial.recipe, trial.seed)
 
     def _read(self, output: Any, inputs: Any) -> Tensor:
         return F.normalize(embedding_of(output, inputs, self._whose), dim=-1)
