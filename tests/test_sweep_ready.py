@@ -217,12 +217,12 @@ def test_pairs_are_trained_with_the_scale_that_their_recipe_says(tmp_path: Path)
             return replace(super().recipe(level, share), scale=self.warmth)
 
     pairs = list(zip(_numbers(40, 0), _numbers(40, 1), strict=True))
-    losses = {}
+    losses: dict[float, list[float]] = {}
     for warmth in (None, 1.0, 20.0):
-        task = (Pairs if warmth is None else Warmer)(pairs[:24], pairs[24:], epochs=1, batch_size=8, rate=0.0)
+        task = (Pairs if warmth is None else Warmer)(pairs[:24], pairs[24:], epochs=1, batch_size=8, rate=1e-3)
         task.warmth = warmth
         trial = _swept(_layers(16, 8), task, tmp_path / f"{warmth}", "50").of("50").trials[0]
-        losses[trial.recipe.scale] = losses.get(trial.recipe.scale, []) + [trial.curve[-1].loss]
+        losses.setdefault(trial.recipe.scale, []).append(trial.curve[-1].loss)
     assert losses[20.0][0] == losses[20.0][1]  # the usual one is 20, and is what the recipe says
     assert losses[1.0][0] != pytest.approx(losses[20.0][0], rel=1e-3)
 
