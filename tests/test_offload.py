@@ -43,7 +43,7 @@ def prefix_of(recycling: Any) -> list[nn.Parameter]:
 
 def away(recycling: Any) -> list[bool]:
     """Of each parameter of the prefix, whether it is elsewhere than it was."""
-    offloaded = recycling._offloaded
+    offloaded = recycling._away.offloaded
     if offloaded is None:
         return [False for _ in prefix_of(recycling)]
     return [
@@ -380,8 +380,8 @@ def test_two_recyclings_of_one_model_leave_what_the_other_reads(tmp_path):
     flat = made(tmp_path / "b", model=model, cut="stages.0")
     wanted = outputs(deep), outputs(flat)
     deep.offload()
-    assert deep._offloaded is not None
-    held = {id(p) for p in model.parameters() if deep._offloaded._in_file(p)}
+    assert deep._away.offloaded is not None
+    held = {id(p) for p in model.parameters() if deep._away.offloaded._in_file(p)}
     assert held == {id(p) for p in (*model.stem.parameters(), *model.stages[0].parameters())}
     assert torch.equal(outputs(deep), wanted[0])
     assert torch.equal(outputs(flat), wanted[1])

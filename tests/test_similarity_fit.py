@@ -237,7 +237,7 @@ def test_rows_in_memory_end_with_the_model_and_stay_out_of_its_copies():
 
 def test_data_that_grew_are_computed_where_they_are_new(tmp_path, monkeypatch):
     # Whether two objects are run again at an iteration hangs on how quick that was: here at each.
-    monkeypatch.setattr("torchrecycle.recycling.SMALL", float("inf"))
+    monkeypatch.setattr("torchrecycle.recycling.drift.SMALL", float("inf"))
     cache = CacheConfig(save_dir=tmp_path)
     fit(a_model(cache=cache), trainer(1), group_loader(Samples(40)))
     RAN.clear()

@@ -501,7 +501,7 @@ def test_a_change_that_the_example_does_not_show_keeps_no_row(tmp_path):
     table = recycling.model.bert.embeddings.word_embeddings.weight.detach().numpy()
     before = table.copy()
     for step, batch in enumerate(recycling.loader(Texts(), batch_size=4)):
-        recycling._hash_seconds = 3600.0  # as measured at its last hash
+        recycling._drift.hash_seconds = 3600.0  # as measured at its last hash
         if step == 1:
             table[501] = table[502]
         with torch.no_grad():

@@ -99,7 +99,9 @@ class Fillable(Protocol):
 
     bypass: Bypass
     source: RowSource
-    reference: list[torch.Tensor]
+
+    @property
+    def reference(self) -> list[torch.Tensor]: ...
 
     @property
     def device(self) -> torch.device: ...

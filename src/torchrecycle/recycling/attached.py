@@ -1,9 +1,7 @@
-"""`recycle`: the one place where the rooms below are joined.
+"""A model with its rows: divided, proven, filled, and called.
 
-``recycle(model, images, level=0.5, store="activations/")`` runs the model a dozen times on two images, divides it in
-its slots, proves that the halves compute what the whole does, freezes the first, and opens the folder of rows that
-belongs to it. What it returns, a `Recycling`, fills that folder from data sets and hands out loaders; the model itself
-stays the object that it was.
+What the folder of rows belongs to, and whether the prefix is still that, is told by `torchrecycle.recycling.drift`;
+what is put away by `torchrecycle.recycling.away`.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +29,6 @@ from torchrecycle.bypass import (
     Bypass,
     Inputs,
     Interceptor,
-    Offloaded,
     OffloadReport,
     Padding,
     Plan,
@@ -43,7 +40,6 @@ from torchrecycle.bypass import (
     first_difference,
     make_plan,
     noise,
-    only_in_prefix,
     parameter_names,
     prove,
     prove_rows,
@@ -83,13 +79,17 @@ from torchrecycle.errors import (
     StoreError,
 )
 from torchrecycle.fill import FillReport, Keeping, fill_pass, fill_stream, takes_no_more
-from torchrecycle.fingerprint import Fingerprint, Watch, reset_statistics, settings_of, take_fingerprint
-from torchrecycle.frames import is_frame
-from torchrecycle.store import LeafSpec, Rows, Store, open_store
-from torchrecycle.trace import is_sharded, slot_of, undisturbed
+from torchrecycle.fingerprint import settings_of
+from torchrecycle.recycling.arguments import Options, refuse_arguments, refuse_no_function, refuse_views
+from torchrecycle.recycling.away import Away
+from torchrecycle.recycling.datasets import NAMELESS, refuse_for_streams, refuse_no_map_style
+from torchrecycle.recycling.drift import Drift, Example, stale
+from torchrecycle.recycling.probe import Probe
+from torchrecycle.recycling.reports import CheckReport, Stats
+from torchrecycle.store import LeafSpec, Rows
+from torchrecycle.trace import undisturbed
 
-__all__ = ["CheckReport", "Recycling", "Stats", "fill_many", "recycle"]
-
+__all__ = ["Recycling", "fill_many"]
 
 MOST = 64
 """Batches larger than this are tried at this size."""
@@ -104,251 +104,11 @@ FAR_BELOW_FLOAT16 = 1000.0
 RAW_BATCHES = 10
 """After so many raw batches in training, and no recycled one, a loop is told that nothing is recycled."""
 
-READ_OUTSIDE = "what the forward of the frozen layers reads outside of their tensors and settings"
-
-SMALL = 0.003
-"""Seconds of a prefix run of two objects that is small enough for each iteration."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """What a recycling has done so far, in this process."""
-
-    hits: int = 0
-    """Objects whose row came from the store."""
-    misses: int = 0
-    """Objects that the prefix ran for: at fill, in a raw batch, or in one of which some rows were missing."""
-    bytes_read: int = 0
-    """Bytes of rows handed to the model."""
-    bytes_written: int = 0
-    """Bytes of rows added to the store."""
-    prefix_seconds: float = 0.0
-    """Time in prefix runs."""
-    suffix_seconds: float = 0.0
-    """Time in the forward from the cut on (without backward)."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckReport:
-    """Kept rows against fresh ones."""
-
-    objects: int
-    """Objects of the batch."""
-    found: int
-    """Those of them whose row is kept."""
-    difference: float
-    """Largest relative difference (root mean square, over a leaf) between the kept rows and a fresh prefix run."""
-    composition: float
-    """The same between two fresh runs of which one has each object alone: what rounding makes."""
-    precision: float = 0.0
-    """The same between fresh rows and what would be kept of them: what the precision of kept rows makes."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the kept rows differ by no more than rounding and their precision explain."""
-        return self.difference <= max(10 * self.composition, 1e-3) + 2 * self.precision
-
-    def __str__(self) -> str:
-        precision = f" and the precision of rows {self.precision:.1e}" if self.precision else ""
-        return (
-            f"{self.found} of {self.objects} objects are kept; they differ from fresh ones by {self.difference:.1e}, "
-            f"where another batch composition alone makes {self.composition:.1e}{precision}"
-        )
-
-
-# -- recycle() ---------------------------------------------------------------------------------------------------------
-
-
-def recycle(
-    model: nn.Module,
-    example: Any,
-    *,
-    cut: str | Sequence[str] | None = None,
-    level: float | None = None,
-    store: str | os.PathLike[str] | Store,
-    precision: str | None = None,
-    autocast: torch.dtype | None = None,
-    inputs: Callable[[Any], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
-    mask: str | Sequence[str] | None = None,
-    key: Callable[[Any], Any] | None = None,
-    views: int = 1,
-    share: Literal["refuse", "freeze"] = "refuse",
-    verify_every: int = 0,
-    augment: Callable[[Any], Any] | None = None,
-    resident: Residency | None = None,
-) -> Recycling:
-    """Freeze a model up to a cut, and keep what that prefix computes for each object.
-
-    Args:
-        model: any module. It stays the object that it was: same class, forward, hooks and ``state_dict``.
-        example: a batch of two objects or more, as the user's loop has it: a tensor means that the batch, or its first
-            element, is the model input; a tuple of n that the first n elements are; a dict that its keys are, as
-            keyword arguments. All else in a batch is a target.
-        cut: the name of the module whose output is kept; ``block#2`` for the second call of a module that is called
-            several times; a list of names for a joint cut of parts that lie side by side, such as two towers. See
-            `cuts`.
-        level: in place of `cut`, the share of the blocks to recycle: 0.5 is the usual choice, 1 is head only.
-        store: a folder (made when first written to), ``memory://name``, or a `Store`.
-        precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a scale for each row and channel)
-            for kept rows; ``"auto"`` for the smallest of them whose error, on the example, stays below what another
-            batch composition makes; the activation's own dtype if None.
-        autocast: the dtype of the autocast that the loop uses around the model, if it does.
-        inputs: ``batch -> (args, kwargs)``, in place of what the example says.
-        mask: the name of the model input that tells padding, or several; ``attention_mask`` and
-            ``decoder_attention_mask`` where they are.
-        key: from a data set's item to whatever identifies it (a primary key, a path), in place of its content. Then
-            ``name=`` must be given at `fill`, `loader` and `dataset`.
-        views: in how many augmented versions each object is kept, made by the data set's own random transforms, each
-            under a seed of object and view; an epoch draws one of each object, by ``torch.initial_seed()``. A data set
-            that draws nothing has one. With 1, a random transform is refused.
-        share: what to do with parameters that both halves read: refuse the cut, or freeze them.
-        verify_every: every so many batches of a loader, one object is read and computed afresh and compared; 0 never.
-        augment: changes the activations of each batch in training mode: a callable that takes what the cut gives for a
-            batch (a tensor ``[batch, ...]``, or a list of them) and gives the same form back. See
-            `torchrecycle.augment`. Without recycling (`paused`) it is called as well.
-        resident: where loaders gather rows from: ``"disk"``: the files of the store; ``"ram"``: a copy in memory;
-            ``"cuda"``: a copy on the model's GPU, from which the model gathers in its own call, so that batches hold
-            no rows. If None: the GPU where the model is on one and a data set's rows fit a quarter of its free memory,
-            else the disk. What does not fit is an error.
-
-    The prefix is all that the model runs up to the cut: it is in eval mode and without gradient also under
-    ``model.train()``, with what the modules around the cut do between its layers (dropout, LayerDrop).
-
-    Raises:
-        CutError: the model cannot be divided there, in words.
-        BatchError: the model does not run on the example.
-        StoreError: the folder is no store, or holds rows of a model that computes something else.
-    """
-    _refuse_arguments(model, cut, level, store, autocast, inputs, key, verify_every)
-    _refuse_no_function(augment)
-    refuse_residency(resident)
-    if (cut is None) == (level is None):
-        raise CutError("give either cut='layer2' or level=0.5. See cuts(model, example).")
-    if precision is not None and precision not in (*PRECISIONS, "auto"):
-        raise ValueError(f"precision={precision!r} is none of {[*PRECISIONS, 'auto']}")
-    _refuse_views(views)
-    if share not in ("refuse", "freeze"):
-        raise ValueError(f"share={share!r} is neither 'refuse' nor 'freeze'")
-    _refuse_wrapped(model)
-    opened = open_store(store)
-    return Recycling(
-        model,
-        _Options(
-            example,
-            cut,
-            level,
-            opened,
-            precision,
-            autocast,
-            inputs,
-            mask,
-            key,
-            share,
-            verify_every,
-            views,
-            augment,
-            resident,
-        ),
-    )
-
-
-def _refuse_views(views: Any) -> None:
-    if isinstance(views, bool) or not isinstance(views, int) or views < 1:
-        raise ValueError(f"views={views!r} is no number of views: give a whole number from 1 on, such as 4")
-
-
-def _refuse_no_function(augment: Any) -> None:
-    if isinstance(augment, type):
-        raise TypeError(f"augment={augment.__name__} is a class: give an object of it, such as {augment.__name__}(0.2)")
-    if augment is not None and not callable(augment):
-        raise TypeError(f"augment={augment!r} is no function of a batch's activations, such as Brightness(0.2)")
-
-
-def _refuse_arguments(
-    model: Any, cut: Any, level: Any, store: Any, autocast: Any, inputs: Any, key: Any, verify_every: Any
-) -> None:
-    """Arguments of a wrong type, each in words."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    names = [cut] if isinstance(cut, str) or cut is None else cut
-    if not isinstance(names, (list, tuple)) or not names or not all(n is None or isinstance(n, str) for n in names):
-        raise CutError(
-            f"cut={cut!r} is neither the name of a module, such as 'layer2', nor a list of names. See cuts(model, "
-            "example)."
-        )
-    if level is not None and (isinstance(level, bool) or not isinstance(level, (int, float))):
-        raise CutError(f"level={level!r} is not a number from 0 to 1, such as 0.5")
-    if not isinstance(store, (str, os.PathLike, Store)) or not str(store):
-        raise TypeError(f"store={store!r} is no place for rows: give a folder, 'memory://name' or a Store")
-    if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast={autocast!r} is no dtype of autocast: give torch.bfloat16, torch.float16 or None")
-    for name, function in (("inputs", inputs), ("key", key)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name}={function!r} is no function")
-    if isinstance(verify_every, bool) or not isinstance(verify_every, int) or verify_every < 0:
-        raise ValueError(f"verify_every={verify_every!r} is no number of batches; 0 for never")
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What `recycle` was called with."""
-
-    example: Any = field(repr=False)
-    cut: str | Sequence[str] | None
-    level: float | None
-    store: Store
-    precision: str | None
-    autocast: torch.dtype | None
-    inputs: Any
-    mask: str | Sequence[str] | None
-    key: Callable[[Any], Any] | None
-    share: str
-    verify_every: int
-    views: int = 1
-    augment: Callable[[Any], Any] | None = field(default=None, repr=False)
-    resident: Residency | None = None
-
-
-_WRAPPERS = {
-    "DistributedDataParallel": "DistributedDataParallel",
-    "DataParallel": "DataParallel",
-    "FullyShardedDataParallel": "FullyShardedDataParallel",
-    "FSDPModule": "fully_shard (FSDP2)",
-}
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    for kind in type(model).__mro__:
-        if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
-            raise CutError(
-                f"the model is wrapped in {_WRAPPERS[kind.__name__]} already: attach first, wrap after. "
-                "recycle(model, ...), then wrap the same model."
-            )
-    sharded = next((name for name, module in model.named_modules() if is_sharded(module)), None)
-    if sharded is not None:
-        raise CutError(
-            f"'{sharded}' is sharded with fully_shard (FSDP2) already: attach first, then shard each module after the "
-            "cut by itself."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CutError("a ScriptModule runs outside of Python, where no call can be skipped: recycle the Python module")
-    if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-        raise CutError(
-            "the model is compiled already: recycle the module that was given to torch.compile, and compile after"
-        )
-    taken = slot_of(model)
-    if taken is not None and Interceptor.of(model) is None:
-        if getattr(taken, "is_recycling", False):
-            raise CutError(
-                "this module is frozen by the recycling of a model around it: detach that first, or recycle a deepcopy"
-            )
-        raise CutError("the model has been compiled in place (model.compile()): attach first, compile after")
-
 
 class Recycling:
     """A model, a cut and a store at work. Made by `recycle`; a context manager that detaches at its end."""
 
-    def __init__(self, model: nn.Module, options: _Options) -> None:
+    def __init__(self, model: nn.Module, options: Options) -> None:
         attached = Interceptor.of(model)
         if attached is not None:
             attached.bring_back()
@@ -358,15 +118,14 @@ class Recycling:
         self.stats = Stats()
         self._names = parameter_names(model)
         self._rule = BatchRule(self._names, options.example, options.inputs)
-        self._example = take_rows(example_inputs(model, self._rule, options.example), [0, 1])
+        self._known = Example(take_rows(example_inputs(model, self._rule, options.example), [0, 1]))
         self._sequences = sequences_of(self._example, options.mask)
         self.looks_up = False
         """Whether raw batches are looked up in the store, object by object: for a loop that makes its batches where no
         loader or collate function of ours can stand (a trainer that cuts batches into smaller ones). It reads its data
         as without us, and the prefix runs only for objects that have no row. `fill` makes the rows."""
         self._augment = options.augment
-        self._offloaded: Offloaded | None = None
-        self._folders: list[str] | None = None
+        self._away = Away(model, lambda: self.bypass, lambda: self._drift.watch, self._others)
         self._resident: Residency | None = options.resident
         self.residents = Residents()
         """The copies of rows in memory and on the GPU that its loaders have now."""
@@ -384,7 +143,7 @@ class Recycling:
         self._cut: str | Sequence[str] | None = options.cut
         self.bypass: Bypass
         self.source: RowSource
-        self.reference: list[torch.Tensor] = []
+        self._drift: Drift
         self._counts: set[int] = set()
         self._build()
 
@@ -397,7 +156,7 @@ class Recycling:
 
     def _divide(self) -> None:
         device = device_of(self.model)
-        self._example = self._example.map_tensors(lambda tensor: tensor.to(device).clone())
+        self._known = Example(self._example.map_tensors(lambda tensor: tensor.to(device).clone()))
         self._precision = None if self._options.precision == "auto" else self._options.precision
         with self._cast():  # which decides on the dtype of what is kept
             probes = run_or_explain(self.model, lambda: Probes.of(self.model, self._example, self._sequences))
@@ -439,7 +198,7 @@ class Recycling:
                     prove(bypass, example)
                 padding = prove_rows(bypass)
                 with undisturbed(self.model):
-                    self.reference = [leaf.detach().clone() for leaf in bypass.prefix(example)]
+                    self._known.reference = [leaf.detach().clone() for leaf in bypass.prefix(example)]
                 self.model.train()
                 with torch.enable_grad():
                     self._prove_training(bypass, example)
@@ -500,22 +259,14 @@ class Recycling:
         if not key_inputs:
             raise CutError(f"cannot cut at '{plan.cut}': nothing before it depends on the batch")
         self._settings = self._make_settings(plan, padding, key_inputs)
-        self._described: dict[str, tuple[Any, str]] = {}
-        self._loose = self._find_loose()
-        self._fingerprint = self._take_fingerprint(self.model, self._described)
-        self._watch = Watch(self._modules(self.model), self._loose_tables(self.model))
-        self._hooks = self._watch.hooks()
-        self._warn_of_hooks()
-        self._hashed_at = self._tried_at = time.monotonic()
-        self._tries_after = 0.0
-        self._changed: list[str] = []
+        self._drift = Drift(self.model, self.bypass, self._known, self._settings, self._warn_of_hook)
         row_bytes = self._row_bytes(plan)
         only_before = [name for name in key_inputs if name not in plan.read_after]
         absent = frozenset(n for n in only_before if 8 * self._input_bytes(n) >= row_bytes and not self._is_padded(n))
         rows = self._open_rows(plan)
         return RowSource(
             rows=rows,
-            fingerprint=self._fingerprint.hex,
+            fingerprint=self._drift.fingerprint.hex,
             rule=self._rule,
             layouts=plan.layouts,
             sequences=self._sequences,
@@ -571,10 +322,10 @@ class Recycling:
             "key inputs": self._settings["inputs"],
             "covers": "class, extra_repr, plain attributes, and dtype, shape and bytes of every parameter and buffer "
             "of these modules, and of every other parameter and constant that they read",
-            **self._fingerprint.to_about(),
+            **self._drift.fingerprint.to_about(),
         }
-        rows = self.store.rows(self._fingerprint.hex, specs, about)
-        self._compare_probe(rows)
+        rows = self.store.rows(self._drift.fingerprint.hex, specs, about)
+        self._probe().compare(rows, self.store.url)
         return rows
 
     def _form(self) -> Any:
@@ -588,114 +339,25 @@ class Recycling:
 
     # -- fingerprint ---------------------------------------------------------------------------------------------------
 
-    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {name: model.get_submodule(name) for name in dict.fromkeys(self.bypass.plan.modules.values())}
-
-    def _find_loose(self) -> list[str]:
-        """The names of what the prefix reads outside of its modules: class tokens, position buffers, a mean image."""
-        modules = self._modules(self.model).values()
-        inside = {id(t) for module in modules for t in (*module.parameters(), *module.buffers())}
-        loose = [name for name, parameter in self.bypass.prefix_parameters.items() if id(parameter) not in inside]
-        loose += [name for name in self.bypass.sometimes if id(self.model.get_parameter(name)) not in inside]
-        return loose + [name for name in self.bypass.buffers if id(self.model.get_buffer(name)) not in inside]
-
-    def _loose_tables(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-        found = []
-        for name in self._loose:
-            owner, _, own = name.rpartition(".")
-            module = model.get_submodule(owner)
-            found.append((module._parameters if own in module._parameters else module._buffers, own))
-        return found
-
-    def _take_fingerprint(self, model: nn.Module, known: dict[str, tuple[Any, str]] | None = None) -> Fingerprint:
-        modules = self._modules(model)
-        began = time.monotonic()
-        tables = zip(self._loose, self._loose_tables(model), strict=True)
-        loose = {name: table[own] for name, (table, own) in tables if table.get(own) is not None}
-        taken = take_fingerprint(modules, loose, self.bypass.constants, self._settings, self.bypass.written, known)
-        self._hash_seconds = time.monotonic() - began
-        return taken
-
     def fingerprint_on(self, model: nn.Module) -> str:
         """The fingerprint that this cut has on another model with the same names; empty where it has not these."""
-        try:
-            return self._take_fingerprint(model).hex
-        except AttributeError:
-            return ""
+        return self._drift.fingerprint_on(model)
 
     def _look_again(self, *, trying: bool = False) -> list[str]:
         """Hash the prefix again, and at times run it again: the names of what has changed."""
-        self._hashed_at = time.monotonic()
-        now = self._take_fingerprint(self.model, self._described)
-        self._watch.renew()
-        self._changed = [] if now.hex == self._fingerprint.hex else now.difference(self._fingerprint)
-        if not self._changed:
-            self._changed = self._followed()
-        if not self._changed and self._watch.hooks() != self._hooks:
-            with undisturbed(self.model), torch.inference_mode(False):
-                fresh = self.bypass.prefix(self._example)
-            if first_difference(self.reference, fresh):
-                self._changed = ["a forward hook on a frozen layer"]
-            else:  # it only looks
-                self._hooks = self._watch.hooks()
-                self._warn_of_hooks()
+        changed = self._drift.look_again(trying=trying)
         self._warn_of_unfrozen()
-        if trying and not self._changed and time.monotonic() - self._tried_at > self._tries_after:
-            self._changed = self._try_again()
-        if self._changed:
+        if changed:
             self._keeping.drop()
         else:
             self._keeping.take()
-        return self._changed
+        return changed
 
-    def _followed(self) -> list[str]:
-        """The example goes where the model has gone; there the prefix must give what it gave, but for rounding."""
-        here = self.device
-        if all(tensor.device == here for tensor in self._example.tensors().values()):
-            return []
-        example = self._example.map_tensors(lambda tensor: tensor.to(here))
-        with undisturbed(self.model), torch.inference_mode(False):
-            fresh = [leaf.detach().clone() for leaf in self.bypass.prefix(example)]
-        if self._differs([leaf.cpu() for leaf in self.reference], [leaf.cpu() for leaf in fresh], here):
-            return [READ_OUTSIDE]
-        self._example = self.bypass.plan.example = example
-        self.reference = fresh
-        return []
-
-    def _follow(self) -> None:
-        moved = self._followed()
-        if moved:
-            raise StaleActivationError(_stale(moved))
-
-    def _differs(self, kept: Sequence[torch.Tensor], fresh: Sequence[torch.Tensor], device: torch.device) -> bool:
-        """Whether what the prefix gives for the example is another thing than it was, computed on this device."""
-        return any(
-            a.shape != b.shape or relative_difference(a, b) > noise(layout.dtype, device)
-            for layout, a, b in zip(self.bypass.plan.layouts, kept, fresh, strict=True)
-        )
-
-    def _try_again(self) -> list[str]:
-        """Does the prefix give what it gave? A forward may read what no fingerprint sees: a global, a list of tensors.
-
-        Each time for a small prefix, and else for a hundredth of the time.
-        """
-        began = time.monotonic()
-        moved = self._followed()
-        if moved:
-            return moved
-        with undisturbed(self.model), torch.inference_mode(False):
-            fresh = self.bypass.prefix(self._example)
-        self._tried_at = time.monotonic()
-        took = self._tried_at - began
-        self._tries_after = 0.0 if took < SMALL else 100 * took
-        return [READ_OUTSIDE] if self._differs(self.reference, fresh, self.device) else []
-
-    def _warn_of_hooks(self) -> None:
-        found = next(self._watch.users_hooks(), None)
-        if found is not None and not self._warned:
+    def _warn_of_hook(self, module: str) -> None:
+        if not self._warned:
             self._warned = True
             warnings.warn(
-                f"a hook on '{found[0]}' does not fire for batches whose rows are kept, since the module is not called "
+                f"a hook on '{module}' does not fire for batches whose rows are kept, since the module is not called "
                 "then; it fires at fill and for raw batches. Put it on a module after the cut, or run within "
                 "recycling.paused().",
                 RecycleWarning,
@@ -720,66 +382,16 @@ class Recycling:
 
     def _refuse_moved(self) -> None:
         """At each forward: has the prefix moved since the rows were found?"""
-        due = time.monotonic() - self._hashed_at > max(1.0, 100 * self._hash_seconds)
-        if due or self._watch.moved():
+        if self._drift.is_due():
             self._look_again()
-        if self._changed:
-            raise StaleActivationError(_stale(self._changed))
+        if self._drift.changed:
+            raise StaleActivationError(stale(self._drift.changed))
 
-    # -- probe ---------------------------------------------------------------------------------------------------------
-
-    def _compare_probe(self, rows: Rows) -> None:
-        """The rows that lie beside the fingerprint, computed again: has the function stayed the same?"""
-        found = rows.read_probe()
-        if found is None:
-            return
-        tensors = found[0]
-        kept = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
-        inputs = self._probe_call(kept)
-        with undisturbed(self.model):
-            leaves = self.bypass.prefix(inputs)
-        for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves, strict=True)):
-            want, got = tensors[f"row.{number}"], layout.to_rows(leaf).cpu()
-            difference = relative_difference(want, got) if want.shape == got.shape else float("inf")
-            allowed = noise(got.dtype, leaf.device)
-            if difference > allowed:
-                raise StoreError(
-                    f"the store at {self.store.url} holds rows of this very prefix, but what it computes has changed: "
-                    f"its probe differs by {difference:.2g} where {allowed:.0e} is rounding. A library was "
-                    "upgraded, or the forward around the frozen layers changed. Use another folder, or remove this "
-                    "one."
-                )
-
-    def _probe_call(self, tensors: Mapping[str, torch.Tensor]) -> Inputs:
-        """The example's call with the probe's tensors in it, and other inputs at their length."""
-        lengths = self._sequences.lengths(Inputs((), (), {**self._example.tensors(), **tensors}))
-        call = self._sequences.resized(self._example, lengths)
-        return call.map(lambda name, given: tensors[name].to(self.device) if name in tensors else given)
+    def _probe(self) -> Probe:
+        return Probe(self.model, self.bypass, self._example, self._sequences)
 
     def _write_probe(self) -> None:
-        if self.source.rows.read_probe() is not None:
-            return
-        made, leaves = self._probe_rows()
-        tensors = {f"input.{name}": tensor for name, tensor in made.items()}
-        for number, (layout, leaf) in enumerate(zip(self.bypass.plan.layouts, leaves, strict=True)):
-            tensors[f"row.{number}"] = layout.to_rows(leaf).cpu().contiguous()
-        self.source.rows.write_probe(tensors)
-
-    def _probe_rows(self) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Seeded inputs and their rows; where a model does not take any ids (some stand for images), the example's."""
-        example = {name: self._example.tensors()[name].cpu() for name in self.source.key_inputs}
-        generator = torch.Generator().manual_seed(20_220_107)
-        masks = (*self._sequences.masks, *self._sequences.spatial)
-        made = {name: _synthetic(tensor, name in masks, generator) for name, tensor in example.items()}
-        own_ids = {name: t if not t.is_floating_point() else made[name] for name, t in example.items()}
-        try:
-            with undisturbed(self.model):
-                return made, self.bypass.prefix(self._probe_call(made))
-        except RecycleError:
-            raise
-        except Exception:
-            with undisturbed(self.model):
-                return own_ids, self.bypass.prefix(self._probe_call(own_ids))
+        self._probe().write(self.source.rows, self.source.key_inputs)
 
     # -- what it works with --------------------------------------------------------------------------------------------
 
@@ -805,6 +417,16 @@ class Recycling:
         return self.source.fingerprint
 
     @property
+    def _example(self) -> Inputs:
+        """Two objects."""
+        return self._known.inputs
+
+    @property
+    def reference(self) -> list[torch.Tensor]:
+        """What the prefix gave for them."""
+        return self._known.reference
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return device_of(self.model)
@@ -821,7 +443,7 @@ class Recycling:
 
     @augment.setter
     def augment(self, augment: Callable[[Any], Any] | None) -> None:
-        _refuse_no_function(augment)
+        refuse_no_function(augment)
         if augment is not self._augment:
             tell_skipped(self._augment)  # what it says of its last batch is of no batch to come
         self._augment = augment
@@ -978,7 +600,7 @@ class Recycling:
         if main.locations.dim() == 0:
             raise BatchError("a single item came where a batch was expected: collate items into a batch first")
         given = inputs.replace({n: v.value if v.value is not None else _absent(n, v) for n, v in carriers.items()})
-        with self._borrowed():
+        with self._away.borrowed():
             self._prove_count_of_rows(main.rows)
         misses = main.misses
         hits = main.rows - len(misses)
@@ -986,7 +608,7 @@ class Recycling:
         if rows is None and (hits or not len(misses)):
             rows = tuple(_moved(leaf, main.device) for leaf in self._gathered(main, given))
         self._compare_witnesses(main, given)
-        with self._borrowed():
+        with self._away.borrowed():
             self._prove_signature(given, lambda: self._some_of(given))
         if rows is not None:
             self.stats.bytes_read += sum(leaf.numel() * leaf.itemsize for leaf in rows) * hits // max(1, main.rows)
@@ -1053,10 +675,10 @@ class Recycling:
     def _hold(self, objects: Inputs, leaves: list[torch.Tensor], seconds: float) -> None:
         """Keep rows that a forward of the user's has computed, under the content that it has read."""
         # His code has run since the prefix was hashed, and may have written where no counter sees it.
-        cheap = self._hash_seconds < 0.1 * seconds
-        self._changed = self._look_again() if cheap else self._try_again()
-        if self._changed:
-            raise StaleActivationError(_stale(self._changed))
+        cheap = self._drift.hash_seconds < 0.1 * seconds
+        changed = self._look_again() if cheap else self._drift.try_again()
+        if changed:
+            raise StaleActivationError(stale(changed))
         self._keeping.hold(self.source, self.source.keys(objects), self.source.encode(leaves, objects))
 
     def _wrote(self, nbytes: int) -> None:
@@ -1135,7 +757,7 @@ class Recycling:
         if count in self._counts:
             return
         many = [row % 2 for row in range(count)]
-        self._follow()
+        self._drift.follow()
         with undisturbed(self.model):
             leaves = self.bypass.prefix(take_rows(self._example, many))
         self._compare_counts(count, self.reference, many, leaves, list(range(count)))
@@ -1156,7 +778,7 @@ class Recycling:
 
     def _compare_rows(self, call: Inputs) -> None:
         """Other arguments or flags must not change the rows."""
-        self._follow()
+        self._drift.follow()
         example = self._example.tensors()
         news = [name for name in call.tensors() if name not in example]
         for name in news:
@@ -1310,11 +932,11 @@ class Recycling:
     def _wrapped(
         self, dataset: Any, name: str | None, fill_arguments: dict[str, Any], views: int | None
     ) -> RecycledDataset:
-        _refuse_no_map_style(dataset)
+        refuse_no_map_style(dataset)
         views = self._options.views if views is None else views
-        _refuse_views(views)
+        refuse_views(views)
         if self._options.key is not None and name is None:
-            raise BatchError(_NAMELESS)
+            raise BatchError(NAMELESS)
         wrapped = RecycledDataset(dataset, self, views)
         wrapped.name = name
         wrapped.fill_arguments = fill_arguments
@@ -1364,7 +986,7 @@ class Recycling:
                 "batch_size=None gives single items or the data set's own batches, in which rows have no place: give "
                 "batch_size=, or batch_sampler= for batches of your own."
             )
-        _refuse_no_map_style(dataset)
+        refuse_no_map_style(dataset)
         compare_samplers(dataset, arguments)
         reading = {
             "batch_size": size if "batch_size" in arguments and isinstance(size, int) else 64,
@@ -1389,7 +1011,7 @@ class Recycling:
 
     def _take_stream(self, name: str | None, views: int | None) -> None:
         """From now on rows of iterable data sets are found and kept."""
-        _refuse_for_streams(self._options.key, name, self._options.views if views is None else views)
+        refuse_for_streams(self._options.key, name, self._options.views if views is None else views)
         self._marks.on = self._keeping.on = True
         self._keeping.refused = None
 
@@ -1402,7 +1024,7 @@ class Recycling:
         self._keeping.publish(self.source)
         self.source.rows.refresh()
         tally.begin(self.source, self._keeping.kept)
-        self._put_away()
+        self._away.put()
 
     def end_of_stream(self, tally: Tally) -> None:
         """An epoch of an iterable data set has ended, or was broken off: what it has computed can be found."""
@@ -1522,7 +1144,7 @@ class Recycling:
         self._renew_prefix()
         known = self._manifests.of(dataset, lambda: self._fill(dataset), made=made)
         dataset.renew(known.manifest, known.locations, self.source, known.views)
-        self._put_away()
+        self._away.put()
         if dataset.resident is not None and dataset.resident.given is not known.locations:
             dataset.take_resident(None)  # before another one takes memory
         dataset.take_resident(
@@ -1533,9 +1155,7 @@ class Recycling:
         """Divide the model anew if its prefix is not what it was."""
         self.bypass.interceptor.refuse_lost(self.bypass.plan.modules)
         if self.bypass.replaced() or self._look_again(trying=True):
-            reset = reset_statistics(self._modules(self.model), self._changed)
-            if reset:
-                raise StaleActivationError(_reset(reset))
+            self._drift.refuse_reset()
             self._rebuild()
 
     def _fill(self, dataset: RecycledDataset) -> None:
@@ -1563,7 +1183,7 @@ class Recycling:
             raise CutError("give either recut('layer3') or recut(level=0.75). See cuts(model, example).")
         if not self._attached:
             raise CutError("this recycling has been detached: make a new one with recycle(model, example, cut=...)")
-        _refuse_arguments(
+        refuse_arguments(
             self.model, cut, level, self.store, self._options.autocast, None, None, self._options.verify_every
         )
         self._keeping.publish(self.source)
@@ -1572,9 +1192,9 @@ class Recycling:
         self._thawed |= {name: p for name, p in before.items() if name not in self.bypass.prefix_parameters}
         return self
 
-    def _rebuild(self, options: _Options | None = None) -> None:
+    def _rebuild(self, options: Options | None = None) -> None:
         """Divide the model anew, since the prefix or the cut has moved, and open the rows that belong to it now."""
-        self._take_back()
+        self._away.take_back()
         before = dict(self.__dict__)
         if options is not None:
             self._options, self._cut = options, options.cut
@@ -1678,63 +1298,17 @@ class Recycling:
         """
         if not self._attached:
             raise CutError("this recycling has been detached: there is no prefix to put away")
-        self._folders = [self.store.url, tempfile.gettempdir()] if folder is None else [os.fspath(folder)]
-        self._take_back()
-        try:
-            report = self._put_away()
-        except BaseException:
-            self.onload()
-            raise
-        assert report is not None
-        return report
+        return self._away.ask([self.store.url, tempfile.gettempdir()] if folder is None else [os.fspath(folder)])
 
     def onload(self) -> None:
         """Have the prefix back on the model's device, for good: the inverse of `offload`."""
-        self._folders = None
-        self._take_back()
+        self._away.end()
 
-    def _take_back(self) -> None:
-        interceptor = self.bypass.interceptor
-        if self._offloaded is not None:
-            self._offloaded.bring_back(for_good=True)
-            if interceptor.offloaded is self._offloaded:
-                interceptor.offloaded = None
-            self._offloaded = None
-
-    def _put_away(self) -> OffloadReport | None:
-        """If that is wanted, and no other recycling of the model has asked for it since."""
-        interceptor = self.bypass.interceptor
-        if self._folders is None or not self._attached:
-            return None
-        if self._offloaded is None:
-            if interceptor.offloaded is not None:
-                interceptor.offloaded.bring_back(for_good=True)
-            parameters = only_in_prefix(self.model, self.bypass.plan, self.bypass.read_on_hits)
-            self._offloaded = interceptor.offloaded = None
-            offloaded = Offloaded(parameters, lambda: self.device, self._folders, lambda: self._watch)
-            self._offloaded = interceptor.offloaded = offloaded
-        if interceptor.offloaded is not self._offloaded:
-            return None
-        with interceptor.turns.take(lambda: True):  # nobody is running them
-            return self._offloaded.put_away(self._read_by_others(self._offloaded.ids))
-
-    def _read_by_others(self, own: frozenset[int]) -> frozenset[int]:
-        """Those of these parameters that the suffix of another recycling of the model reads."""
-        spared: set[int] = set()
+    def _others(self) -> Iterator[Bypass]:
+        """What divides the model for its other recyclings."""
         for entry in self.bypass.interceptor.entries:
             if isinstance(entry, Recycling) and entry is not self:
-                bypass = entry.bypass
-                spared |= own - {id(p) for p in only_in_prefix(self.model, bypass.plan, bypass.read_on_hits)}
-        return frozenset(spared)
-
-    @contextmanager
-    def _borrowed(self) -> Iterator[None]:
-        """What is brought back within, for a moment, is put away again after."""
-        offloaded = self._offloaded
-        away = offloaded is not None and offloaded.away
-        yield
-        if offloaded is not None and away and offloaded is self._offloaded and not offloaded.away:
-            self._put_away()
+                yield entry.bypass
 
     # -- pausing and detaching -----------------------------------------------------------------------------------------
 
@@ -1811,91 +1385,6 @@ def _absent(name: str, tensor: RecycledTensor) -> Absent:
     return Absent(tensor.shape, tensor.dtype, tensor.device, [name])
 
 
-_NAMELESS = (
-    "recycle(key=...) identifies objects without looking at them, so that another resize or tokenizer would not be "
-    "noticed. Give data set and preprocessing a name too: loader(dataset, name='train, resize 224, v1'), and change "
-    "it when they change."
-)
-
-
-def _refuse_for_streams(key: Any, name: str | None, views: int) -> None:
-    """What asks for an index, or for a manifest."""
-    if key is not None:
-        raise BatchError(
-            "recycle(key=...) and an iterable data set do not go together: each object is read in every epoch, so its "
-            "content is its key. Make the recycling without key=, or give a map-style data set."
-        )
-    if name is not None:
-        raise BatchError(
-            f"name={name!r} keeps what was read of a map-style data set; an iterable one is read in every epoch. Leave "
-            "name= out."
-        )
-    if views > 1:
-        raise BatchError(
-            f"views={views} draws one of the augmented versions of an object by its index, which the objects of an "
-            "iterable data set do not have. Give a map-style data set, or recycle(augment=) for changes of the "
-            "activations."
-        )
-
-
-def _some(mapping: Mapping[Any, Any]) -> str:
-    names = [repr(name) for name in list(mapping)[:4]]
-    return ", ".join(names) + (", ..." if len(mapping) > 4 else "")
-
-
-def _refuse_no_map_style(dataset: Any) -> None:
-    if is_frame(dataset) and hasattr(dataset, "columns"):
-        kind = f"{type(dataset).__module__.partition('.')[0]} {type(dataset).__name__}"
-        raise BatchError(
-            f"a {kind} gives no items by number: write a torch.utils.data.Dataset around it, whose __getitem__ makes "
-            "tensors of row i. An edit of the frame is then seen as an edit of the data set."
-        )
-    if isinstance(dataset, Mapping):
-        raise BatchError(
-            f"a {type(dataset).__name__} is no data set: it has {_some(dataset)}. Give one of them: "
-            "loader(splits['train'])."
-        )
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise BatchError(
-            f"a {type(dataset).__name__} is no map-style data set: with recycling it needs __len__ and __getitem__, "
-            "so that an index stands for an object"
-        )
-    if isinstance(dataset, RecycledDataset):
-        raise BatchError("this data set is recycled already: give the one that it was made of")
-    if len(dataset) == 0:
-        raise BatchError("the data set is empty: there is nothing to fill or to train on")
-
-
-def _stale(changed: Sequence[str]) -> str:
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    return (
-        f"the frozen prefix has moved: '{changed[0]}'{more} is not what it was when the rows were made. Make a new "
-        "iterator of the loader: it fills anew. Without a loader, call fill() again. Where a trainer has loaded a "
-        "checkpoint into it, load that before recycle(). If an optimiser moves it by a history from before (LBFGS), "
-        "make it again over recycling.parameters()."
-    )
-
-
-def _reset(name: str) -> str:
-    return (
-        f"the running statistics of the frozen batch norm '{name}' have been reset to 0 and 1, as update_bn and "
-        "Lightning's StochasticWeightAveraging do. A frozen layer does not learn them anew, so that the model would go "
-        "on without. Put them back (model.load_state_dict), and call update_bn on a copy of the model "
-        "(AveragedModel), with the objects themselves, or after detach()."
-    )
-
-
-def _synthetic(tensor: torch.Tensor, is_mask: bool, generator: torch.Generator) -> torch.Tensor:
-    """Seeded values of the example's kind."""
-    if is_mask or tensor.dtype is torch.bool:
-        return torch.ones_like(tensor)
-    if tensor.is_floating_point():
-        values = torch.randn(tensor.shape, generator=generator)
-        return (values * tensor.float().std() + tensor.float().mean()).to(tensor.dtype)
-    low, high = int(tensor.min()), int(tensor.max())
-    return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.dtype)
-
-
 def _joined(outputs: list[Any]) -> Any:
     if not outputs:
         return outputs
@@ -1946,19 +1435,19 @@ def fill_many(
         raise BatchError("fill_many needs at least one recycling")
     first = recyclings[0]
     asked = first._options.views if views is None else views
-    _refuse_views(asked)
+    refuse_views(asked)
     if views is None and any(recycling._options.views != asked for recycling in recyclings):
         raise BatchError("these recyclings were made with different views=: give fill_many one for all, views=4")
     if is_stream(dataset):
-        _refuse_for_streams(first._options.key, name, asked)
+        refuse_for_streams(first._options.key, name, asked)
     else:
-        _refuse_no_map_style(dataset)
+        refuse_no_map_style(dataset)
     refused: dict[int, StoreError] = {}
     for number, recycling in enumerate(recyclings):
         if not recycling._attached:
             raise BatchError("a recycling that has been detached cannot be filled")
         if recycling._options.key is not None and name is None:
-            raise BatchError(_NAMELESS)
+            raise BatchError(NAMELESS)
         if (
             recycling._options.key is not first._options.key
             or recycling._manifests.form != first._manifests.form
