@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.1, help="of the training data")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    keep_freed_memory()
-    kept = Kept(RESULTS / "seconds.json", {"fraction": given.fraction, "rounds": given.rounds})
+    measured_with = {"fraction": given.fraction, "rounds": given.rounds, "keeps_freed_memory": keep_freed_memory()}
+    kept = Kept(RESULTS / "seconds.json", measured_with)
     settings = Settings(fraction=given.fraction, skip_bad=True)
     about = {"machine": machine(device()), "date": f"{date.today()}", "versions": versions()}
     tasks: dict[str, tuple[Callable[[], ObjectiveTask], dict[str, Recipe]]] = {}

@@ -225,8 +225,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--results", type=Path, default=RESULTS / "speed.json")
     given = parser.parse_args()
-    keep_freed_memory()
     settings = {"batch_size": given.batch_size, "batches": given.batches, "rounds": given.rounds}
+    settings["keeps_freed_memory"] = keep_freed_memory()
     kept = Kept(given.results, settings)
     places = [("cpu", threads) for threads in given.threads]
     places += [("cuda", torch.get_num_threads())] if torch.cuda.is_available() else []
