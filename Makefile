@@ -13,7 +13,7 @@ ARGS ?=
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check format bench bench-machinery bench-similarity bench-sweeps bench-prediction bench-store bench-views bench-residency bench-trials experiments zoo clean
+.PHONY: help demo test test-slow fuzz check format bench bench-machinery bench-similarity bench-sweeps bench-prediction bench-allocator bench-store bench-views bench-residency bench-trials experiments zoo clean
 
 help:
 	@echo "make demo    compare the levels of recycling on images and texts (ARGS=--quick: in 90 seconds)"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-similarity   training through Lightning's trainer, and evaluating 20,000 objects"
 	@echo "make bench-sweeps ARGS='--cars DIR --faq FILE'   two sweeps on real data (an hour on two cores)"
 	@echo "make bench-prediction ARGS='--cars DIR --faq FILE'   what is predicted of each level beside what comes (ten minutes)"
+	@echo "make bench-allocator   what it costs that freed memory goes back to the system (five minutes)"
 	@echo "make bench-store   the store against RAM, the disk and five others, with 4 GB each (ARGS=--quick: in a minute)"
 	@echo "make bench-views ARGS='--cars DIR'   quality against the number of views, and augmented activations (an hour)"
 	@echo "make bench-residency   step times of three models, from disk, RAM and GPU, against the suffix by hand"
@@ -84,6 +85,9 @@ bench-sweeps: $(VENV)/.installed-demo
 
 bench-prediction: $(VENV)/.installed-demo
 	@$(BIN)/python benchmarks/prediction.py $(ARGS)
+
+bench-allocator: $(VENV)/.installed-demo
+	@$(BIN)/python benchmarks/allocator.py $(ARGS)
 
 bench-store: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/keys.py $(filter --quick --no-results,$(ARGS))

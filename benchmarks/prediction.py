@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from torchrecycle.allocator import keep_freed_memory
 from torchrecycle.demo.weights import lite0_state, package_folder
 from torchrecycle.files import find_pairs, find_pictures
 from torchrecycle.sweep import (
@@ -41,7 +42,6 @@ from torchrecycle.sweep import (
     ObjectiveTask,
     Prediction,
     Settings,
-    keep_freed_memory,
     load_trunk,
     pair_task,
     picture_task,

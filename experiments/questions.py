@@ -8,7 +8,7 @@ reciprocal rank and precision@1: untrained, head only, 75 % and 50 % recycled, a
 
 from __future__ import annotations
 
-from sweeps import arguments, found_recipes, given_recipes, run  # pyright: ignore[reportMissingImports]
+from sweeps import arguments, given_recipes, run  # pyright: ignore[reportMissingImports]
 from tasks import questions  # pyright: ignore[reportMissingImports]
 from torchrecycle.sweep import Recipe, Settings
 
@@ -24,12 +24,10 @@ RECIPES = {
 def main() -> None:
     parser = arguments(__doc__, "--faq", "JSONL with question and answer")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the training pairs")
-    parser.add_argument("--rates-of", help="experiment of which the rates are taken, such as questions-50: no search")
     given = parser.parse_args()
     name = "questions" if given.fraction == 1 else f"questions-{100 * given.fraction:.0f}"
-    recipes = RECIPES if given.rates_of is None else found_recipes(given.rates_of)
     task = questions(given.faq, settings=Settings(fraction=given.fraction, skip_bad=True))
-    run(name, given_recipes(task, recipes), given, search=given.rates_of is None)
+    run(name, given_recipes(task, RECIPES), given)
 
 
 if __name__ == "__main__":

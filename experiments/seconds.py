@@ -26,7 +26,8 @@ from levels import RECIPES as OF_CARS  # pyright: ignore[reportMissingImports]
 from questions import RECIPES as OF_QUESTIONS  # pyright: ignore[reportMissingImports]
 from tasks import cars, device, questions  # pyright: ignore[reportMissingImports]
 from torchrecycle import recycle
-from torchrecycle.sweep import ObjectiveTask, Recipe, RunningTrial, Settings, keep_freed_memory
+from torchrecycle.allocator import keep_freed_memory
+from torchrecycle.sweep import ObjectiveTask, Recipe, RunningTrial, Settings
 from torchrecycle.sweep.environment import machine, versions
 
 LEVELS = {"50": 0.5, "75": 0.75, "head": 1.0}

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kept import RESULTS, Kept  # pyright: ignore[reportMissingImports]
 from torchrecycle import cuts, recycle
-from torchrecycle.sweep import keep_freed_memory
+from torchrecycle.allocator import keep_freed_memory
 from torchrecycle.sweep.environment import machine, versions
 
 LEVELS = (0.5, 0.75)

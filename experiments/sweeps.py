@@ -7,16 +7,16 @@ when it ends, in ``experiments/results/NAME/journal/``.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kept import RESULTS  # pyright: ignore[reportMissingImports]
-from torchrecycle.sweep import ObjectiveTask, Recipe, SweepResult, keep_freed_memory, sweep
+from torchrecycle.allocator import keep_freed_memory
+from torchrecycle.sweep import ObjectiveTask, Recipe, SweepResult, sweep
 
-__all__ = ["arguments", "found_recipes", "given_recipes", "run"]
+__all__ = ["arguments", "given_recipes", "run"]
 
 LEVELS = ("full", "50", "75", "head")
 
@@ -42,19 +42,12 @@ def given_recipes(task: ObjectiveTask, recipes: dict[str, Recipe]) -> ObjectiveT
     return replace(task, recipes=lambda level, share: recipes[level])
 
 
-def found_recipes(name: str) -> dict[str, Recipe]:
-    """With what rates each level was trained in another experiment, whose search found them."""
-    found = json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
-    return {level["level"]: Recipe(**level["trials"][0]["recipe"]) for level in found["levels"]}
-
-
 def run(
     name: str,
     task: ObjectiveTask,
     given: argparse.Namespace,
     *,
     levels: Sequence[str] = LEVELS,
-    search: bool = True,
     tell: Callable[[str], None] = print,
 ) -> SweepResult:
     """Sweep; figures are kept in ``experiments/results/NAME/``."""
@@ -66,10 +59,16 @@ def run(
         store=given.store / "activations",
         results=RESULTS / name,
         seeds=range(given.seeds),
-        search=search,
-        command=f"python experiments/{Path(sys.argv[0]).name}",
+        command=_command(given),
         tell=lambda line: tell(f"{name}: {line}"),
     )
     result = work.result()
     print(f"{name}: {result.recommendation.sentence}", flush=True)
     return result
+
+
+def _command(given: argparse.Namespace) -> str:
+    """As it was typed, but for the places of data and store."""
+    fraction = getattr(given, "fraction", 1.0)
+    of = f" --fraction {fraction:g}" if fraction != 1 else ""
+    return f"python experiments/{Path(sys.argv[0]).name}{of}"

@@ -6,18 +6,19 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import torchrecycle.cli.words
 import torchrecycle.demo.run
-import torchrecycle.sweep
 from torchrecycle.cli.main import app
 
 STEPS = """
 import resource, sys
 import torch
-from torchrecycle.sweep import keep_freed_memory
+from torchrecycle import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "kept" else False
 for step in range(15):
     if step == 5:  # the first ones take the memory in any case
@@ -27,6 +28,8 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 PAGES_OF_A_STEP = 2 * (64 << 20) // 4096
 
+_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+huge = pytest.mark.skipif(_HUGE.exists() and "[always]" in _HUGE.read_text(), reason="pages of 2 MB are given")
 glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 
 
@@ -50,6 +53,7 @@ def test_steps_after_the_first_ones_are_given_no_new_pages():
 
 
 @glibc_only
+@huge
 def test_without_it_each_step_is_given_all_its_pages_anew():
     """Else there would be nothing to keep, and the test above would say nothing."""
     kept, count = faults("default")
@@ -57,10 +61,54 @@ def test_without_it_each_step_is_given_all_its_pages_anew():
     assert count > 5 * PAGES_OF_A_STEP
 
 
-@pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
-def test_what_the_user_tuned_is_left_alone(name: str):
-    value = "glibc.malloc.mmap_max=65536" if name == "GLIBC_TUNABLES" else "65536"
+@glibc_only
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_MMAP_MAX_", "65536"),
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.mmap_max=65536"),
+    ],
+)
+def test_what_the_user_says_of_giving_back_is_left_alone(name: str, value: str):
     assert not faults("kept", **{name: value})[0]
+
+
+@glibc_only
+@pytest.mark.parametrize(("name", "value"), [("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.pthread.rseq=0")])
+def test_what_a_container_says_of_other_things_does_not_matter(name: str, value: str):
+    assert faults("kept", **{name: value})[0]
+
+
+def test_it_is_said_where_the_users_settings_forbid_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
+    torchrecycle.cli.words.keep_memory()
+    assert capsys.readouterr().err.startswith("memory is given back as MALLOC_MMAP_MAX_ says: on a processor, ")
+
+
+ROOM = """
+import sys
+import torch
+from torchrecycle import keep_freed_memory
+from torchrecycle.data.resident import free_bytes
+from torchrecycle.sweep.environment import machine
+keep_freed_memory()
+blocks = [torch.ones(64 << 20) for _ in range(4)]  # 1 GB
+taken = free_bytes(torch.device("cpu"))
+del blocks
+print(free_bytes(torch.device("cpu")) - taken, machine())
+"""
+
+
+@glibc_only
+def test_what_is_kept_counts_as_free_and_results_say_that_it_was():
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", ROOM]
+    freed, told = subprocess.run(command, check=True, text=True, capture_output=True, env=clean).stdout.split(
+        maxsplit=1
+    )
+    assert 0.8e9 < int(freed) < 1.4e9
+    assert told.strip().endswith(" threads, freed memory kept")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +122,7 @@ def test_what_the_user_tuned_is_left_alone(name: str):
 )
 def test_commands_that_measure_time_keep_it(command: list[str], monkeypatch: pytest.MonkeyPatch):
     asked: list[bool] = []
-    monkeypatch.setattr(torchrecycle.sweep, "keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr(torchrecycle.cli.words, "keep_freed_memory", lambda: asked.append(True) or True)
     monkeypatch.setattr(torchrecycle.demo.run, "run_demo", lambda *args, **options: {})
     result = CliRunner().invoke(app, command)
     assert asked, result.output

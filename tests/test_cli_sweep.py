@@ -18,7 +18,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -260,12 +259,22 @@ def test_pairs_are_the_same_task_in_whatever_kind_of_table_they_come(tmp_path):
     assert (out / "index.html").is_file()
     before = figures_in(out)
     assert "is replaced" not in first.stderr
-    assert "is replaced" not in works("pairs", tmp_path / "faq.jsonl", *arguments).stderr
-    for earlier, kind in pairwise([".jsonl", ".parquet", ".tsv", ".csv"]):
+    for kind in (".parquet", ".tsv", ".csv"):
         again = works("pairs", write_table(tmp_path / f"faq{kind}", faq_rows()), *arguments)
-        assert f"its page of faq{earlier}, 60 pairs with " in again.stderr
+        assert "is replaced" not in again.stderr
         assert again.stderr.count("was finished before") == 1
         assert figures_in(out) == before
+
+
+def test_a_page_of_other_data_is_not_replaced_without_a_word(tmp_path):
+    """Though both have one name, and as many pairs."""
+    arguments = ("--model", MINILM, "--tokens", 16, *SHORT, "--levels", "head", "--out", tmp_path / "out")
+    table = write_table(tmp_path / "faq.jsonl", faq_rows())
+    assert "is replaced" not in works("pairs", table, *arguments).stderr
+    rows = [{**row, "question": row["question"] + " Say it in short."} for row in faq_rows()]
+    again = works("pairs", write_table(table, rows), *arguments)
+    assert "its page of another task (faq.jsonl, 60 pairs, reciprocal rank, " in again.stderr
+    assert "is replaced at the end: to keep both, give another --out" in again.stderr
 
 
 def test_random_weights_of_a_folder_are_said_also_behind_json(tmp_path):

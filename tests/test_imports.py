@@ -13,6 +13,7 @@ ROOT = Path(torchrecycle.__file__).parent
 
 LEVELS = {
     "errors": 0,
+    "allocator": 0,
     "frames": 0,
     "keys": 1,
     "codec": 1,

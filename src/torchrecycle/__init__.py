@@ -5,6 +5,7 @@ keep it, and train and serve only the rest. On any model, at any depth, in whate
 """
 
 from torchrecycle.absent import RecycledTensor
+from torchrecycle.allocator import keep_freed_memory
 from torchrecycle.bypass import OffloadReport
 from torchrecycle.cost import Cut, Cuts, cuts
 from torchrecycle.errors import (
@@ -38,6 +39,8 @@ __all__ = [
     "Stats",
     "fill_many",
     "recycle",
+    # steady steps on a processor
+    "keep_freed_memory",
     # keys
     "key",
     # errors

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchrecycle.cli.errors import Debug, OptionError, one_line_errors
+from torchrecycle.cli.words import keep_memory
 
 if TYPE_CHECKING:
     from torchrecycle.report.cut_costs import CutCost
@@ -127,9 +128,8 @@ def _costs(
     loaded: Any, found: Any, objects: int, epochs: int, precision: Sequence[KeptAs] | None, store: Path | None
 ) -> list[CutCost]:
     from torchrecycle.report.cut_costs import OWN, predict_cut_costs
-    from torchrecycle.sweep import keep_freed_memory
 
-    keep_freed_memory()
+    keep_memory()
     names = list(dict.fromkeys(one.value for one in precision or ())) or [OWN]
     return predict_cut_costs(
         loaded.model,

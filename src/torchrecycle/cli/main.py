@@ -24,6 +24,7 @@ from torchrecycle.cli.report import report_app
 from torchrecycle.cli.search import search
 from torchrecycle.cli.store import store_app
 from torchrecycle.cli.sweeps import sweep_app
+from torchrecycle.cli.words import keep_memory
 
 __all__ = ["app"]
 
@@ -72,9 +73,8 @@ def demo(
 
     with one_line_errors(debug, kept, smaller="--quick, or end other programs"):
         from torchrecycle.demo.run import run_demo
-        from torchrecycle.sweep import keep_freed_memory
 
-        keep_freed_memory()
+        keep_memory()
         names = [task.value] if task else [name.value for name in TaskName]
         report = run_demo(names, quick=quick, store=store, out=out, silent=as_json)
         if as_json:

@@ -25,7 +25,7 @@ import torch
 import typer
 
 from torchrecycle.cli.errors import Debug, OptionError, one_line_errors
-from torchrecycle.cli.words import check_device, left_out_line, say_random, telling
+from torchrecycle.cli.words import check_device, keep_memory, left_out_line, say_random, telling
 from torchrecycle.errors import RecycleError, StoreError
 from torchrecycle.files.marker import MARKER, MARKER_TEXT, is_marked
 
@@ -478,10 +478,10 @@ _SMALLER_BATCH = "a smaller --batch, by which training and testing both go"
 def _run(asked: _Asked, make: Callable[[Settings], tuple[ObjectiveTask, Trunk]], debug: bool) -> None:
     with one_line_errors(debug, lambda: _kept(asked), smaller=f"{_SMALLER_BATCH}, {asked.smaller}"):
         _refuse_early(asked)
-        from torchrecycle.sweep import Settings, Sweep, keep_freed_memory
+        from torchrecycle.sweep import Settings, Sweep
         from torchrecycle.sweep.kept import finite
 
-        keep_freed_memory()
+        keep_memory()
 
         with redirect_stdout(sys.stderr) as stderr:  # what a library says is no part of the answer
             tell: Callable[[str], None] = lambda line: print(f"  {line}", flush=True, file=stderr)  # noqa: E731
@@ -683,15 +683,17 @@ def _introduce(task: ObjectiveTask, plan: SweepPlan, folder: Path) -> None:
 
 
 def _other_results(task: ObjectiveTask, folder: Path) -> str | None:
-    """Whose page is in the folder, if it is of other data or of another model."""
+    """Whose page is in the folder, if it is of other data, another question or another model."""
     from torchrecycle.report.reading import ResultsError, read_result
+    from torchrecycle.sweep.identity import digest_of
 
     try:
-        ran = read_result(folder).ran
+        earlier = read_result(folder)
     except (ResultsError, OSError):
         return None  # none yet, or none that is worth keeping
-    is_same = (ran.data, ran.model, ran.weights) == (task.data, task.model, task.weights)
-    return None if is_same else f"{ran.data} with {ran.model}, weights {ran.weights}"
+    if earlier.ran.task == digest_of(task.identity):
+        return None
+    return f"another task ({earlier.ran.data}, {earlier.metric}, {earlier.ran.model})"
 
 
 def _begin(folder: Path) -> None:

@@ -10,9 +10,20 @@ from pathlib import Path
 import torch
 import typer
 
+from torchrecycle.allocator import keep_freed_memory, tuned_by
 from torchrecycle.cli.errors import OptionError
 
-__all__ = ["ago", "as_utf8", "at_time", "check_device", "left_out_line", "printable", "say_random", "telling"]
+__all__ = [
+    "ago",
+    "as_utf8",
+    "at_time",
+    "check_device",
+    "keep_memory",
+    "left_out_line",
+    "printable",
+    "say_random",
+    "telling",
+]
 
 
 def telling(path: Path) -> str:
@@ -41,6 +52,16 @@ def check_device(name: str | None) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise OptionError(f"--device {name} cannot be used here ({why}): leave it out, or give cpu") from error
+
+
+def keep_memory() -> None:
+    """For a command that measures time; said on stderr, where the user's settings forbid it."""
+    if not keep_freed_memory() and (setting := tuned_by()) is not None:
+        typer.echo(
+            f"memory is given back as {setting} says: on a processor, steps may be slower, and take another time each "
+            "minute",
+            err=True,
+        )
 
 
 def left_out_line(line: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from torchrecycle.allocator import kept_bytes
 from torchrecycle.errors import BatchError, GoneRowsError, StoreError
 from torchrecycle.store import Leaf, LeafSpec, Ragged, Rows
 
@@ -312,7 +313,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return min(_available(), _left_of_group())
+    return min(_available(), _left_of_group()) + kept_bytes()
 
 
 def _available() -> int:

@@ -1,6 +1,5 @@
 """Which level is right for a task? Quality, time and bytes at each, and a recommendation."""
 
-from torchrecycle.sweep.allocator import keep_freed_memory
 from torchrecycle.sweep.build import Settings, pair_task, picture_task, text_task
 from torchrecycle.sweep.objective_task import Objective, ObjectiveTask
 from torchrecycle.sweep.objectives import Classify, Matching, Similar
@@ -20,7 +19,6 @@ __all__ = [
     "Sweep",
     "SweepError",
     "SweepPlan",
-    "keep_freed_memory",
     "predict",
     "sweep",
     # what is swept

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from torchrecycle.allocator import keeps_freed_memory
+
 __all__ = ["machine", "now", "versions"]
 
 LIBRARIES = (
@@ -26,7 +28,8 @@ LIBRARIES = (
 
 
 def machine(device: torch.device | None = None) -> str:
-    """The processor and the threads in use, and the graphics card if there is one at work, in words."""
+    """What seconds depend on, in words: the processor and the threads in use, the graphics card if there is one at
+    work, and whether memory that is freed stays with the process."""
     name = platform.processor() or platform.machine()
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
@@ -34,7 +37,8 @@ def machine(device: torch.device | None = None) -> str:
     except OSError:
         pass
     card = f", {torch.cuda.get_device_name(device)}" if device is not None and device.type == "cuda" else ""
-    return f"{name}, {torch.get_num_threads()} threads{card}"
+    memory = ", freed memory kept" if keeps_freed_memory() else ""
+    return f"{name}, {torch.get_num_threads()} threads{card}{memory}"
 
 
 def versions() -> dict[str, str]:

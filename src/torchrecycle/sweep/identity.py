@@ -36,7 +36,7 @@ from torchrecycle.sweep.plan import SweepError
 from torchrecycle.sweep.task import Split, Task, refuse_the_same
 from torchrecycle.trace import random_state, set_random_state
 
-__all__ = ["identity_of_model", "identity_of_task", "seed_everything"]
+__all__ = ["digest_of", "identity_of_model", "identity_of_task", "seed_everything"]
 
 _SPLITS = ("train", "validation", "test")
 
@@ -61,6 +61,11 @@ def identity_of_task(task: Task) -> str:
     for name, content in contents.items():
         hasher.update(f"{name} {content};".encode())
     return hasher.hexdigest(length=16)
+
+
+def digest_of(identity: str) -> str:
+    """Of one fixed length, and without words of the user's: 32 hexadecimal digits."""
+    return blake3(identity.encode()).hexdigest(length=16)
 
 
 def _state(value: Any, where: str) -> str:

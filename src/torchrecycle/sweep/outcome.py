@@ -23,6 +23,7 @@ from torchrecycle.sweep.environment import machine, now, versions
 from torchrecycle.sweep.estimates import estimate
 from torchrecycle.sweep.expect import expect_quality, expect_seconds
 from torchrecycle.sweep.filling import Filling
+from torchrecycle.sweep.identity import digest_of
 from torchrecycle.sweep.journal import found_from_json
 from torchrecycle.sweep.plan import SweepError, SweepPlan
 from torchrecycle.sweep.recommend import ExpectedFull, recommend
@@ -206,6 +207,7 @@ class Outcome:
             versions=versions(),
             date=now(),
             seconds=max(time.perf_counter() - work.began, trained + max(level.fill_seconds for level in levels)),
+            task=digest_of(self.records.facts["task"]),
         )
 
     def _said(self, work: Work) -> dict[str, str]:

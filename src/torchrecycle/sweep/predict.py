@@ -26,6 +26,8 @@ a figure wrong, and what is done about it:
   predicted. For a level alone, ask for that level alone.
 - *The page cache*: a small store is read from memory, and so is the real one, if it fits into memory. If it does not,
   the disk is read without the cache, and what does not fit is counted at that speed.
+- *Memory that is freed and given anew at each step* costs up to half of it, another part each minute. Nothing is done
+  about it here: whoever owns the process may call `torchrecycle.keep_freed_memory`, and the commands do.
 - *Files of objects that were never read* come slowly from a disk: all objects of the measured batches are read once
   before, as filling or a first epoch will have done.
 

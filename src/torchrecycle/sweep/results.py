@@ -327,6 +327,8 @@ class Ran:
     """ISO, when the sweep ended, with the time zone."""
     seconds: float
     """Wall seconds that all trials and fills took, also those of earlier runs that were gone on from."""
+    task: str = ""
+    """32 hexadecimal digits that stand for data, preprocessing, question and model; empty in older files."""
 
 
 @dataclass(frozen=True, slots=True)
