@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from test_similarity_fit import Samples, Vectors, a_model, distance, group_loader, learned, trainer
-from torchrecycle import recycling
 from torchrecycle.errors import RecycleError, RecycleWarning
+from torchrecycle.recycling import drift
 from torchrecycle.similarity import (
     AttachedMetric,
     CacheConfig,
@@ -166,7 +166,7 @@ class ReadsAList(Vectors):
 @pytest.fixture(autouse=True)
 def _any_prefix_counts_as_quick(monkeypatch):
     """Quick prefixes are run again at each iteration; on a busy machine a small one may not seem quick."""
-    monkeypatch.setattr(recycling, "SMALL", math.inf)
+    monkeypatch.setattr(drift, "SMALL", math.inf)
 
 
 def test_a_list_of_tensors_that_the_forward_reads_is_noticed_when_it_is_replaced():

@@ -677,9 +677,7 @@ def _introduce(task: ObjectiveTask, plan: SweepPlan, folder: Path) -> None:
     typer.echo(f"results: {folder}; what the frozen layers give is kept in {plan.store}", err=True)
     other = _other_results(task, folder)
     if other is not None:
-        typer.echo(
-            f"  its page of {other} is replaced when this sweep ends: to keep both, give another --out", err=True
-        )
+        typer.echo(f"  its page of {other} is replaced at the end: to keep both, give another --out", err=True)
 
 
 def _other_results(task: ObjectiveTask, folder: Path) -> str | None:
