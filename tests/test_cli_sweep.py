@@ -174,8 +174,13 @@ def assert_no_noise(stderr: str) -> None:
 def swept(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Pictures, in a process of its own, and where the results are."""
     out = tmp_path_factory.mktemp("swept") / "out"
-    command = [*COMMAND, "sweep", "images", str(shapes), *SMALLEST, *QUICK, "--out", str(out)]
-    return out, subprocess.run(command, capture_output=True, text=True, check=False)
+    return out, in_a_process("images", shapes, *SMALLEST, *QUICK, "--out", out)
+
+
+def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Seconds that were measured in another process are of use to it alone: within pytest, memory is given back."""
+    command = [*COMMAND, "sweep", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_a_folder_of_pictures_gives_a_recommendation_a_page_and_every_figure(swept):
@@ -209,7 +214,7 @@ def test_that_weights_are_random_is_said_at_the_start_at_the_end_and_on_the_page
 def test_a_second_run_trains_nothing_and_says_the_same(swept, shapes):
     out, ended = swept
     before = figures_in(out)
-    again = works("images", shapes, *SMALLEST, *QUICK, "--out", out)
+    again = in_a_process("images", shapes, *SMALLEST, *QUICK, "--out", out)
     assert [line for line in again.stderr.splitlines() if "finished before" in line] == [
         "  head only: was finished before",
         "  50 % recycled: was finished before",
@@ -222,7 +227,7 @@ def test_a_second_run_trains_nothing_and_says_the_same(swept, shapes):
 
 def test_another_seed_trains_that_one_only(swept, shapes, tmp_path):
     out = Path(shutil.copytree(swept[0], tmp_path / "out"))
-    again = works("images", shapes, *SMALLEST, *QUICK, "--seeds", 2, "--out", out)
+    again = in_a_process("images", shapes, *SMALLEST, *QUICK, "--seeds", 2, "--out", out)
     told = [line for line in again.stderr.splitlines() if "s per epoch" in line]
     assert [line.split(":")[0].strip() for line in told[1::2]] == [
         "head only, seed 1",
