@@ -1,13 +1,13 @@
 """Memory that a step frees stays with the process: on a processor, steps take what their arithmetic takes.
 
 A training step of EfficientNet-Lite0 on 64 photos of 160 px frees maps of 52 MB and more, and takes them again. glibc
-gives a block above 32 MB back to the system when it is freed, and the next step's block is new: a million pages in each
-step, which the system clears one by one, and a virtual machine's host as well. On two cores of one, half of such a step
-was the system's, at a price that changed from minute to minute, so that what was predicted was not what came
+gives a block above 32 MB back to the system when it is freed, and the next step's block is new: 860,000 pages in each
+step, which the system clears one by one, and a virtual machine's host as well. On two cores of one, 41 % of such a
+step were the system's, at a price that changed from minute to minute, so that what was predicted was not what came
 (``benchmarks/allocator.py``). Recycled levels have smaller maps: full training is slowed more than they.
 
-What is freed is used again, where it fits, and not given back until the process ends. So a process grows to what it had
-at its peak and some more: 5 % for one training, up to a quarter where batches and models of many sizes take turns.
+What is freed is used again, where it fits, and not given back until the process ends. So a process grows to its peak
+and some more: 8 to 20 % for one training, up to a quarter where batches and models of many sizes take turns.
 """
 
 from __future__ import annotations
