@@ -20,7 +20,7 @@ import resource, sys
 import torch
 from torchrecycle import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "kept" else False
-for step in range(15):
+for step in range(105):
     if step == 5:  # the first ones take the memory in any case
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 << 20).add(1)  # twice 64 MB
@@ -34,7 +34,7 @@ glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc
 
 
 def faults(mode: str, **tuned: str) -> tuple[bool, int]:
-    """Whether memory was kept, and how many pages ten steps were given by the system."""
+    """Whether memory was kept, and how many pages a hundred steps were given by the system."""
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -49,7 +49,8 @@ def faults(mode: str, **tuned: str) -> tuple[bool, int]:
 def test_steps_after_the_first_ones_are_given_no_new_pages():
     kept, count = faults("kept")
     assert kept
-    assert count < PAGES_OF_A_STEP  # of ten steps
+    # A small object in the place of a large one that was freed lets the heap grow, now and then: in no more than a tenth.
+    assert count < 10 * PAGES_OF_A_STEP
 
 
 @glibc_only
@@ -58,7 +59,7 @@ def test_without_it_each_step_is_given_all_its_pages_anew():
     """Else there would be nothing to keep, and the test above would say nothing."""
     kept, count = faults("default")
     assert not kept
-    assert count > 5 * PAGES_OF_A_STEP
+    assert count > 50 * PAGES_OF_A_STEP
 
 
 @glibc_only

@@ -13,6 +13,7 @@ and some more: 8 to 20 % for one training, up to a quarter where batches and mod
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 from typing import Any
@@ -82,7 +83,9 @@ def kept_bytes() -> int:
     return int(libc.mallinfo2().fordblks)
 
 
+@functools.cache
 def _libc() -> Any | None:
+    """Looked for once: `platform` reads the interpreter's file for it, and loaders ask what is free in each epoch."""
     if platform.libc_ver()[0] != "glibc":
         return None
     try:
