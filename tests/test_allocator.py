@@ -49,7 +49,7 @@ def faults(mode: str, **tuned: str) -> tuple[bool, int]:
 def test_steps_after_the_first_ones_are_given_no_new_pages():
     kept, count = faults("kept")
     assert kept
-    # A small object in the place of a large one that was freed lets the heap grow, now and then: in no more than a tenth.
+    # A small object in the place of a large one that was freed lets the heap grow, now and then: in a tenth at most.
     assert count < 10 * PAGES_OF_A_STEP
 
 
